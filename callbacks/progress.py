@@ -1,0 +1,59 @@
+"""A progress bar in the style of the Trainer's own, silent where that is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+__all__ = ["progress"]
+
+
+@contextmanager
+def progress(trainer: L.Trainer, description: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show progress through ``total`` steps.
+
+    Args:
+        trainer: its progress bar, Rich or tqdm, gives the style; without one nothing is shown.
+        description: what is going on.
+        total: steps.
+
+    Yields:
+        A function to call after each step.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(enable_progress_bar=False, logger=False, accelerator="cpu")
+        >>> with progress(trainer, "Featurizing", 2) as step:
+        ...     step()
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and not bar.is_disabled and bar.progress is not None:
+        live = bar.progress
+        task = live.add_task(description, total=total)
+        try:
+            yield lambda: live.update(task, advance=1)
+        finally:
+            live.remove_task(task)
+    elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+        with Tqdm(
+            desc=description,
+            total=total,
+            position=2 * bar.process_position + 1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=bar.BAR_FORMAT,
+        ) as line:
+            yield lambda: _advance(line)
+    else:
+        yield lambda: None
+
+
+def _advance(line: Tqdm) -> None:
+    line.update(1)

@@ -1,0 +1,70 @@
+"""At the end of which epochs a snapshot is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["SnapshotSchedule"]
+
+
+class SnapshotSchedule:
+    """Epochs with a snapshot; the last epoch of a run has one in any case.
+
+    Args:
+        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ...; "all"; an integer ``n`` for every ``n``-th epoch, the first
+            included; or a list of epoch indices, counted from 0.
+
+    Raises:
+        ValueError: if it is none of these.
+
+    Example:
+        >>> schedule = SnapshotSchedule("geometric")
+        >>> [epoch for epoch in range(20) if schedule.due(epoch)]
+        [0, 1, 2, 4, 8, 16]
+        >>> schedule.count(20), SnapshotSchedule(5).count(20), SnapshotSchedule([0, 3]).count(4)
+        (7, 5, 2)
+    """
+
+    def __init__(self, snapshots: str | int | Sequence[int] = "geometric") -> None:
+        listed = isinstance(snapshots, Sequence) and not isinstance(snapshots, str)
+        valid = (
+            snapshots in {"geometric", "all"}
+            if isinstance(snapshots, str)
+            else all(isinstance(epoch, int) and epoch >= 0 for epoch in snapshots)
+            if isinstance(snapshots, Sequence)
+            else isinstance(snapshots, int) and snapshots > 0
+        )
+        if not valid:
+            raise ValueError(
+                "Expected argument `snapshots` to be 'geometric', 'all', a positive integer n for every n epochs, or a list "
+                f"of epoch indices >= 0, but got {snapshots!r}."
+            )
+        self.snapshots = frozenset(snapshots) if listed else snapshots  # type: ignore[arg-type]  # a sequence if listed
+
+    def due(self, epoch: int) -> bool:
+        """Whether an epoch has a snapshot, be it the last or not.
+
+        Args:
+            epoch: its index, from 0.
+
+        Returns:
+            True if it has.
+        """
+        if self.snapshots == "geometric":
+            return epoch & (epoch - 1) == 0
+        if self.snapshots == "all":
+            return True
+        if isinstance(self.snapshots, int):
+            return epoch % self.snapshots == 0
+        return isinstance(self.snapshots, frozenset) and epoch in self.snapshots
+
+    def count(self, epochs: int) -> int:
+        """Count the snapshots of a run.
+
+        Args:
+            epochs: how many it has.
+
+        Returns:
+            Snapshots, that of the last epoch included.
+        """
+        return sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))

@@ -1,0 +1,136 @@
+"""What a sample is inside a batch: tensors, tuples, lists, dicts, dataclasses, nested in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+__all__ = ["batched_tensors", "map_tensors", "replace_tensors", "select_rows"]
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor of a batch, keeping the structure.
+
+    Args:
+        batch: nested tuples, lists, dicts, named tuples or dataclasses of tensors and anything else.
+        function: called with each tensor.
+
+    Returns:
+        The same structure with the results in the tensors' places.
+
+    Example:
+        >>> import torch
+        >>> map_tensors({"x": torch.ones(2), "id": ["a", "b"]}, lambda t: t * 3)
+        {'x': tensor([3., 3.]), 'id': ['a', 'b']}
+    """
+    return apply_to_collection(batch, Tensor, function)
+
+
+def batched_tensors(batch: Any, batch_size: int) -> list[Tensor]:
+    """List the tensors whose first dimension is the batch, in the order of :func:`map_tensors`.
+
+    Args:
+        batch: any batch.
+        batch_size: number of samples in it.
+
+    Returns:
+        The tensors with ``shape[0] == batch_size``.
+
+    Example:
+        >>> import torch
+        >>> len(batched_tensors((torch.ones(2, 3), {"y": torch.ones(2), "weight": torch.tensor(0.5)}), 2))
+        2
+    """
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        if _is_batched(tensor, batch_size):
+            found.append(tensor)
+        return tensor
+
+    map_tensors(batch, collect)
+    return found
+
+
+def replace_tensors(batch: Any, batch_size: int, tensors: Sequence[Tensor]) -> Any:
+    """Put other tensors in the places that :func:`batched_tensors` lists.
+
+    Args:
+        batch: the batch that gives the structure.
+        batch_size: number of samples in it.
+        tensors: as many tensors as :func:`batched_tensors` returns.
+
+    Returns:
+        The same structure, with the other tensors.
+
+    Example:
+        >>> import torch
+        >>> replace_tensors((torch.zeros(2), torch.tensor(7)), 2, [torch.ones(1)])
+        (tensor([1.]), tensor(7))
+    """
+    source = iter(tensors)
+    return map_tensors(batch, lambda t: next(source) if _is_batched(t, batch_size) else t)
+
+
+def select_rows(batch: Any, batch_size: int, rows: Sequence[int]) -> Any:
+    """Take some samples of a batch.
+
+    Args:
+        batch: any batch.
+        batch_size: number of samples in it.
+        rows: positions in the batch.
+
+    Returns:
+        The same structure with only these samples: tensors whose first dimension is the batch are indexed, and so are
+        lists and tuples of one plain value (a string, a number) a sample. Everything else is shared by the samples.
+
+    Example:
+        >>> import torch
+        >>> select_rows({"x": torch.arange(3), "text": ["a", "b", "c"]}, 3, [2])
+        {'x': tensor([2]), 'text': ['c']}
+    """
+
+    def select(data: Any) -> Any:
+        if isinstance(data, Tensor):
+            return data[list(rows)] if _is_batched(data, batch_size) else data
+        if len(data) == batch_size and not any(isinstance(item, (Tensor, Sequence, Mapping)) for item in data):
+            return type(data)(data[row] for row in rows)
+        if len(data) == batch_size and all(isinstance(item, (str, bytes)) for item in data):
+            return type(data)(data[row] for row in rows)
+        items = [apply_to_collection(item, (Tensor, list, tuple), select) for item in data]
+        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+
+    return apply_to_collection(batch, (Tensor, list, tuple), select)
+
+
+def _is_batched(tensor: Tensor, batch_size: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == batch_size
+
+
+def float_tensors(batch: Any) -> list[Tensor]:
+    """List the floating-point tensors of a structure.
+
+    Args:
+        batch: any nested structure.
+
+    Returns:
+        Its floating-point tensors, in the order of :func:`map_tensors`.
+
+    Example:
+        >>> import torch
+        >>> len(float_tensors((torch.ones(1), torch.tensor([1]))))
+        1
+    """
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        if torch.is_floating_point(tensor):
+            found.append(tensor)
+        return tensor
+
+    map_tensors(batch, collect)
+    return found

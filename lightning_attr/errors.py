@@ -1,0 +1,50 @@
+"""What can go wrong, one class a cause. Plain bad arguments stay :class:`ValueError` and :class:`TypeError`."""
+
+__all__ = [
+    "AttributionError",
+    "BatchDependenceError",
+    "CorruptedStoreError",
+    "IncompleteFeaturesError",
+    "MissingDependencyError",
+    "NonFiniteGradientError",
+    "StoreMismatchError",
+    "UnsupportedLayerError",
+]
+
+
+class AttributionError(RuntimeError):
+    """Base class of every error that this package raises on purpose.
+
+    Example:
+        >>> from lightning_attr.errors import AttributionError, StoreMismatchError
+        >>> issubclass(StoreMismatchError, AttributionError)
+        True
+    """
+
+
+class StoreMismatchError(AttributionError):
+    """A store was written for another model, data set, projection or run than the one at hand."""
+
+
+class IncompleteFeaturesError(AttributionError):
+    """Scores were asked for while some training rows have no features yet."""
+
+
+class CorruptedStoreError(AttributionError):
+    """A file of the store is missing, truncated, or not what its checksum says."""
+
+
+class UnsupportedLayerError(AttributionError):
+    """A layer is in a state in which per-sample gradients do not exist, such as BatchNorm in train mode."""
+
+
+class BatchDependenceError(AttributionError):
+    """The model output of a sample changes with the samples beside it in the batch."""
+
+
+class NonFiniteGradientError(AttributionError):
+    """A per-sample gradient holds NaN or Inf; the message names the samples."""
+
+
+class MissingDependencyError(AttributionError, ImportError):
+    """An optional dependency is needed; the message names the extra that installs it."""

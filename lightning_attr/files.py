@@ -1,0 +1,146 @@
+"""Files that are whole or absent: written beside their place, flushed, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_attr.errors import AttributionError, CorruptedStoreError
+
+__all__ = ["digest", "read_tensors", "write_bytes", "write_tensors"]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file at once: a reader, or a run after a crash, sees all of it or nothing.
+
+    Args:
+        path: where; an existing file is replaced.
+        data: its content.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(Path(folder) / "a", b"text")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['a']
+    """
+    with _whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors as safetensors, with a digest of their content in the header.
+
+    Args:
+        path: where.
+        tensors: name -> tensor, on any device.
+        metadata: strings for the header.
+
+    Returns:
+        The digest.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "a.safetensors"
+        ...     content = write_tensors(path, {"x": torch.ones(2)})
+        ...     read_tensors(path, content)
+        {'x': tensor([1., 1.])}
+    """
+    own: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().cpu().contiguous()
+        if own[name].untyped_storage().data_ptr() in storages:  # safetensors refuses tensors that share memory
+            own[name] = own[name].clone()
+        storages.add(own[name].untyped_storage().data_ptr())
+    content = digest(own)
+    with _whole(path) as temporary:
+        safetensors.torch.save_file(own, temporary, {**(metadata or {}), "sha256": content})
+    return content
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside the wanted one; on success flush it to the disk and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise AttributionError(
+            f"Could not write {path}: {error}. {_space(path)}What was stored before is intact: make room, or choose another "
+            "directory, and run again to go on from here."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
+    """Read tensors and check them against their digest.
+
+    Args:
+        path: a file of :func:`write_tensors`.
+        expected: the digest on record; by default the one in the file's own header.
+
+    Returns:
+        Name -> tensor, on the CPU, mapped from the file where the platform allows.
+
+    Raises:
+        CorruptedStoreError: if the file is missing, unreadable, or not what its digest says.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator of its own
+            recorded = (file.metadata() or {}).get("sha256")
+    except FileNotFoundError as error:
+        raise CorruptedStoreError(f"{path} is missing. {_REPAIR}") from error
+    except (SafetensorError, OSError) as error:
+        raise CorruptedStoreError(f"{path} is truncated or damaged ({error}). {_REPAIR}") from error
+    if digest(tensors) != (expected or recorded):
+        raise CorruptedStoreError(f"{path} is damaged: its content does not match its checksum. {_REPAIR}")
+    return tensors
+
+
+_REPAIR = (
+    "Call `FeatureStore.open(...).repair()` to drop what is damaged; `trainer.attribute` then computes these rows again."
+)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and content of tensors.
+
+    Args:
+        tensors: name -> tensor.
+
+    Returns:
+        A SHA-256, in hexadecimal; it does not depend on the order.
+
+    Example:
+        >>> digest({"x": torch.ones(2)}) == digest({"x": torch.ones(2)}), digest({"x": torch.ones(2)}) == digest({})
+        (True, False)
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def _space(path: Path) -> str:
+    folder = next((parent for parent in path.parents if parent.exists()), None)
+    return f"{shutil.disk_usage(folder).free:,} bytes are free there. " if folder is not None else ""

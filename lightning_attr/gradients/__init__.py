@@ -1,0 +1,26 @@
+"""Per-sample gradients: by hooks with a rule a layer type, by ``vmap(grad)``, or by a loop."""
+
+from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient, materialise
+from lightning_attr.gradients.functional import loop_gradients, vmap_gradients
+from lightning_attr.gradients.hooks import hooked_gradients, hooked_layers
+from lightning_attr.gradients.plan import GradientPlan, check_batch_independence, plan_gradients
+from lightning_attr.gradients.rules import gradient_rule, rule_for, supported_layers
+
+__all__ = [
+    "ConvSum",
+    "FactoredGradient",
+    "GatherSum",
+    "GradientPlan",
+    "OuterSum",
+    "ParameterGradient",
+    "check_batch_independence",
+    "gradient_rule",
+    "hooked_gradients",
+    "hooked_layers",
+    "loop_gradients",
+    "materialise",
+    "plan_gradients",
+    "rule_for",
+    "supported_layers",
+    "vmap_gradients",
+]

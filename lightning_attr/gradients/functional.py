@@ -1,0 +1,90 @@
+"""Per-sample gradients of parameters that no rule covers: ``vmap(grad)``, and a loop over samples as the last resort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from lightning_attr.batch import batched_tensors, map_tensors, replace_tensors, select_rows
+
+__all__ = ["FunctionalOutput", "loop_gradients", "vmap_gradients"]
+
+FunctionalOutput: TypeAlias = Callable[[Mapping[str, Tensor], Any], Tensor]
+
+
+def vmap_gradients(
+    functional_output: FunctionalOutput,
+    params: Mapping[str, Tensor],
+    batch: Any,
+    batch_size: int,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Differentiate the model output of every sample at once.
+
+    Args:
+        functional_output: ``(params, batch) -> (b,)``; what is not in ``params`` is constant.
+        params: parameter name -> tensor.
+        batch: any batch; tensors whose first dimension is not the batch are shared by the samples.
+        batch_size: number of samples in it, ``b``.
+        chunk_size: samples differentiated together; None for all.
+
+    Returns:
+        Parameter name -> gradients ``(b, *shape)``.
+
+    Example:
+        >>> import torch
+        >>> f = lambda params, x: (x * params["w"]).sum(1) ** 2
+        >>> vmap_gradients(f, {"w": torch.ones(2)}, torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 2)
+        {'w': tensor([[ 6., 12.],
+                [ 0.,  2.]])}
+    """
+
+    def output_of_one(params: Mapping[str, Tensor], *sample: Tensor) -> Tensor:
+        one = replace_tensors(batch, batch_size, [tensor.unsqueeze(0) for tensor in sample])
+        return functional_output(params, one).squeeze(0)
+
+    tensors = batched_tensors(batch, batch_size)
+    in_dims = (None, *([0] * len(tensors)))
+    with torch.enable_grad():
+        gradients: dict[str, Tensor] = vmap(grad(output_of_one), in_dims=in_dims, chunk_size=chunk_size)(
+            dict(params), *tensors
+        )
+    return {name: gradient.detach() for name, gradient in gradients.items()}
+
+
+def loop_gradients(
+    functional_output: FunctionalOutput, params: Mapping[str, Tensor], batch: Any, batch_size: int
+) -> dict[str, Tensor]:
+    """Differentiate the model output of one sample after the other: slow, and right for every model.
+
+    Args:
+        functional_output: as in :func:`vmap_gradients`.
+        params: as in :func:`vmap_gradients`.
+        batch: as in :func:`vmap_gradients`.
+        batch_size: as in :func:`vmap_gradients`.
+
+    Returns:
+        Parameter name -> gradients ``(b, *shape)``.
+
+    Example:
+        >>> import torch
+        >>> f = lambda params, x: (x * params["w"]).sum(1) ** 2
+        >>> loop_gradients(f, {"w": torch.ones(2)}, torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 2)
+        {'w': tensor([[ 6., 12.],
+                [ 0.,  2.]])}
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    rows = []
+    with torch.enable_grad():
+        for i in range(batch_size):
+            sample = map_tensors(select_rows(batch, batch_size, [i]), Tensor.detach)
+            output = functional_output(leaves, sample).sum()
+            if output.requires_grad:
+                rows.append(torch.autograd.grad(output, list(leaves.values()), materialize_grads=True))
+            else:
+                rows.append(tuple(torch.zeros_like(leaf) for leaf in leaves.values()))
+    return {name: torch.stack(gradients) for name, gradients in zip(leaves, zip(*rows, strict=True), strict=True)}

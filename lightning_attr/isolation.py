@@ -1,0 +1,189 @@
+"""Leave no trace: run attribution beside training and put everything back, also after an exception."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["find_generators", "preserved_rng", "undisturbed"]
+
+
+@contextmanager
+def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
+    """Put the module into eval mode and restore it, and all randomness, in the end.
+
+    Restored are the RNG streams of python, numpy and torch on every device, random generators kept by ``data``, each
+    submodule's ``training`` flag, each parameter's ``requires_grad`` flag and ``grad``, and the buffers.
+
+    Args:
+        module: the module.
+        data: data sets that may keep generators of their own.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> module = nn.Dropout()
+        >>> state = torch.get_rng_state()
+        >>> with undisturbed(module):
+        ...     module.training, torch.rand(1).shape
+        (False, torch.Size([1]))
+        >>> module.training, torch.equal(state, torch.get_rng_state())
+        (True, True)
+    """
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    with preserved_rng(*data):
+        try:
+            module.eval()
+            yield
+        finally:
+            for submodule, mode in modes:
+                submodule.training = mode
+            for p, requires_grad, grad in parameters:
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):  # untouched buffers keep their version counter
+                        buffer.copy_(value)
+
+
+@contextmanager
+def preserved_rng(*data: object) -> Iterator[None]:
+    """Restore all random streams in the end.
+
+    Args:
+        data: data sets that may keep generators of their own.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import random
+        >>> state = random.getstate()
+        >>> with preserved_rng():
+        ...     _ = random.random()
+        >>> random.getstate() == state
+        True
+    """
+    own = [(restore_generator(generator)) for item in data for generator in find_generators(item)]
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        for restore in own:
+            restore()
+
+
+def find_generators(root: object) -> list[Any]:
+    """Find the random generators that an object keeps, through attributes and containers.
+
+    Args:
+        root: a data set, for instance; its transforms and the data sets that it wraps are searched as well.
+
+    Returns:
+        The ``random.Random``, numpy ``Generator`` and ``RandomState``, and ``torch.Generator`` objects, each once.
+
+    Example:
+        >>> import torch
+        >>> class Noisy(torch.utils.data.Dataset):
+        ...     def __init__(self):
+        ...         self.rng = torch.Generator()
+        >>> len(find_generators(torch.utils.data.Subset(Noisy(), [0])))
+        1
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    pending: list[tuple[object, int]] = [(root, 0)]
+    while pending:
+        item, depth = pending.pop()
+        if id(item) in seen or depth > 6:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            # Long lists hold samples, not transforms.
+            pending += [(part, depth + 1) for part in item[:64] if not _is_plain(part)]
+        elif isinstance(item, dict):
+            pending += [(part, depth + 1) for part in list(item.values())[:64] if not _is_plain(part)]
+        elif not isinstance(item, type) and hasattr(item, "__dict__"):
+            pending += [(part, depth + 1) for part in vars(item).values() if not _is_plain(part)]
+    return found
+
+
+def reseed_generator(generator: Any, seed: int) -> None:
+    """Start a generator afresh.
+
+    Args:
+        generator: one of those that :func:`find_generators` lists.
+        seed: a non-negative integer.
+
+    Example:
+        >>> import random
+        >>> generator = random.Random()
+        >>> reseed_generator(generator, 3)
+        >>> generator.random() == random.Random(3).random()
+        True
+    """
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    else:  # random.Random, RandomState
+        generator.seed(seed % 2**32)
+
+
+def restore_generator(generator: Any) -> Callable[[], None]:
+    """Remember the state of a generator.
+
+    Args:
+        generator: one of those that :func:`find_generators` lists.
+
+    Returns:
+        A function that puts the state back.
+
+    Example:
+        >>> import random
+        >>> generator = random.Random(3)
+        >>> restore, first = restore_generator(generator), generator.random()
+        >>> restore()
+        >>> generator.random() == first
+        True
+    """
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: generator.set_state(state) and None
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        words = bits.state
+        return lambda: setattr(bits, "state", words)
+    if isinstance(generator, np.random.RandomState):
+        legacy = generator.get_state()
+        return lambda: generator.set_state(legacy)
+    python = generator.getstate()
+    return lambda: generator.setstate(python)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (int, float, complex, str, bytes, torch.Tensor, np.ndarray))

@@ -1,0 +1,64 @@
+"""Which parameters are attributed: their names and shapes, in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["ParameterLayout"]
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Names and shapes of the trainable parameters, in ``named_parameters()`` order, a tied parameter once.
+
+    Args:
+        shapes: parameter name -> shape.
+
+    Example:
+        >>> from torch import nn
+        >>> layout = ParameterLayout.of(nn.Linear(3, 2))
+        >>> layout.shapes
+        {'weight': (2, 3), 'bias': (2,)}
+        >>> layout.numel
+        8
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ParameterLayout:
+        """Read the layout of a module.
+
+        Args:
+            module: any module; parameters with ``requires_grad=False`` are left out.
+
+        Returns:
+            The layout of its trainable parameters.
+
+        Raises:
+            ValueError: if no parameter is trainable.
+        """
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        if not shapes:
+            raise ValueError(
+                f"Expected {type(module).__name__} to have at least one parameter with requires_grad=True, but all are "
+                "frozen (or there are none). Attribution needs the parameters that training changes."
+            )
+        return cls(shapes)
+
+    @property
+    def numel(self) -> int:
+        """Number of attributed parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def digest(self) -> str:
+        """Hash of names, shapes and their order: equal for equal layouts, on every machine."""
+        text = json.dumps([[name, list(shape)] for name, shape in self.shapes.items()])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

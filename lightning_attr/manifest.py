@@ -1,0 +1,189 @@
+"""The one JSON file of a store: what was attributed, how, and which rows are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
+from lightning_attr.files import write_bytes
+from lightning_attr.layout import ParameterLayout
+
+__all__ = ["Fingerprint", "Manifest", "Snapshot"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must not change between two uses of a store.
+
+    Args:
+        length: rows of the training data set.
+        data: hash of a few of its samples, None if they differ each time they are read.
+        layout: parameter name -> shape.
+        projector: the projector's ``config``, None as long as nothing was featurized.
+
+    Example:
+        >>> a = Fingerprint(10, None, {"w": (2,)}, None)
+        >>> a.check(dataclasses.replace(a, length=11), "attribution")
+        Traceback (most recent call last):
+        ...
+        lightning_attr.errors.StoreMismatchError: attribution was written for a training data set of 10 samples, but ...
+    """
+
+    length: int
+    data: str | None
+    layout: Mapping[str, tuple[int, ...]]
+    projector: Mapping[str, Any] | None
+
+    def check(self, found: Fingerprint, where: str) -> None:
+        """Compare the fingerprint on record with the one at hand.
+
+        Args:
+            found: the one at hand.
+            where: the store's path, for the message.
+
+        Raises:
+            StoreMismatchError: naming what differs, and what to do.
+        """
+        remedy = "Use another directory, or delete this one to start afresh; nothing in it was changed."
+        if self.length != found.length:
+            raise StoreMismatchError(
+                f"{where} was written for a training data set of {self.length:,} samples, but this one has "
+                f"{found.length:,}. {remedy}"
+            )
+        if self.data is not None and found.data is not None and self.data != found.data:
+            raise StoreMismatchError(
+                f"{where} was written for another training data set: it is as long, but its samples differ (a random split "
+                f"without a fixed seed does that). {remedy}"
+            )
+        if dict(self.layout) != dict(found.layout):
+            raise StoreMismatchError(
+                f"{where} was written for another model: {_layout_difference(self.layout, found.layout)}. {remedy}"
+            )
+        if self.projector is not None and found.projector is not None and self.projector != found.projector:
+            raise StoreMismatchError(
+                f"{where} was featurized with the projection {dict(self.projector)}, but the method asks for "
+                f"{dict(found.projector)}. Give the method the store's projection. {remedy}"
+            )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The weights of the model at one moment of its training, and the features computed there.
+
+    Args:
+        key: its name in the store.
+        epoch: epochs completed before this one, so 0 at the end of the first.
+        global_step: optimizer steps taken.
+        learning_rate: sum of the learning rate over the optimizer steps since the snapshot before.
+        folder: where it is, relative to the store.
+        weights: digest of the weights.
+        projection: key of its random projection; its name, unless it was merged from another store.
+        shards: shard number -> digest, for the rows that have features.
+
+    Example:
+        >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
+        {}
+    """
+
+    key: str
+    epoch: int
+    global_step: int
+    learning_rate: float
+    folder: str
+    weights: str
+    projection: str
+    shards: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a store records.
+
+    Args:
+        fingerprint: what must not change.
+        shard_rows: rows a shard; shard ``s`` holds the rows from ``s * shard_rows``.
+        run: digest of the weights that the run started from, None if it was not recorded.
+        snapshots: in the order of training.
+
+    Example:
+        >>> Manifest(Fingerprint(10, None, {"w": (2,)}, None), shard_rows=4, run=None).num_shards
+        3
+    """
+
+    fingerprint: Fingerprint
+    shard_rows: int
+    run: str | None
+    snapshots: tuple[Snapshot, ...] = ()
+
+    @property
+    def num_shards(self) -> int:
+        """Shards a snapshot."""
+        return -(-self.fingerprint.length // self.shard_rows)
+
+    def write(self, path: Path) -> None:
+        """Write the file, at once.
+
+        Args:
+            path: where.
+        """
+        length, rows = self.fingerprint.length, self.shard_rows
+        record = {"format": FORMAT, **dataclasses.asdict(self)}
+        for snapshot in record["snapshots"]:
+            present = sorted(snapshot["shards"])
+            bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
+            snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
+        write_bytes(path, json.dumps(record, indent=1).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read the file.
+
+        Args:
+            path: where.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            CorruptedStoreError: if it is missing or no manifest of this format.
+        """
+        try:
+            record = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise CorruptedStoreError(f"{path.parent} holds no attribution store: {path.name} is missing.") from error
+        except ValueError as error:
+            raise CorruptedStoreError(f"{path} is damaged: {error}.") from error
+        if record.get("format") != FORMAT:
+            raise CorruptedStoreError(
+                f"{path} has the format {record.get('format')!r}, but this version of lightning_attr reads {FORMAT}."
+            )
+        fingerprint = record["fingerprint"]
+        layout = ParameterLayout({name: tuple(shape) for name, shape in fingerprint["layout"].items()})
+        snapshots = []
+        for item in record["snapshots"]:
+            del item["rows"]  # follows from the shards
+            item["shards"] = {int(shard): content for shard, content in item["shards"].items()}
+            snapshots.append(Snapshot(**item))
+        return cls(
+            Fingerprint(**{**fingerprint, "layout": layout.shapes}),
+            record["shard_rows"],
+            record["run"],
+            tuple(snapshots),
+        )
+
+
+def _layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    for name, shape in stored.items():
+        if name not in found:
+            return f"its parameter `{name}` is missing here, or frozen"
+        if found[name] != shape:
+            return f"its parameter `{name}` has the shape {shape}, here {found[name]}"
+    extra = next((name for name in found if name not in stored), None)
+    return f"it has no trainable parameter `{extra}`" if extra is not None else "the order of the parameters differs"

@@ -1,0 +1,82 @@
+"""Gradient similarity at the last snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from lightning_attr.methods.base import AttributionMethod, SnapshotFeatures
+
+__all__ = ["GradCos", "GradDot"]
+
+T = TypeVar("T")
+
+
+class GradDot(AttributionMethod):
+    r"""Inner product of gradients at the last snapshot, :math:`-\nabla\ell_i \cdot \nabla f_j` (Charpiat et al., 2019).
+
+    The first-order change of the target's output under one gradient step on the training sample, for a learning rate of one.
+
+    Example:
+        >>> import torch
+        >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
+        >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
+        >>> GradDot().score([SnapshotFeatures.of(train, {"features": torch.tensor([[2.0, 0.0]])})], scores, self_influence)
+        >>> scores.flatten(), self_influence
+        (tensor([1., 6.]), tensor([ 0.5000, 25.0000]))
+    """
+
+    def select(self, snapshots: Sequence[T]) -> Sequence[T]:
+        """Take the last one.
+
+        Args:
+            snapshots: all, in the order of training.
+
+        Returns:
+            The last.
+        """
+        return snapshots[-1:]
+
+    def score(self, snapshots: Iterable[SnapshotFeatures], scores: Tensor, self_influence: Tensor) -> None:
+        """Multiply the features; see :meth:`AttributionMethod.score`.
+
+        Args:
+            snapshots: the last snapshot.
+            scores: changed in place.
+            self_influence: changed in place.
+        """
+        for snapshot in snapshots:
+            targets = self._scale(snapshot.targets["features"]).to(scores)  # (m, k)
+            for rows, columns in snapshot.blocks():
+                block = slice(rows.start, rows.stop)
+                features = self._scale(columns["features"]).to(scores)  # (b, k)
+                push = self._push(columns["out_to_loss"]).to(scores)  # (b,)
+                scores[block] += push[:, None] * (features @ targets.T)
+                self_influence[block] += push * features.square().sum(1)
+
+    def _scale(self, features: Tensor) -> Tensor:
+        return features
+
+    def _push(self, out_to_loss: Tensor) -> Tensor:
+        return out_to_loss
+
+
+class GradCos(GradDot):
+    r"""Cosine of the gradients at the last snapshot, in [-1, 1]; self-influence is 1 by definition and tells nothing.
+
+    Example:
+        >>> import torch
+        >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
+        >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
+        >>> GradCos().score([SnapshotFeatures.of(train, {"features": torch.tensor([[2.0, 0.0]])})], scores, self_influence)
+        >>> scores.flatten(), self_influence
+        (tensor([1.0000, 0.6000]), tensor([1., 1.]))
+    """
+
+    def _scale(self, features: Tensor) -> Tensor:
+        return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def _push(self, out_to_loss: Tensor) -> Tensor:
+        return out_to_loss.sign()

@@ -1,0 +1,220 @@
+"""Data selection curve: what retraining on samples chosen by attribution gains over samples chosen at random."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_attr.metrics.functional import _check_finite, _check_fraction, _check_vector
+from lightning_attr.metrics.plotting import plot_selection_curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ARMS = ("method", "random", "opposite")
+
+
+class SelectionCurve(NamedTuple):
+    """Result of :func:`data_selection_curve`; float64, in the units of the validation metric.
+
+    Attributes:
+        fractions: Share of the training set kept or removed, `(k,)`, ascending.
+        mean: For each arm, the mean over retrainings, `(k,)`; NaN where the arm was not run.
+        std: For each arm, the standard deviation over retrainings, `(k,)`; NaN with fewer than two.
+        area: Mean advantage of `method` over `random` across the fractions, `()`.
+        area_error: Standard error of `area`, `()`, retrainings taken as independent; NaN if a fraction was run once.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import data_selection_curve
+        >>> curve = data_selection_curve(torch.tensor([0.5]), method=torch.tensor([[3.0]]), random=torch.tensor([[2.0]]))
+        >>> curve.mean["method"], float(curve.area)
+        (tensor([3.], dtype=torch.float64), 1.0)
+    """
+
+    fractions: Tensor
+    mean: dict[str, Tensor]
+    std: dict[str, Tensor]
+    area: Tensor
+    area_error: Tensor
+
+
+def data_selection_curve(
+    fractions: Tensor, method: Tensor, random: Tensor, opposite: Tensor | None = None
+) -> SelectionCurve:
+    """Compare models retrained on samples selected by attribution with models retrained on random samples.
+
+    The area between the curves of `method` and `random` is integrated by the trapezoidal rule and divided by the range
+    of the fractions, so it reads as a mean advantage. It is positive where the method is better, for a metric that is
+    better when higher (accuracy); for a loss pass its negative. After *removal* of the best samples a negative area
+    is the good sign.
+
+    Args:
+        fractions: Share of the training set kept (or removed), `(k,)`, ascending, in (0, 1].
+        method: Validation metric of r retrainings on the samples the method selects, `(r, k)`.
+        random: The same for random samples, `(r', k)`.
+        opposite: The same for samples from the opposite end of the method's order, `(r'', k)`.
+
+    Returns:
+        Means and standard deviations for each arm, the area and its standard error.
+
+    Raises:
+        ValueError: If fractions are not ascending in (0, 1], or an arm is not a finite `(r, k)` matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import data_selection_curve
+        >>> method = torch.tensor([[0.6, 0.8], [0.7, 0.9]])
+        >>> random = torch.tensor([[0.5, 0.7], [0.5, 0.8]])
+        >>> curve = data_selection_curve(torch.tensor([0.1, 0.5]), method, random)
+        >>> round(float(curve.area), 3), round(float(curve.area_error), 3)
+        (0.125, 0.043)
+    """
+    _check_vector("fractions", fractions)
+    if (fractions.diff() <= 0).any() or fractions[0] <= 0 or fractions[-1] > 1:
+        raise ValueError(f"Expected argument `fractions` to be ascending in (0, 1], but got {fractions.tolist()}.")
+    arms = {"method": method, "random": random} | ({} if opposite is None else {"opposite": opposite})
+    for name, values in arms.items():
+        if values.ndim != 2 or values.shape[1] != len(fractions) or len(values) == 0:
+            raise ValueError(
+                f"Expected argument `{name}` to have shape (r, k) with k = {len(fractions)} as in `fractions`,"
+                f" but got {tuple(values.shape)}."
+            )
+        _check_finite(name, values)
+    return _selection_curve(fractions.double(), {name: list(values.double().T) for name, values in arms.items()})
+
+
+class DataSelectionCurve(Metric):
+    """Data selection curve, fed one retraining at a time; the pure function is :func:`data_selection_curve`.
+
+    Arms may have different numbers of retrainings and miss fractions; the area runs over the fractions that `method`
+    and `random` share.
+
+    Args:
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> from lightning_attr.metrics import DataSelectionCurve
+        >>> metric = DataSelectionCurve()
+        >>> for fraction, accuracy, arm in [(0.1, 0.7, "method"), (0.1, 0.5, "random"), (0.5, 0.9, "method")]:
+        ...     metric.update(fraction, accuracy, arm)
+        >>> metric.update(0.5, 0.8, "random")
+        >>> round(float(metric.compute()["area"]), 3)
+        0.15
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    fraction: list[Tensor]
+    value: list[Tensor]
+    arm: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("fraction", "value", "arm"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, fraction: float, value: float | Tensor, arm: str = "method") -> None:
+        """Add the validation metric of one retraining.
+
+        Args:
+            fraction: Share of the training set kept (or removed), in (0, 1].
+            value: Validation metric of the retrained model, a finite scalar, better when higher.
+            arm: `"method"`, `"random"` or `"opposite"`: how the samples were chosen.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        _check_fraction(fraction)
+        if arm not in ARMS:
+            raise ValueError(f"Expected argument `arm` to be one of {list(ARMS)}, but got {arm!r}.")
+        if not math.isfinite(value):
+            raise ValueError(f"Expected argument `value` to be a finite number, but got {value}.")
+        self.fraction.append(torch.tensor([fraction], dtype=torch.float64, device=self.device))
+        self.value.append(torch.tensor([float(value)], dtype=torch.float64, device=self.device))
+        self.arm.append(torch.tensor([ARMS.index(arm)], device=self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the curves as a flat dictionary, ready for a logger.
+
+        Returns:
+            `"fractions"`, each arm's mean under its name and its standard deviation as `"<arm>_std"`, all `(k,)`, and
+            the scalars `"area"` (method minus random, see :class:`SelectionCurve`) and `"area_error"`.
+
+        Raises:
+            ValueError: If `method` and `random` share no fraction.
+        """
+        curve = self._curve()
+        spread = {f"{arm}_std": std for arm, std in curve.std.items()}
+        area = {"area": curve.area, "area_error": curve.area_error}
+        return {"fractions": curve.fractions} | curve.mean | spread | area
+
+    def summary(self) -> SelectionCurve:
+        """Return the curves as the named tuple of :func:`data_selection_curve`, over all processes."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            return self._curve()
+
+    def plot(
+        self, val: SelectionCurve | None = None, ax: Axes | None = None, metric: str = "validation metric"
+    ) -> tuple[Figure, Axes]:
+        """Plot the mean of each arm with a band of one standard deviation.
+
+        Args:
+            val: Result of :meth:`summary`; by default that of the current state.
+            ax: Where to draw; a new figure by default.
+            metric: Name of the validation metric, the label of the vertical axis.
+
+        Returns:
+            The figure and its axes.
+        """
+        return plot_selection_curve(self.summary() if val is None else val, metric=metric, ax=ax)
+
+    def _curve(self) -> SelectionCurve:
+        fraction, value, arm = dim_zero_cat(self.fraction), dim_zero_cat(self.value), dim_zero_cat(self.arm)
+        fractions = torch.unique(fraction)
+        return _selection_curve(
+            fractions,
+            {
+                name: [value[(arm == code) & (fraction == f)] for f in fractions]
+                for code, name in enumerate(ARMS)
+                if (arm == code).any()
+            },
+        )
+
+
+def _selection_curve(fractions: Tensor, arms: dict[str, list[Tensor]]) -> SelectionCurve:
+    # Each arm holds one vector of values for each fraction, empty where the arm was not run.
+    mean = {name: torch.stack([values.mean() for values in runs]) for name, runs in arms.items()}
+    variance = {name: torch.stack([_variance(values) for values in runs]) for name, runs in arms.items()}
+    squared_error = {
+        name: variance[name] / variance[name].new_tensor([len(values) for values in arms[name]]) for name in arms
+    }
+    if not {"method", "random"} <= arms.keys() or (mean["method"] - mean["random"]).isnan().all():
+        raise ValueError("Expected arms `method` and `random` to share at least one fraction, but they share none.")
+    gain = mean["method"] - mean["random"]
+    shared = ~gain.isnan()
+    weights = _trapezoid_weights(fractions[shared])
+    area_variance = weights.square() @ (squared_error["method"] + squared_error["random"])[shared]
+    std = {name: values.sqrt() for name, values in variance.items()}
+    return SelectionCurve(fractions, mean, std, weights @ gain[shared], area_variance.sqrt())
+
+
+def _variance(values: Tensor) -> Tensor:
+    return values.var() if len(values) > 1 else values.new_tensor(torch.nan)
+
+
+def _trapezoid_weights(x: Tensor) -> Tensor:
+    """Return the weights of the trapezoidal rule over ascending `(k,)` points, scaled to add up to 1."""
+    if len(x) == 1:
+        return torch.ones_like(x)
+    gaps = pad(x.diff(), (1, 1))
+    return (gaps[:-1] + gaps[1:]) / (2 * (x[-1] - x[0]))

@@ -1,0 +1,332 @@
+"""Linear datamodeling score (Ilyas et al. 2022, Park et al. 2023): do summed scores predict retrained models?"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_attr.metrics.functional import (
+    _as_mask,
+    _check_finite,
+    _check_matrix,
+    _rank_correlation,
+    score_blocks,
+)
+from lightning_attr.metrics.plotting import new_axes, plot_datamodeling_score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class DatamodelingScore(NamedTuple):
+    """Result of :func:`linear_datamodeling_score`; all tensors float64 on the device of the outputs.
+
+    Attributes:
+        mean: The score, `()`: mean of `per_target` over the targets where it is defined.
+        low: Lower end of the bootstrap interval, `()`; NaN with `bootstrap=0`.
+        high: Upper end of the bootstrap interval, `()`; NaN with `bootstrap=0`.
+        ceiling: What perfect scores would reach given the noise of retraining, `()`; NaN with one seed.
+        per_target: Spearman correlation over the subsets, `(n_target,)`; NaN where undefined.
+        undefined: Number of targets left out because predictions or outputs are constant over the subsets.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import linear_datamodeling_score
+        >>> score = linear_datamodeling_score(torch.eye(4), masks=torch.eye(4), outputs=torch.eye(4), bootstrap=10)
+        >>> float(score.mean), score.undefined
+        (1.0, 0)
+    """
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+    ceiling: Tensor
+    per_target: Tensor
+    undefined: int
+
+
+def linear_datamodeling_score(
+    scores: Tensor,
+    masks: Tensor,
+    outputs: Tensor,
+    bootstrap: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> DatamodelingScore:
+    r"""Rank correlation between summed scores and the outputs of models retrained on random subsets.
+
+    For target j, :math:`\text{LDS}_j = \text{Spearman}_k(\sum_{i \in S_k} \tau_{ij}, \; \bar y_{kj})` over the subsets
+    :math:`S_k`, with outputs averaged over seeds; the score is the mean over targets (Park et al. 2023).
+
+    The interval holds the percentiles of a two-way bootstrap, which resamples subsets and targets together, moved so
+    that the bootstrap's mean falls on the score: repeated subsets lower every rank correlation of a resample.
+
+    The ceiling comes from the reliability of the outputs: the rank correlation between the means of two halves of the
+    seeds, averaged over rotations of the seeds and over targets, and carried to all seeds by the Spearman-Brown
+    formula. Scores that predict the expected output exactly would reach about its square root, and less where targets
+    differ widely in reliability.
+
+    Args:
+        scores: Attribution scores, `(n_train, n_target)`, positive when the sample raises the output. Read in row
+            blocks, so they may be memory-mapped.
+        masks: Training subsets, `(m, n_train)`, bool or 0/1, one row a subset. Subsets should have equal sizes.
+        outputs: Model outputs after retraining on each subset, `(m, n_target)`, or `(s, m, n_target)` for s seeds. For
+            a loss pass its negative, as scores are positive when they help.
+        bootstrap: Number of resamples; 0 skips the interval.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Mean, interval, ceiling, correlations by target and the number of undefined targets.
+
+    Raises:
+        ValueError: If shapes disagree, there are fewer than two subsets, `masks` is not 0/1, `scores` or `outputs` are
+            not finite, or `bootstrap` or `confidence` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import linear_datamodeling_score
+        >>> scores = torch.tensor([[1.0, 0.0], [2.0, 1.0], [4.0, 2.0]])
+        >>> masks = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1]])
+        >>> linear_datamodeling_score(scores, masks, outputs=torch.tensor([[3.0, 1.0], [5.0, 3.0], [6.0, 2.0]])).mean
+        tensor(0.7500, dtype=torch.float64)
+    """
+    _check_bootstrap(bootstrap, confidence)
+    outputs = _with_seeds(scores, masks, outputs)
+    predicted, _ = _subset_sums(scores, _as_mask("masks", masks))
+    return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, confidence, seed)
+
+
+class LinearDatamodelingScore(Metric):
+    """Linear datamodeling score as a metric; the pure function is :func:`linear_datamodeling_score`.
+
+    Several updates append subsets for the same scores. States are the summed scores and the outputs of each subset, so
+    they stay small and are concatenated over processes.
+
+    Args:
+        bootstrap: Number of resamples behind the interval of :meth:`summary`; 0 skips it.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the bootstrap.
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `bootstrap` or `confidence` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import LinearDatamodelingScore
+        >>> metric = LinearDatamodelingScore()
+        >>> scores = torch.tensor([[1.0, 0.0], [2.0, 1.0], [4.0, 2.0]])
+        >>> masks = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1]])
+        >>> metric.update(scores, masks, outputs=torch.tensor([[3.0, 1.0], [5.0, 3.0], [6.0, 2.0]]))
+        >>> metric.compute()
+        tensor(0.7500, dtype=torch.float64)
+        >>> metric.summary().per_target
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+
+    predicted: list[Tensor]
+    outputs: list[Tensor]
+    checksum: list[Tensor]
+
+    def __init__(self, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_bootstrap(bootstrap, confidence)
+        self.bootstrap, self.confidence, self.seed = bootstrap, confidence, seed
+        self.add_state("predicted", default=[], dist_reduce_fx="cat")
+        self.add_state("outputs", default=[], dist_reduce_fx="cat")  # (m, s, n_target): subsets first, to concatenate
+        self.add_state("checksum", default=[], dist_reduce_fx="cat")  # (updates, n_target)
+
+    def update(self, scores: Tensor, masks: Tensor, outputs: Tensor) -> None:
+        """Add subsets and the outputs of the models retrained on them.
+
+        Args:
+            scores: `(n_train, n_target)`; the same in every update.
+            masks: `(m, n_train)`, bool or 0/1, one row a subset.
+            outputs: `(m, n_target)`, or `(s, m, n_target)` for s seeds; the same s in every update.
+
+        Raises:
+            ValueError: If an argument is not as :func:`linear_datamodeling_score` wants it, or the scores or the number
+                of seeds differ from earlier updates.
+        """
+        outputs = _with_seeds(scores, masks, outputs).transpose(0, 1)
+        if self.outputs and self.outputs[0].shape[1:] != outputs.shape[1:]:
+            raise ValueError(
+                "Expected argument `outputs` to have as many seeds and targets as in earlier updates,"
+                f" {tuple(self.outputs[0].shape[1:])}, but got {tuple(outputs.shape[1:])}."
+            )
+        predicted, checksum = _subset_sums(scores, _as_mask("masks", masks))
+        _check_same_scores(torch.cat([*self.checksum, checksum]))
+        self.predicted.append(predicted)
+        self.outputs.append(outputs)
+        self.checksum.append(checksum)
+
+    def compute(self) -> Tensor:
+        """Return the score, a float64 scalar."""
+        return self._score(bootstrap=0).mean
+
+    def summary(self) -> DatamodelingScore:
+        """Return the score with its interval, ceiling and correlations by target, over all processes."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            return self._score(self.bootstrap)
+
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot the correlations by target with mean, interval and ceiling, or given values of the metric.
+
+        Args:
+            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes.
+        """
+        if val is None:
+            return plot_datamodeling_score(self.summary(), ax=ax)
+        fig, ax = new_axes(ax)
+        self._plot(val, ax)
+        return fig, ax
+
+    def _score(self, bootstrap: int) -> DatamodelingScore:
+        _check_same_scores(dim_zero_cat(self.checksum))
+        predicted, outputs = dim_zero_cat(self.predicted), dim_zero_cat(self.outputs).transpose(0, 1)
+        return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, self.confidence, self.seed)
+
+
+def _datamodeling_score(
+    predicted: Tensor, outputs: Tensor, bootstrap: int, confidence: float, seed: int
+) -> DatamodelingScore:
+    """Return the score from predictions `(m, n_target)` and outputs `(s, m, n_target)`."""
+    predicted, measured = predicted.T, outputs.double().mean(0).T  # (n_target, m)
+    per_target = _rank_correlation(predicted, measured)
+    defined = ~per_target.isnan()
+    undefined = int((~defined).sum())
+    if undefined > 0.01 * len(per_target):
+        warnings.warn(
+            f"The correlation of {undefined} of {len(per_target)} targets is undefined, as their scores or outputs are"
+            " constant over the subsets; they are left out of the linear datamodeling score.",
+            stacklevel=3,
+        )
+    mean = per_target.nanmean()
+    low, high = _bootstrap_interval(mean, predicted[defined], measured[defined], bootstrap, confidence, seed)
+    return DatamodelingScore(mean, low, high, _ceiling(outputs.double()), per_target, undefined)
+
+
+def _bootstrap_interval(
+    score: Tensor, predicted: Tensor, measured: Tensor, bootstrap: int, confidence: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the interval around `score`, the mean correlation between `(n_target, m)` rows."""
+    n_target, m = predicted.shape
+    if bootstrap == 0 or n_target == 0:
+        return predicted.new_tensor(torch.nan), predicted.new_tensor(torch.nan)
+    generator = torch.Generator().manual_seed(seed)
+    ranking, other_ranking = _Ranking(predicted), _Ranking(measured)
+    means = []
+    for _ in range(bootstrap):
+        subset_counts = _resample(m, generator).to(predicted)
+        target_counts = _resample(n_target, generator).to(predicted)
+        a, b = ranking.centered_ranks(subset_counts), other_ranking.centered_ranks(subset_counts)
+        norm = ((a.square() @ subset_counts) * (b.square() @ subset_counts)).sqrt()
+        correlation = ((a * b) @ subset_counts) / norm
+        target_counts[correlation.isnan()] = 0  # a resample of few distinct subsets can be constant
+        means.append((correlation.nan_to_num() @ target_counts) / target_counts.sum())
+    tail = (1 - confidence) / 2
+    resampled = torch.stack(means)
+    ends = resampled.nanquantile(predicted.new_tensor([tail, 1 - tail]))
+    low, high = (ends + score - resampled.nanmean()).clamp(-1, 1)
+    return low, high
+
+
+class _Ranking:
+    """Midranks of the rows of `(n_target, m)` values when column k counts `counts[k]` times, after one sort."""
+
+    def __init__(self, values: Tensor) -> None:
+        ordered, self.order = values.contiguous().sort(dim=1)
+        self.smaller = torch.searchsorted(ordered, values.contiguous())
+        self.smaller_or_equal = torch.searchsorted(ordered, values.contiguous(), right=True)
+
+    def centered_ranks(self, counts: Tensor) -> Tensor:
+        """Return the midranks `(n_target, m)` less their mean, the centre of 1 to `counts.sum()`."""
+        passed = pad(counts[self.order].cumsum(1), (1, 0))
+        return (passed.gather(1, self.smaller) + passed.gather(1, self.smaller_or_equal) - counts.sum()) / 2
+
+
+def _resample(n: int, generator: torch.Generator) -> Tensor:
+    """Return how often each of n items is drawn in n draws with replacement."""
+    return torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n)
+
+
+def _ceiling(outputs: Tensor) -> Tensor:
+    """Return the root of the reliability of outputs `(s, m, n_target)` averaged over seeds; NaN with one seed."""
+    n_seeds = len(outputs)
+    half = n_seeds // 2
+    if half == 0:
+        return outputs.new_tensor(torch.nan)
+    correlations = []
+    for shift in range(n_seeds):  # rotations, so that every seed has the same say
+        rotated = outputs.roll(shift, dims=0)
+        correlations.append(_rank_correlation(rotated[:half].mean(0).T, rotated[half : 2 * half].mean(0).T))
+    reliability = torch.stack(correlations).nanmean().clamp(min=0)
+    length = n_seeds / half  # 2 for even numbers of seeds; odd numbers leave one seed out of each split
+    return (length * reliability / (1 + (length - 1) * reliability)).sqrt()
+
+
+def _subset_sums(scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `masks @ scores` `(m, n_target)` and weighted column sums `(1, n_target)`, a checksum, both float64."""
+    sums = torch.zeros(len(masks), scores.shape[1], dtype=torch.float64, device=scores.device)
+    checksum = sums.new_zeros(1, scores.shape[1])
+    weights = torch.linspace(1, 2, len(scores), dtype=torch.float64, device=scores.device)
+    for rows, block in score_blocks(scores):
+        sums += masks[:, rows].to(block) @ block
+        checksum += weights[rows] @ block
+    # Equal sums added in another order differ by rounding; they must tie, or constant scores would rank the subsets.
+    step = (sums.abs().amax(0) * 2**-40).clamp(min=torch.finfo(sums.dtype).tiny)
+    return (sums / step).round() * step, checksum
+
+
+def _with_seeds(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
+    # Outputs as (s, m, n_target), once the three arguments fit together.
+    _check_matrix("scores", scores)
+    _check_matrix("masks", masks)
+    if masks.shape[1] != len(scores):
+        raise ValueError(
+            f"Expected argument `masks` to have shape (m, n_train) with n_train = {len(scores)} as in `scores`,"
+            f" but got {tuple(masks.shape)}."
+        )
+    if len(masks) < 2:
+        raise ValueError(f"Expected argument `masks` to hold at least 2 subsets, but got {len(masks)}.")
+    expected = (len(masks), scores.shape[1])
+    if outputs.ndim not in {2, 3} or outputs.shape[-2:] != expected or outputs.numel() == 0:
+        raise ValueError(
+            f"Expected argument `outputs` to have shape (m, n_target) = {expected} or (s, m, n_target),"
+            f" but got {tuple(outputs.shape)}."
+        )
+    _check_finite("outputs", outputs)
+    return outputs.reshape(-1, *expected)
+
+
+def _check_same_scores(checksum: Tensor) -> None:
+    if ((checksum - checksum[0]).abs() > 1e-6 * checksum[0].abs().max()).any():
+        raise ValueError(
+            "Expected argument `scores` to be the same in every update of LinearDatamodelingScore, but it differs."
+            " Use one metric for each attribution method, or call `reset()`."
+        )
+
+
+def _check_bootstrap(bootstrap: int, confidence: float) -> None:
+    if bootstrap < 0:
+        raise ValueError(f"Expected argument `bootstrap` to be a non-negative integer, but got {bootstrap}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected argument `confidence` to be in (0, 1), but got {confidence}.")

@@ -1,0 +1,386 @@
+"""Pure functions behind the metrics: tensors in, float64 tensors out.
+
+Three families: rank correlation, detection of mislabelled training samples from their self-influence, and figures read
+off a score matrix without retraining. Scores are `(n_train, n_target)` and positive when the training sample helps the
+target. Ties never depend on the order of the samples: ranks are midranks, and counts among the "top k" are expected
+values over a random order of the tied samples. NaN and infinite inputs raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+_BLOCK_ELEMENTS = 2**22  # a float64 row block of a score matrix stays at 32 MiB
+
+
+def midranks(values: Tensor) -> Tensor:
+    """Rank along the last dimension, starting at 1; tied values share the mean of their ranks.
+
+    Args:
+        values: Any real dtype, shape `(..., n)`.
+
+    Returns:
+        float64 ranks, shape `(..., n)`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.functional import midranks
+        >>> midranks(torch.tensor([3.0, 1.0, 3.0]))
+        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+    """
+    values = values.contiguous()
+    ordered = values.sort(dim=-1).values
+    smaller = torch.searchsorted(ordered, values)
+    smaller_or_equal = torch.searchsorted(ordered, values, right=True)
+    return (smaller + smaller_or_equal + 1).double() / 2
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's rank correlation: Pearson's correlation of the midranks.
+
+    Args:
+        a: Shape `(n,)`, any real dtype.
+        b: Shape `(n,)`, any real dtype.
+
+    Returns:
+        float64 scalar in [-1, 1]; NaN when `a` or `b` is constant, where the correlation is undefined.
+
+    Raises:
+        ValueError: If an argument is not a non-empty finite vector, or the lengths differ.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import spearman
+        >>> spearman(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([1.0, 5.0, 3.0]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    _check_vector("a", a)
+    _check_vector("b", b, like=("a", a))
+    return _rank_correlation(a, b)
+
+
+def noisy_label_auroc(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
+    r"""Area under the ROC curve of self-influence as a detector of mislabelled samples.
+
+    The Mann-Whitney statistic with midranks, :math:`(\sum_{i \in \text{noisy}} r_i - n_1 (n_1 + 1) / 2) / (n_1 n_0)`:
+    the chance that a mislabelled sample has a higher value than a clean one, ties counting one half. Constant values
+    give exactly 0.5.
+
+    Args:
+        self_influence: Shape `(n_train,)`; high means suspicious. Training loss or any other suspicion works too.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+
+    Returns:
+        float64 scalar in [0, 1].
+
+    Raises:
+        ValueError: If the values are not a non-empty finite vector, or the mask is not 0/1 of the same length with
+            samples of both kinds.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import noisy_label_auroc
+        >>> noisy_label_auroc(torch.tensor([0.9, 0.2, 0.2, 0.4]), torch.tensor([True, False, True, False]))
+        tensor(0.6250, dtype=torch.float64)
+    """
+    noisy = _check_noise(self_influence, noise_mask)
+    n_noisy, n_clean = noisy.sum(), (~noisy).sum()
+    rank_sum = midranks(self_influence)[noisy].sum()
+    return (rank_sum - n_noisy * (n_noisy + 1) / 2) / (n_noisy * n_clean)
+
+
+def noisy_label_recall(self_influence: Tensor, noise_mask: Tensor, fraction: float = 0.1) -> Tensor:
+    """Share of the mislabelled samples found by inspecting the most self-influential `fraction` of the training set.
+
+    `fraction * n_train` is rounded to the nearest integer, at least 1. Among samples tied at the threshold the value is
+    the expectation over a random order.
+
+    Args:
+        self_influence: Shape `(n_train,)`; high means suspicious.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+        fraction: Share of the training set inspected, in (0, 1].
+
+    Returns:
+        float64 scalar in [0, 1].
+
+    Raises:
+        ValueError: If the values are not a non-empty finite vector, the mask is not 0/1 of the same length with samples
+            of both kinds, or `fraction` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import noisy_label_recall
+        >>> noisy_label_recall(torch.tensor([0.9, 0.2, 0.1, 0.4]), torch.tensor([1, 1, 0, 0]), fraction=0.5)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    noisy = _check_noise(self_influence, noise_mask)
+    return _chance_in_top(self_influence, _top_count(len(noisy), fraction))[noisy].mean()
+
+
+def noisy_label_recall_curve(self_influence: Tensor, noise_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of the mislabelled samples found against the share of the training set inspected, most suspicious first.
+
+    Args:
+        self_influence: Shape `(n_train,)`; high means suspicious.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+
+    Returns:
+        `(inspected, recall)`, both float64 of shape `(n_train + 1,)`, from (0, 0) to (1, 1). Within tied samples the
+        recall is the expectation over a random order, a straight line.
+
+    Raises:
+        ValueError: If the values are not a non-empty finite vector, or the mask is not 0/1 of the same length with
+            samples of both kinds.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import noisy_label_recall_curve
+        >>> inspected, recall = noisy_label_recall_curve(torch.tensor([0.9, 0.1, 0.4]), torch.tensor([1, 1, 0]))
+        >>> recall
+        tensor([0.0000, 0.5000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    noisy = _check_noise(self_influence, noise_mask)
+    ordered, order = self_influence.sort()
+    found = pad(noisy[order].cumsum(0), (1, 0))
+    first, past = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)  # of the tied
+    hits = (found[past] - found[first]).double() / (past - first)
+    recall = pad(hits.flip(0).cumsum(0) / noisy.sum(), (1, 0))
+    return torch.linspace(0, 1, len(recall), dtype=torch.float64, device=recall.device), recall
+
+
+def noisy_label_recall_area(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
+    r"""Area under :func:`noisy_label_recall_curve`, by the trapezoidal rule.
+
+    With a share :math:`\pi` of mislabelled samples it equals :math:`(1 - \pi) \, \text{AUROC} + \pi / 2`: one half for
+    random inspection, at most :math:`1 - \pi / 2`.
+
+    Args:
+        self_influence: Shape `(n_train,)`; high means suspicious.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+
+    Returns:
+        float64 scalar.
+
+    Raises:
+        ValueError: If the values are not a non-empty finite vector, or the mask is not 0/1 of the same length with
+            samples of both kinds.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import noisy_label_recall_area
+        >>> noisy_label_recall_area(torch.tensor([0.9, 0.1, 0.4, 0.2]), torch.tensor([1, 0, 0, 0]))
+        tensor(0.8750, dtype=torch.float64)
+    """
+    inspected, recall = noisy_label_recall_curve(self_influence, noise_mask)
+    return torch.trapezoid(recall, inspected)
+
+
+def share_helpful(scores: Tensor) -> Tensor:
+    """Share of the training samples whose mean score over the targets is positive.
+
+    Args:
+        scores: Shape `(n_train, n_target)`, positive for a proponent; read in row blocks, so it may be memory-mapped.
+
+    Returns:
+        float64 scalar in [0, 1].
+
+    Raises:
+        ValueError: If `scores` is not a non-empty finite matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import share_helpful
+        >>> share_helpful(torch.tensor([[1.0, 2.0], [1.0, -3.0], [0.0, 0.0], [2.0, -1.0]]))
+        tensor(0.5000, dtype=torch.float64)
+    """
+    return (_mean_scores(scores) > 0).double().mean()
+
+
+def share_harmful(scores: Tensor) -> Tensor:
+    """Share of the training samples whose mean score over the targets is negative.
+
+    Args:
+        scores: Shape `(n_train, n_target)`, positive for a proponent; read in row blocks, so it may be memory-mapped.
+
+    Returns:
+        float64 scalar in [0, 1]. With :func:`share_helpful` it adds up to 1 less the share of exact zeros.
+
+    Raises:
+        ValueError: If `scores` is not a non-empty finite matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import share_harmful
+        >>> share_harmful(torch.tensor([[1.0, 2.0], [1.0, -3.0], [0.0, 0.0], [2.0, -1.0]]))
+        tensor(0.2500, dtype=torch.float64)
+    """
+    return (_mean_scores(scores) < 0).double().mean()
+
+
+def effective_proponents(scores: Tensor) -> Tensor:
+    r"""Effective number of proponents of a target: the participation ratio of its positive scores, mean over targets.
+
+    :math:`(\sum_i s_i^+)^2 / \sum_i (s_i^+)^2` with :math:`s^+ = \max(s, 0)`: k when k samples share the credit
+    equally, near 1 when one sample holds nearly all of it, 0 for a target without proponents.
+
+    Args:
+        scores: Shape `(n_train, n_target)`, positive for a proponent; read in row blocks, so it may be memory-mapped.
+
+    Returns:
+        float64 scalar in [0, n_train].
+
+    Raises:
+        ValueError: If `scores` is not a non-empty finite matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import effective_proponents
+        >>> effective_proponents(torch.tensor([[2.0, 1.0], [2.0, 0.0], [-9.0, 0.0]]))
+        tensor(1.5000, dtype=torch.float64)
+    """
+    _check_matrix("scores", scores)
+    total = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
+    squares = total.clone()
+    for _, block in score_blocks(scores):
+        positive = block.clamp(min=0)
+        total += positive.sum(0)
+        squares += positive.square().sum(0)
+    return torch.where(total > 0, total.square() / squares, total).mean()
+
+
+def overlap(self_influence: Tensor, data_value: Tensor, fraction: float = 0.1) -> Tensor:
+    """Share of the most self-influential `fraction` that is also in the `fraction` of lowest data value.
+
+    Near `fraction` when the two orders are unrelated, 1 when they single out the same samples. Samples tied at either
+    threshold count with their chance of inclusion.
+
+    Args:
+        self_influence: Shape `(n_train,)`.
+        data_value: Shape `(n_train,)`, mean score of each training sample over the targets.
+        fraction: In (0, 1]; `fraction * n_train` is rounded to the nearest integer, at least 1.
+
+    Returns:
+        float64 scalar in [0, 1].
+
+    Raises:
+        ValueError: If an argument is not a non-empty finite vector, lengths differ, or `fraction` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import overlap
+        >>> overlap(torch.tensor([9.0, 8.0, 1.0, 1.0]), torch.tensor([-2.0, 3.0, -1.0, 2.0]), fraction=0.5)
+        tensor(0.5000, dtype=torch.float64)
+    """
+    _check_vector("self_influence", self_influence)
+    _check_vector("data_value", data_value, like=("self_influence", self_influence))
+    count = _top_count(len(data_value), fraction)
+    return (_chance_in_top(self_influence, count) * _chance_in_top(-data_value, count)).sum() / count
+
+
+def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Walk a score matrix in float64 row blocks of at most 32 MiB (one row at least).
+
+    Args:
+        scores: Shape `(n_train, n_target)`, any real dtype, possibly memory-mapped.
+
+    Yields:
+        `(rows, block)`: the slice of rows and those rows in float64.
+
+    Raises:
+        ValueError: If `scores` is not a non-empty finite matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.functional import score_blocks
+        >>> [(rows, block.dtype) for rows, block in score_blocks(torch.ones(3, 2))]
+        [(slice(0, 3, None), torch.float64)]
+    """
+    _check_matrix("scores", scores)
+    n_rows = max(1, _BLOCK_ELEMENTS // scores.shape[1])
+    for start in range(0, len(scores), n_rows):
+        rows = slice(start, min(start + n_rows, len(scores)))
+        block = scores[rows].double()
+        _check_finite("scores", block)
+        yield rows, block
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    n_bad = int((~values.isfinite()).sum())
+    if n_bad:
+        raise ValueError(f"Expected argument `{name}` to be finite, but got {n_bad} NaN or infinite values.")
+
+
+def _check_matrix(name: str, values: Tensor) -> None:
+    if values.ndim != 2 or values.numel() == 0:
+        raise ValueError(f"Expected argument `{name}` to be a non-empty matrix, but got shape {tuple(values.shape)}.")
+
+
+def _check_vector(name: str, values: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"Expected argument `{name}` to be a non-empty vector, but got shape {tuple(values.shape)}.")
+    if like is not None and len(values) != len(like[1]):
+        raise ValueError(
+            f"Expected arguments `{like[0]}` and `{name}` to have the same length,"
+            f" but got {len(like[1])} and {len(values)}."
+        )
+    _check_finite(name, values)
+
+
+def _as_mask(name: str, mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"Expected argument `{name}` to be bool or hold only 0 and 1, but got {mask.dtype} values from"
+            f" {mask.min().item()} to {mask.max().item()}. Pass one entry for each training sample, not indices."
+        )
+    return mask.bool()
+
+
+def _check_noise_update(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
+    """Return `noise_mask` as bool on the device of `self_influence`; any batch of samples will do."""
+    _check_vector("self_influence", self_influence)
+    _check_vector("noise_mask", noise_mask, like=("self_influence", self_influence))
+    return _as_mask("noise_mask", noise_mask).to(self_influence.device)
+
+
+def _check_noise(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
+    # Neither recall nor AUROC exists without samples of both kinds.
+    noisy = _check_noise_update(self_influence, noise_mask)
+    if not 0 < int(noisy.sum()) < len(noisy):
+        raise ValueError(
+            "Expected argument `noise_mask` to mark some samples and leave others clean,"
+            f" but got {int(noisy.sum())} marked out of {len(noisy)}."
+        )
+    return noisy
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"Expected argument `fraction` to be in (0, 1], but got {fraction}.")
+
+
+def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return Spearman's correlation along the last dimension, `(...)`; NaN where `a` or `b` is constant."""
+    center = (a.shape[-1] + 1) / 2
+    a, b = midranks(a) - center, midranks(b) - center
+    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+
+
+def _top_count(n: int, fraction: float) -> int:
+    _check_fraction(fraction)
+    return max(1, int(fraction * n + 0.5))
+
+
+def _chance_in_top(values: Tensor, count: int) -> Tensor:
+    """Return the chance `(n,)` of each value to be among the `count` highest when ties are broken at random."""
+    threshold = values.topk(count).values[-1]
+    above, tied = values > threshold, values == threshold
+    return above.double() + tied.double() * (count - above.sum()) / tied.sum()
+
+
+def _mean_scores(scores: Tensor) -> Tensor:
+    """Return the mean score `(n_train,)` of each training sample over the targets."""
+    return torch.cat([block.mean(1) for _, block in score_blocks(scores)])

@@ -1,0 +1,138 @@
+"""Detection of mislabelled training samples from their self-influence, as torchmetrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_attr.metrics.functional import (
+    _check_fraction,
+    _check_noise_update,
+    noisy_label_auroc,
+    noisy_label_recall,
+)
+from lightning_attr.metrics.plotting import new_axes, plot_recall_curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class _NoisyLabelMetric(Metric):
+    """Keeps every sample seen: ranks are not additive, so neither metric is a sum over batches."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    self_influence: list[Tensor]
+    noise_mask: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("self_influence", default=[], dist_reduce_fx="cat")
+        self.add_state("noise_mask", default=[], dist_reduce_fx="cat")
+
+    def update(self, self_influence: Tensor, noise_mask: Tensor) -> None:
+        """Add training samples.
+
+        Args:
+            self_influence: Shape `(n,)`; high means suspicious.
+            noise_mask: Shape `(n,)`, bool or 0/1; True marks a mislabelled sample. A batch may lack either kind.
+
+        Raises:
+            ValueError: If the values are not a non-empty finite vector, or the mask is not 0/1 of the same length.
+        """
+        noisy = _check_noise_update(self_influence, noise_mask)
+        self.self_influence.append(self_influence)
+        self.noise_mask.append(noisy)
+
+
+class NoisyLabelAUROC(_NoisyLabelMetric):
+    """Area under the ROC curve of self-influence as a detector of mislabelled samples.
+
+    The pure function is :func:`~lightning_attr.metrics.noisy_label_auroc`. Several updates add samples.
+
+    Args:
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import NoisyLabelAUROC
+        >>> metric = NoisyLabelAUROC()
+        >>> metric.update(torch.tensor([0.9, 0.2, 0.2, 0.4]), torch.tensor([True, False, True, False]))
+        >>> metric.compute()
+        tensor(0.6250, dtype=torch.float64)
+    """
+
+    def compute(self) -> Tensor:
+        """Return the area, a float64 scalar in [0, 1]; a ValueError if all samples or none are mislabelled."""
+        return noisy_label_auroc(dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask))
+
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot one value, or one for each step.
+
+        Args:
+            val: Result of :meth:`compute`, or a list of them; by default the current value.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes.
+        """
+        fig, ax = new_axes(ax)
+        self._plot(val, ax)
+        return fig, ax
+
+
+class NoisyLabelRecall(_NoisyLabelMetric):
+    """Share of the mislabelled samples found by inspecting the most self-influential `fraction` of the training set.
+
+    The pure function is :func:`~lightning_attr.metrics.noisy_label_recall`. Several updates add samples.
+
+    Args:
+        fraction: Share of the training set inspected, in (0, 1].
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `fraction` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import NoisyLabelRecall
+        >>> metric = NoisyLabelRecall(fraction=0.5)
+        >>> metric.update(torch.tensor([0.9, 0.2, 0.1, 0.4]), torch.tensor([True, True, False, False]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    def __init__(self, fraction: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_fraction(fraction)
+        self.fraction = fraction
+
+    def compute(self) -> Tensor:
+        """Return the recall, a float64 scalar in [0, 1]; a ValueError if all samples or none are mislabelled."""
+        return noisy_label_recall(dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask), self.fraction)
+
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot recall against the share inspected, with random and ideal inspection, or given values of the metric.
+
+        Args:
+            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes.
+        """
+        if val is None:
+            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+                samples = dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask)
+            return plot_recall_curve(*samples, fraction=self.fraction, ax=ax)
+        fig, ax = new_axes(ax)
+        self._plot(val, ax)
+        return fig, ax

@@ -1,0 +1,350 @@
+"""Figures of attribution: curves, score heat map, images with their proponents and opponents.
+
+Figures are made without pyplot, so none stays registered and no display is needed; `fig.savefig(path)` writes one. Blue
+stands for what helps or is found by attribution, red for what hurts, grey for chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_attr.errors import MissingDependencyError
+from lightning_attr.metrics.functional import (
+    _check_matrix,
+    _check_noise_update,
+    _check_vector,
+    noisy_label_recall,
+    noisy_label_recall_curve,
+    score_blocks,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_attr.metrics.data_selection import SelectionCurve
+    from lightning_attr.metrics.datamodeling import DatamodelingScore
+
+BLUE, RED, GREY, BLACK = "#0072B2", "#D55E00", "#7F7F7F", "#222222"  # told apart with any colour vision
+_COLORS = (BLUE, "#E69F00", "#009E73", "#CC79A7", RED)
+
+
+def new_figure(width: float = 4.5, height: float = 3.2) -> Figure:
+    """Return an empty figure outside pyplot, sized in inches.
+
+    Raises:
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            'Plots need matplotlib, which is not installed. Run `pip install "lightning_attr[plot]"`.'
+        ) from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def new_axes(ax: Axes | None) -> tuple[Figure, Axes]:
+    """Return `ax` with its figure, or the axes of a new figure."""
+    if ax is None:
+        fig = new_figure()
+        return fig, fig.subplots()
+    return cast("Figure", ax.get_figure()), ax
+
+
+def plot_recall_curve(
+    self_influence: Tensor | Mapping[str, Tensor],
+    noise_mask: Tensor,
+    fraction: float | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Plot the share of mislabelled samples found against the share inspected, with random and ideal inspection.
+
+    Args:
+        self_influence: Shape `(n_train,)`, high means suspicious; or several such vectors by name, to compare.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+        fraction: Share inspected at which the recall is marked and given in the legend.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_recall_curve
+        >>> fig, ax = plot_recall_curve(torch.tensor([0.9, 0.1, 0.4]), torch.tensor([True, False, False]))
+        >>> ax.get_ylabel()
+        'mislabelled samples found'
+    """
+    curves = self_influence if isinstance(self_influence, Mapping) else {"self-influence": self_influence}
+    fig, ax = new_axes(ax)
+    for i, (name, values) in enumerate(curves.items()):
+        inspected, recall = noisy_label_recall_curve(values, noise_mask)
+        color = _COLORS[i % len(_COLORS)]
+        if fraction is not None:
+            found = float(noisy_label_recall(values, noise_mask, fraction))
+            ax.plot([fraction], [found], "o", color=color)
+            name = f"{name} ({found:.0%} at {fraction:.0%})"
+        ax.plot(inspected.cpu(), recall.cpu(), color=color, label=name)
+    noise_share = float(noise_mask.double().mean())
+    ax.plot([0, noise_share, 1], [0, 1, 1], "--", color=BLACK, linewidth=1, label="ideal")
+    ax.plot([0, 1], [0, 1], ":", color=GREY, label="random")
+    ax.set(xlabel="training samples inspected", ylabel="mislabelled samples found", xlim=(0, 1), ylim=(0, 1.02))
+    _percent_ticks(ax, "x", "y")
+    _legend_above(ax)
+    return fig, ax
+
+
+def plot_selection_curve(
+    curve: SelectionCurve, metric: str = "validation metric", ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plot the validation metric after retraining against the share selected, a band of one sd around each mean.
+
+    Args:
+        curve: Result of :func:`~lightning_attr.metrics.data_selection_curve`.
+        metric: Name of the validation metric, the label of the vertical axis.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import data_selection_curve, plot_selection_curve
+        >>> method, random = torch.tensor([[0.7, 0.9]]), torch.tensor([[0.5, 0.8]])
+        >>> curve = data_selection_curve(torch.tensor([0.1, 0.5]), method, random)
+        >>> fig, ax = plot_selection_curve(curve, metric="accuracy")
+        >>> ax.get_ylabel()
+        'accuracy'
+    """
+    fig, ax = new_axes(ax)
+    for arm, color in {"method": BLUE, "random": GREY, "opposite": RED}.items():
+        if arm not in curve.mean:
+            continue
+        run = ~curve.mean[arm].isnan().cpu()
+        x, mean, std = curve.fractions.cpu()[run], curve.mean[arm].cpu()[run], curve.std[arm].cpu()[run].nan_to_num()
+        ax.plot(x, mean, "o-", color=color, markersize=4, label=arm)
+        ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    ax.set(xlabel="training samples selected", ylabel=metric)
+    if curve.fractions[-1] >= 10 * curve.fractions[0]:  # 1, 2, 5, 10, 20, 50 %: even steps only on a logarithm
+        ax.set_xscale("log")
+    ax.set_xticks(curve.fractions.tolist())
+    ax.minorticks_off()
+    _percent_ticks(ax, "x")
+    _legend_above(ax)
+    return fig, ax
+
+
+def plot_datamodeling_score(score: DatamodelingScore, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot the correlations by target as a histogram, with their mean, its interval and the ceiling.
+
+    Args:
+        score: Result of :func:`~lightning_attr.metrics.linear_datamodeling_score`.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import linear_datamodeling_score, plot_datamodeling_score
+        >>> scores, masks = torch.eye(4), 1 - torch.eye(4)
+        >>> fig, ax = plot_datamodeling_score(linear_datamodeling_score(scores, masks, outputs=masks, bootstrap=0))
+        >>> ax.get_xlabel()
+        'Spearman correlation over subsets'
+    """
+    fig, ax = new_axes(ax)
+    defined = score.per_target[~score.per_target.isnan()].cpu().numpy()
+    ax.hist(defined, bins="auto", range=(min(0.0, defined.min(initial=0)), 1), color=BLUE, alpha=0.35)
+    low, high = float(score.low), float(score.high)
+    interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+    ax.axvline(float(score.mean), color=BLUE, label=f"mean {float(score.mean):.3f}{interval}")
+    if interval:
+        ax.axvspan(low, high, color=BLUE, alpha=0.25, linewidth=0)
+    if not score.ceiling.isnan():
+        ax.axvline(float(score.ceiling), linestyle="--", color=BLACK, label=f"ceiling {float(score.ceiling):.3f}")
+    ax.set(xlabel="Spearman correlation over subsets", ylabel="targets")
+    _legend_above(ax)
+    return fig, ax
+
+
+def plot_score_heatmap(scores: Tensor, max_cells: int = 300, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot scores as a heat map, blue where the training sample helps the target and red where it hurts.
+
+    Larger matrices are averaged in blocks. Colours are centred at 0 and saturate at the 99th percentile of the cells'
+    magnitude. Blocks show best when rows and columns are sorted by class.
+
+    Args:
+        scores: Shape `(n_train, n_target)`; read in row blocks, so it may be memory-mapped.
+        max_cells: Largest number of cells along each side.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If `scores` is not a non-empty finite matrix.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_score_heatmap
+        >>> fig, ax = plot_score_heatmap(torch.eye(3))
+        >>> ax.get_ylabel()
+        'training sample'
+    """
+    _check_matrix("scores", scores)
+    n_train, n_target = scores.shape
+    cells = _block_means(scores, max_cells).cpu()
+    limit = float(cells.abs().flatten().quantile(0.99)) or float(cells.abs().max()) or 1.0
+    fig, ax = new_axes(ax)
+    image = ax.imshow(
+        cells.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, extent=(0, n_target, n_train, 0), aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+    block = f"{n_train / len(cells):.0f} x {n_target / cells.shape[1]:.0f}"
+    label = "score" if cells.shape == scores.shape else f"score, mean over blocks of {block}"
+    fig.colorbar(image, ax=ax, extend="both", label=label)
+    ax.set(xlabel="target", ylabel="training sample")
+    return fig, ax
+
+
+def plot_self_influence(
+    self_influence: Tensor, noise_mask: Tensor | None = None, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plot the distribution of self-influence, mislabelled samples apart when a mask is given.
+
+    The axis is logarithmic when all values are positive, and otherwise ends at the 1st and 99th percentile, where the
+    outermost bars hold what lies beyond. Each group's bars add up to 100 %.
+
+    Args:
+        self_influence: Shape `(n_train,)`.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If the values are not a non-empty finite vector, or the mask is not 0/1 of the same length.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_self_influence
+        >>> fig, ax = plot_self_influence(torch.tensor([0.9, 0.1, 0.4]), torch.tensor([True, False, False]))
+        >>> ax.get_xlabel()
+        'self-influence'
+    """
+    _check_vector("self_influence", self_influence)
+    groups = {"all samples": (torch.ones_like(self_influence, dtype=torch.bool), BLUE)}
+    if noise_mask is not None:
+        noisy = _check_noise_update(self_influence, noise_mask)
+        groups = {"clean": (~noisy, BLUE), "mislabelled": (noisy, RED)}
+    values = self_influence.detach().double().cpu().numpy()
+    positive = values.min() > 0 and values.max() > values.min()
+    low, high = (values.min(), values.max()) if positive else np.quantile(values, [0.01, 0.99])
+    bins = np.geomspace(low, high, 41) if positive else np.linspace(low, high if high > low else low + 1, 41)
+    fig, ax = new_axes(ax)
+    for name, (member, color) in groups.items():
+        group = values[member.cpu().numpy()].clip(bins[0], bins[-1])
+        weights = np.full(len(group), 1 / max(1, len(group)))
+        ax.hist(group, bins=bins.tolist(), weights=weights, color=color, alpha=0.55, label=f"{name} ({len(group):,})")
+    ax.set(xlabel="self-influence", ylabel="share of each group", xscale="log" if positive else "linear")
+    _percent_ticks(ax, "y")
+    _legend_above(ax)
+    return fig, ax
+
+
+def plot_image_grid(
+    rows: Sequence[Sequence[tuple[Tensor, str]]], opponents: int = 0, ax: np.ndarray | None = None
+) -> tuple[Figure, np.ndarray]:
+    """Plot target images, each in a row with its proponents and opponents.
+
+    Args:
+        rows: One row a target: `(image, caption)` of the target, of its proponents, then of its opponents. Images are
+            `(H, W)`, `(1, H, W)`, `(3, H, W)` or `(H, W, 3)`; values outside [0, 1] are rescaled image by image.
+        opponents: How many images at the end of each row are opponents.
+        ax: Array of axes `(len(rows), len(rows[0]))` to draw into; a new figure by default.
+
+    Returns:
+        The figure and its axes, an array of shape `(len(rows), len(rows[0]))`.
+
+    Raises:
+        ValueError: If rows differ in length, an image has another shape, or `ax` or `opponents` does not fit the rows.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_image_grid
+        >>> fig, axes = plot_image_grid([[(torch.rand(8, 8), "7"), (torch.rand(8, 8), "7: +0.31")]])
+        >>> axes.shape
+        (1, 2)
+    """
+    n_columns = len(rows[0]) if rows else 0
+    if n_columns == 0 or any(len(row) != n_columns for row in rows):
+        raise ValueError(
+            f"Expected argument `rows` to hold rows of one length, but got lengths {[len(row) for row in rows]}."
+        )
+    if not 0 <= opponents < n_columns:
+        raise ValueError(f"Expected argument `opponents` to be in [0, {n_columns}), but got {opponents}.")
+    if ax is None:
+        fig = new_figure(width=1.05 * n_columns, height=1.22 * len(rows) + 0.3)
+        ax = fig.subplots(len(rows), n_columns, squeeze=False)
+    elif ax.shape != (len(rows), n_columns):
+        raise ValueError(f"Expected argument `ax` to have shape {(len(rows), n_columns)}, but got {ax.shape}.")
+    kinds = ["target"] + ["proponents"] * (n_columns - 1 - opponents) + ["opponents"] * opponents
+    colors = {"target": BLACK, "proponents": BLUE, "opponents": RED}
+    for row, row_axes in zip(rows, ax, strict=True):
+        for (image, caption), kind, cell in zip(row, kinds, row_axes, strict=True):
+            cell.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1)
+            cell.set(xticks=[], yticks=[])
+            cell.set_xlabel(caption, fontsize=8, labelpad=3)
+            for spine in cell.spines.values():
+                spine.set(color=colors[kind], linewidth=2)
+    for kind, color in colors.items():
+        if kind in kinds:
+            ax[0, kinds.index(kind)].set_title(kind, loc="left", fontsize=9, color=color)
+    return cast("Figure", ax[0, 0].get_figure()), ax
+
+
+def _displayable(image: Tensor) -> np.ndarray:
+    # Floats in [0, 1], (H, W) or (H, W, 3).
+    if image.ndim == 3 and image.shape[0] in {1, 3}:
+        image = image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0)
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(
+            f"Expected images of shape (H, W), (1, H, W), (3, H, W) or (H, W, 3), but got {tuple(image.shape)}."
+        )
+    pixels = image.detach().cpu().double() / (255 if image.dtype == torch.uint8 else 1)
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > 1:
+        pixels = (pixels - low) / (high - low or 1)
+    return pixels.numpy()
+
+
+def _block_means(scores: Tensor, max_cells: int) -> Tensor:
+    """Return scores averaged over blocks to at most `max_cells` rows and columns, float64."""
+    row_bin, column_bin = (
+        torch.arange(n, device=scores.device) * min(n, max_cells) // n for n in scores.shape
+    )  # bins of nearly equal size, in order
+    sums = torch.zeros(int(row_bin[-1]) + 1, scores.shape[1], dtype=torch.float64, device=scores.device)
+    for rows, block in score_blocks(scores):
+        sums.index_add_(0, row_bin[rows], block)
+    cells = sums.new_zeros(len(sums), int(column_bin[-1]) + 1).index_add_(1, column_bin, sums)
+    return cells / row_bin.bincount().unsqueeze(1) / column_bin.bincount()
+
+
+def _percent_ticks(ax: Axes, *axes: str) -> None:
+    for axis in axes:
+        getattr(ax, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:.3g}" if value < 0 else f"{value:.0%}")
+
+
+def _legend_above(ax: Axes) -> None:
+    """A legend outside the axes covers no data."""
+    n_entries = len(ax.get_legend_handles_labels()[0])
+    n_columns = 3 if n_entries == 3 else 2
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=n_columns, frameon=False, fontsize=8, borderaxespad=0.2)

@@ -1,0 +1,252 @@
+"""The predict step that attributes: Lightning's predict loop featurizes what the store misses and the targets, then scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_attr.checkpoints import load_weights, weights_of
+from lightning_attr.featurizer import PROBE_SIZE, Featurizer, plan
+from lightning_attr.gradients import GradientPlan
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.loader import DataSource, OrderedLoader
+from lightning_attr.manifest import Fingerprint, Snapshot
+from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.result import AttributionResult
+from lightning_attr.scores import ScoreMatrix, zeros
+from lightning_attr.shards import RowTable, ShardWriter
+from lightning_attr.store import FeatureStore
+
+__all__ = ["AttributionStep", "to_device"]
+
+
+def to_device(
+    batch: Any,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    device: torch.device,
+) -> Any:
+    """Move a batch to the device through the transfer hooks of the user's datamodule or module, as training does.
+
+    Args:
+        batch: what the loader yields.
+        module: the user's module.
+        datamodule: the user's datamodule, if any; a hook that it overrides wins.
+        device: where to.
+
+    Returns:
+        The batch on the device.
+
+    Example:
+        >>> to_device((torch.ones(1),), L.LightningModule(), None, torch.device("cpu"))
+        (tensor([1.]),)
+    """
+
+    def owner(hook: str) -> Any:
+        own = datamodule is not None and is_overridden(hook, datamodule, L.LightningDataModule)
+        return datamodule if own else module
+
+    batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+    batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
+    return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+
+
+class AttributionStep(L.LightningModule):
+    """Stands in for the user's module during one predict run; all processes of the strategy run it.
+
+    Args:
+        module: the user's module.
+        datamodule: the user's datamodule, for its transfer hooks.
+        method: what scores.
+        train: the training data.
+        targets: the target data; None for the training data.
+        store_path: where the store is, or is to be.
+        fingerprint: of data, module and method.
+        noise_mask: samples known to be mislabelled.
+        folder: for a result that has to travel between processes.
+    """
+
+    def __init__(
+        self,
+        module: L.LightningModule,
+        datamodule: L.LightningDataModule | None,
+        method: AttributionMethod,
+        train: DataSource,
+        targets: DataSource | None,
+        store_path: Path,
+        fingerprint: Fingerprint,
+        noise_mask: Tensor | None,
+        folder: Path,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.layout = ParameterLayout.of(module)
+        self.datamodule = datamodule
+        self.method = method
+        self.train_data = train
+        self.target_data = targets
+        self.store_path = store_path
+        self.fingerprint = fingerprint
+        self.noise_mask = noise_mask
+        self.folder = folder
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.result: AttributionResult | None = None
+
+    # What is to be done --------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Open the store, or make one of the current weights; the process group is up by now."""
+        strategy = self.trainer.strategy
+        self.store_path, self.folder = strategy.broadcast((self.store_path, self.folder))
+        self.share = (self.trainer.global_rank, self.trainer.world_size)
+        if self.trainer.is_global_zero:
+            self._prepare_store()
+        strategy.barrier("attribution store")
+        self.store = FeatureStore.open(self.store_path, writer=self.trainer.is_global_zero)
+        self.store.check(self.fingerprint)
+        self.used: Sequence[Snapshot] = self.method.select(self.store.snapshots)
+        self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
+
+    def _prepare_store(self) -> None:
+        if not FeatureStore.exists(self.store_path):
+            store = FeatureStore.create(self.store_path, self.fingerprint, batch_size=self.train_data.batch_size)
+            step, epoch = self.trainer.global_step, max(0, self.trainer.current_epoch - 1)
+            store.add_snapshot("current", weights_of(self.module), epoch=epoch, global_step=step, learning_rate=1.0)
+        store = FeatureStore.open(self.store_path)
+        for snapshot in store.snapshots:
+            store.adopt(snapshot.key)
+
+    @property
+    def target_rows(self) -> range:
+        """Rows of the target data set."""
+        return range(len(self.target_data or self.train_data))
+
+    def predict_dataloader(self) -> _Jobs:
+        """List this process's share of the work, snapshot after snapshot: missing training rows, then targets."""
+        rank, world = self.share
+        jobs = []
+        for snapshot in self.used:
+            shards = self.store.missing(snapshot.key)[rank::world]
+            batches = list(chain.from_iterable(self.train_data.batches(self.store.rows(shard)) for shard in shards))
+            jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
+            source = self.target_data or self.train_data
+            jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
+        return _Jobs(jobs)
+
+    def _own_targets(self) -> Sequence[int]:
+        rank, world = self.share
+        # A loader without batches would leave this process out of the run: it repeats a row that is another's.
+        return self.target_rows[rank::world] or self.target_rows[:1]
+
+    # The run ------------------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Leave the batch alone: its hooks run in :meth:`transfer_batch_to_device`."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move the user's batch by the user's hooks; key and rows stay."""
+        key, train, rows, inner = batch
+        return key, train, rows, to_device(inner, self.module, self.datamodule, device)
+
+    def on_predict_start(self) -> None:
+        """Check the module on a few samples."""
+        self.plan = self._plan()
+        self.current: str | None = None
+
+    def _plan(self) -> GradientPlan:
+        rows, batch = self.train_data.first(PROBE_SIZE)
+        batch = to_device(batch, self.module, self.datamodule, self.device)
+        return plan(self.module, batch, len(rows))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Featurize a batch at its snapshot."""
+        key, train, rows, inner = batch
+        if key != self.current:
+            self._load(key)
+        columns = self.featurizer(inner, rows)
+        (self.writer if train else self.tables[key]).add(rows, columns)
+        return len(rows)
+
+    def _load(self, key: str) -> None:
+        load_weights(self.module, self.store.weights(key))
+        projector, snapshot = self.method.projector, self.store.snapshot(key)
+        projection = projector.bind(self.layout, snapshot.projection)
+        self.featurizer = Featurizer(self.module, self.plan, projection)
+        self.writer = ShardWriter(self.store, key)
+        self.current = key
+
+    def on_predict_end(self) -> None:
+        """Score, once every process has featurized its share."""
+        self.trainer.strategy.barrier("attribution features")
+        if self.store.writer:
+            for snapshot in self.used:
+                self.store.adopt(snapshot.key)
+        self.trainer.strategy.barrier("attribution manifest")
+        self.store.reload()
+        self.result = self._score()
+        if self.trainer.is_global_zero and self.trainer.strategy.launcher is not None:
+            self.result.save(self.folder)
+        self.trainer.strategy.barrier("attribution result")
+
+    def _score(self) -> AttributionResult:
+        rank, world = self.share
+        n, m = len(self.train_data), len(self.target_rows)
+        own = range(self.store.manifest.num_shards)[rank::world]
+        scores, self_influence = zeros(n, m, lambda: self.folder), torch.zeros(n)
+        self.method.score((self._features(snapshot, own) for snapshot in self.used), scores, self_influence)
+        last = self.used[-1].key
+        columns = next(self.store.blocks(last, [0]))[1]
+        provenance = {**self.method.config, "snapshots": [snapshot.key for snapshot in self.used]}
+        return AttributionResult(
+            ScoreMatrix(self._sum(scores), provenance=provenance),
+            self._sum(self_influence),
+            loss=self.store.column(last, "loss").float(),
+            labels=self.store.column(last, "label") if "label" in columns else None,
+            noise_mask=self.noise_mask,
+        )
+
+    def _features(self, snapshot: Snapshot, own: Sequence[int]) -> SnapshotFeatures:
+        rank, world = self.share
+        mine = torch.zeros(len(self.target_rows), dtype=torch.bool)
+        mine[rank::world] = True
+        columns = {
+            name: self._sum(values.masked_fill(~mine.view(-1, *[1] * (values.ndim - 1)), 0))
+            for name, values in self.tables[snapshot.key].columns.items()
+        }
+        return SnapshotFeatures(
+            blocks=lambda: self.store.blocks(snapshot.key, own),
+            targets=columns,
+            learning_rate=snapshot.learning_rate,
+            reduce=self._sum,
+        )
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over the processes."""
+        if self.share[1] == 1:
+            return tensor
+        on_device = tensor.to(self.trainer.strategy.root_device)
+        torch.distributed.all_reduce(on_device)
+        return on_device.to(tensor.device)
+
+
+class _Jobs:
+    """All batches of a process, one after the other, each with its snapshot and whether its rows are training rows."""
+
+    def __init__(self, jobs: Sequence[tuple[str, bool, OrderedLoader]]) -> None:
+        self.jobs = jobs
+
+    def __len__(self) -> int:
+        return sum(len(loader) for _, _, loader in self.jobs)
+
+    def __iter__(self) -> Iterator[tuple[str, bool, list[int], Any]]:
+        for key, train, loader in self.jobs:
+            for rows, batch in loader:
+                yield key, train, rows, batch

@@ -1,0 +1,47 @@
+"""Random projections of per-sample gradients."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_attr.projectors.base import IdentityProjector, Projection, Projector
+from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
+from lightning_attr.projectors.kronecker import KroneckerProjector
+
+__all__ = [
+    "GaussianProjector",
+    "IdentityProjector",
+    "KroneckerProjector",
+    "Projection",
+    "Projector",
+    "RademacherProjector",
+    "projector_from_config",
+]
+
+_KINDS: dict[str, type[Projector]] = {
+    cls.kind: cls for cls in (GaussianProjector, IdentityProjector, KroneckerProjector, RademacherProjector)
+}
+
+
+def projector_from_config(config: Mapping[str, Any]) -> Projector:
+    """Make the projector that a store records.
+
+    Args:
+        config: a projector's ``config``.
+
+    Returns:
+        An equal projector.
+
+    Raises:
+        ValueError: if it is none of this package's.
+
+    Example:
+        >>> projector_from_config(KroneckerProjector(64, seed=3).config).seed
+        3
+    """
+    arguments = {name: value for name, value in config.items() if name != "kind"}
+    if config["kind"] not in _KINDS:
+        raise ValueError(
+            f"Expected a projector among {sorted(_KINDS)}, but the store was written with {config['kind']!r}. Pass "
+            "`method` with that projector."
+        )
+    return _KINDS[config["kind"]](**arguments)

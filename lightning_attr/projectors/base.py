@@ -1,0 +1,142 @@
+r"""Random projections of per-sample gradients, :math:`\phi = P \nabla f` with :math:`E\langle Px, Py\rangle = \langle x, y\rangle`.
+
+A :class:`Projector` says which family and how many dimensions; bound to a layout and a snapshot it is a
+:class:`Projection`, one linear map that is the same for training and target rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_attr.gradients.factored import ParameterGradient, materialise
+from lightning_attr.layout import ParameterLayout
+
+__all__ = ["IdentityProjector", "Projection", "Projector"]
+
+
+class Projection(ABC):
+    """The linear map of one snapshot: gradients of a batch of ``b`` samples to features ``(b, dim)``.
+
+    Args:
+        dim: number of features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    @abstractmethod
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        """Add the projection of one parameter's gradients.
+
+        Args:
+            features: ``(b, dim)``, float32 or float64, changed in place.
+            name: the parameter.
+            gradient: its per-sample gradients, ``(b, *shape)`` or factored.
+        """
+
+
+class Projector(ABC):
+    """A family of projections.
+
+    Args:
+        proj_dim: projection dimension, at most this many features a sample.
+        seed: projections of equal seed, layout and snapshot are equal everywhere.
+
+    Raises:
+        ValueError: if ``proj_dim`` is not a positive integer.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, proj_dim: int = 2048, seed: int = 0) -> None:
+        if proj_dim < 1:
+            raise ValueError(f"Expected argument `proj_dim` to be a positive integer, but got {proj_dim}.")
+        self.proj_dim = proj_dim
+        self.seed = seed
+
+    @abstractmethod
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Draw the projection of a snapshot.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the snapshot; each has a projection of its own.
+
+        Returns:
+            The linear map.
+        """
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a store records of the projector: kind and arguments."""
+        return {"kind": self.kind, "proj_dim": self.proj_dim, "seed": self.seed}
+
+
+class IdentityProjector(Projector):
+    """No projection: the features are the flattened gradients. For small models and tests.
+
+    Example:
+        >>> import torch
+        >>> projection = IdentityProjector().bind(ParameterLayout({"a": (1, 2), "b": (2,)}), "final")
+        >>> features = torch.zeros(1, projection.dim)
+        >>> projection.accumulate(features, "b", torch.tensor([[3.0, 4.0]]))
+        >>> features
+        tensor([[0., 0., 3., 4.]])
+    """
+
+    kind = "identity"
+
+    def __init__(self) -> None:
+        super().__init__(proj_dim=1)
+
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Give every parameter its interval of the flattened gradient.
+
+        Args:
+            layout: the parameters.
+            snapshot: not used; the identity is the same for all.
+
+        Returns:
+            The identity map.
+        """
+        return _Flattening(layout)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Only the kind: nothing else matters."""
+        return {"kind": self.kind}
+
+
+class _Flattening(Projection):
+    def __init__(self, layout: ParameterLayout) -> None:
+        super().__init__(layout.numel)
+        self.layout = layout
+        self.slots = flat_slots(layout)
+
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        features[:, self.slots[name]] += materialise(gradient, self.layout.shapes[name]).flatten(1)
+
+
+def flat_slots(layout: ParameterLayout) -> dict[str, slice]:
+    """Give each parameter its interval of the flattened gradient.
+
+    Args:
+        layout: the parameters.
+
+    Returns:
+        Parameter name -> interval.
+
+    Example:
+        >>> flat_slots(ParameterLayout({"a": (1, 2), "b": (2,)}))
+        {'a': slice(0, 2, None), 'b': slice(2, 4, None)}
+    """
+    slots, start = {}, 0
+    for name, shape in layout.shapes.items():
+        stop = start + torch.Size(shape).numel()
+        slots[name] = slice(start, stop)
+        start = stop
+    return slots

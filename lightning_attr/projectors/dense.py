@@ -1,0 +1,99 @@
+"""Dense random projections of the flattened gradient, in tiles of fixed position, so that chunking changes nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+
+from torch import Tensor
+
+from lightning_attr.gradients.factored import ParameterGradient, materialise
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.projectors.base import Projection, Projector
+from lightning_attr.randomness import gaussian, rademacher
+
+__all__ = ["GaussianProjector", "RademacherProjector"]
+
+_TILE = 4096
+"""Parameters a tile; each tile of each parameter has a key of its own."""
+
+
+class RademacherProjector(Projector):
+    r"""Entries :math:`\pm 1/\sqrt{k}` (Achlioptas, 2003): bit-identical on every machine.
+
+    Args:
+        proj_dim: projection dimension ``k``.
+        seed: projections of equal seed, layout and snapshot are equal everywhere.
+        cache_bytes: tiles are kept in memory up to this size and drawn again for every batch beyond it.
+
+    Example:
+        >>> import torch
+        >>> projection = RademacherProjector(proj_dim=64).bind(ParameterLayout({"w": (3,)}), "final")
+        >>> features = torch.zeros(1, 64)
+        >>> projection.accumulate(features, "w", torch.tensor([[1.0, 0.0, 0.0]]))
+        >>> features.square().sum()
+        tensor(1.)
+    """
+
+    kind: ClassVar[str] = "rademacher"
+
+    def __init__(self, proj_dim: int = 2048, seed: int = 0, cache_bytes: int = 2**29) -> None:
+        super().__init__(proj_dim, seed)
+        self.cache_bytes = cache_bytes
+
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Prepare the projection of a snapshot; its tiles are drawn when they are first used.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the snapshot.
+
+        Returns:
+            The linear map.
+        """
+        return _DenseProjection(layout, self.proj_dim, self.kind, (self.seed, snapshot), self.cache_bytes)
+
+
+class GaussianProjector(RademacherProjector):
+    r"""Entries :math:`N(0, 1/k)`.
+
+    Args:
+        proj_dim: projection dimension ``k``.
+        seed: as in :class:`RademacherProjector`.
+        cache_bytes: as in :class:`RademacherProjector`.
+
+    Example:
+        >>> GaussianProjector(proj_dim=8).bind(ParameterLayout({"w": (3,)}), "final").dim
+        8
+    """
+
+    kind: ClassVar[str] = "gaussian"
+
+
+class _DenseProjection(Projection):
+    def __init__(
+        self, layout: ParameterLayout, proj_dim: int, kind: str, key: tuple[object, ...], cache_bytes: int
+    ) -> None:
+        super().__init__(proj_dim)
+        self.layout = layout
+        self.draw = rademacher if kind == "rademacher" else gaussian
+        self.key = key
+        self.cache_bytes = cache_bytes
+        self.cache: dict[tuple[str, int], Tensor] = {}
+
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        rows = materialise(gradient, self.layout.shapes[name]).flatten(1).to(features.dtype)  # (b, size)
+        scale = 1 / math.sqrt(self.dim)
+        for start in range(0, rows.shape[1], _TILE):
+            part = rows[:, start : start + _TILE]
+            features.addmm_(part, self._tile(name, start, part), alpha=scale)
+
+    def _tile(self, name: str, start: int, part: Tensor) -> Tensor:
+        tile = self.cache.get((name, start))
+        if tile is None:
+            tile = self.draw((part.shape[1], self.dim), *self.key, name, start).to(part.device)
+            if tile.nbytes <= self.cache_bytes:
+                self.cache[name, start] = tile
+                self.cache_bytes -= tile.nbytes
+        return tile.to(part.dtype)

@@ -1,0 +1,175 @@
+r"""Kronecker-factored projection of each layer, :math:`P_o G P_i^\top`, without forming the gradient :math:`G`.
+
+Choe et al. (2024), LoGra, section 3.1. With random signs as entries it is unbiased for inner products, and its cost is that
+of projecting the layer's activations and output gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.projectors.base import Projection, Projector
+from lightning_attr.randomness import rademacher
+
+__all__ = ["KroneckerProjector"]
+
+
+class KroneckerProjector(Projector):
+    """Projects each weight matrix from both sides to at most ``side x side``, and each vector to at most ``side``.
+
+    The side is the same for all parameters, the largest with which all of them fit into ``proj_dim``. A bias counts as the
+    last column of its weight. A dimension that is not larger than the side is kept as it is, so that with
+    ``proj_dim >= number of parameters`` nothing is lost.
+
+    Example:
+        >>> from torch import nn
+        >>> layout = ParameterLayout.of(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
+        >>> KroneckerProjector(proj_dim=500).bind(layout, "final").dim  # 17 x 17 and 10 x 17
+        459
+    """
+
+    kind = "kronecker"
+
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Choose the side and draw both projections of every block.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the snapshot.
+
+        Returns:
+            The linear map.
+
+        Raises:
+            ValueError: if the parameters are more than the features.
+        """
+        blocks = _blocks(layout)
+        if len(blocks) > self.proj_dim:
+            raise ValueError(
+                f"Expected argument `proj_dim` to be at least {len(blocks)}, one for each weight of the module, but got "
+                f"{self.proj_dim}. Raise it, or freeze parameters that should not be attributed."
+            )
+        largest = max(max(block.rows, block.columns) for block in blocks)
+        low, high = 1, largest  # bisection: the total grows with the side
+        while low < high:
+            side = (low + high + 1) // 2
+            low, high = (side, high) if _total(blocks, side) <= self.proj_dim else (low, side - 1)
+        return _KroneckerProjection(blocks, low, (self.seed, snapshot))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A weight seen as a matrix, with its bias as last column if it has one; a vector has one column."""
+
+    weight: str
+    bias: str | None
+    rows: int
+    columns: int
+
+    def size(self, side: int) -> int:
+        return min(side, self.rows) * min(side, self.columns)
+
+
+def _blocks(layout: ParameterLayout) -> list[_Block]:
+    blocks, merged = [], set()
+    for name, shape in layout.shapes.items():
+        if name in merged:
+            continue
+        rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
+        bias = f"{name.removesuffix('weight')}bias" if name.endswith("weight") and len(shape) > 1 else None
+        if bias is not None and layout.shapes.get(bias) == (rows,):
+            merged.add(bias)
+            blocks.append(_Block(name, bias, rows, columns + 1))
+        else:
+            blocks.append(_Block(name, None, rows, columns))
+    return blocks
+
+
+def _total(blocks: list[_Block], side: int) -> int:
+    return sum(block.size(side) for block in blocks)
+
+
+class _KroneckerProjection(Projection):
+    def __init__(self, blocks: list[_Block], side: int, key: tuple[object, ...]) -> None:
+        super().__init__(_total(blocks, side))
+        self.maps: dict[str, _TwoSided | _LastColumn] = {}
+        start = 0
+        for block in blocks:
+            stop = start + block.size(side)
+            left = _side(side, block.rows, (*key, block.weight, "rows"))
+            right = _side(side, block.columns, (*key, block.weight, "columns"))
+            two_sided = _TwoSided(slice(start, stop), block, left, right)
+            self.maps[block.weight] = two_sided
+            if block.bias is not None:
+                self.maps[block.bias] = _LastColumn(two_sided)
+            start = stop
+
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        self.maps[name].accumulate(features, gradient)
+
+
+def _side(side: int, size: int, key: tuple[object, ...]) -> Tensor | None:
+    """Draw one side's projection, ``(side, size)``; None for the identity where there is nothing to reduce."""
+    if size <= side:
+        return None
+    return rademacher((side, size), *key).to(torch.float32) / math.sqrt(side)
+
+
+class _TwoSided:
+    """The map of a block's weight."""
+
+    def __init__(self, slot: slice, block: _Block, left: Tensor | None, right: Tensor | None) -> None:
+        self.slot = slot
+        self.block = block
+        self.left = left
+        self.right = right
+
+    def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
+        left, right = self.on(features)
+        columns = self.block.columns - (self.block.bias is not None)
+        right = right if right is None else right[:, :columns]
+        if isinstance(gradient, FactoredGradient):
+            projected = gradient.project(left, right)  # (b, k_rows, k_columns)
+        else:
+            projected = gradient.reshape(-1, self.block.rows, columns)
+            projected = projected if left is None else left @ projected
+            projected = projected if right is None else projected @ right.T
+        self.view(features)[:, :, : projected.shape[2]] += projected
+
+    def on(self, features: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both sides on the device and in the dtype of the features; moved once, then kept."""
+        for name in ("left", "right"):
+            side = getattr(self, name)
+            if side is not None and (side.device != features.device or side.dtype != features.dtype):
+                setattr(self, name, side.to(features))
+        return self.left, self.right
+
+    def view(self, features: Tensor) -> Tensor:
+        """The block's features as matrices, ``(b, k_rows, k_columns)``."""
+        rows = self.block.rows if self.left is None else self.left.shape[0]
+        return features[:, self.slot].unflatten(1, (rows, -1))
+
+
+class _LastColumn:
+    """The map of a bias: the last column of its weight."""
+
+    def __init__(self, weight: _TwoSided) -> None:
+        self.weight = weight
+
+    def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
+        left, right = self.weight.on(features)
+        if isinstance(gradient, FactoredGradient):
+            gradient = gradient.materialise()
+        column = gradient.reshape(len(features), -1)  # (b, rows)
+        column = column if left is None else column @ left.T
+        block = self.weight.view(features)
+        if right is None:
+            block[:, :, -1] += column
+        else:
+            block += column.unsqueeze(2) * right[:, -1]

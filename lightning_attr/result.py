@@ -1,0 +1,205 @@
+"""What an attribution run returns: scores, self-influence, data value and metrics, with the figures people expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.files import read_tensors, write_bytes, write_tensors
+from lightning_attr.metrics import functional, plotting
+from lightning_attr.scores import ScoreMatrix
+
+__all__ = ["AttributionResult"]
+
+
+@dataclass(frozen=True)
+class AttributionResult:
+    """Scores of every training sample for every target, and what follows from them.
+
+    Args:
+        scores: ``(n_train, n_target)``.
+        self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values are
+            suspicious: the sample is explained by nothing but itself.
+        loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
+        labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
+        noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.
+
+    Example:
+        >>> import torch
+        >>> result = AttributionResult(
+        ...     ScoreMatrix(torch.tensor([[2.0, 1.0], [-1.0, 0.0], [0.5, 0.5]])),
+        ...     self_influence=torch.tensor([0.1, 0.9, 0.2]), loss=torch.tensor([0.1, 2.0, 0.3]))
+        >>> result.data_value
+        tensor([ 1.5000, -0.5000,  0.5000])
+        >>> result.select(2 / 3), result.select(2 / 3, by="self_influence")
+        (tensor([0, 2]), tensor([0, 2]))
+        >>> round(result.metrics["share_harmful"], 3)
+        0.333
+    """
+
+    scores: ScoreMatrix
+    self_influence: Tensor
+    loss: Tensor
+    labels: Tensor | None = None
+    noise_mask: Tensor | None = None
+    data_value: Tensor = field(init=False)
+    metrics: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        value = torch.cat([values.mean(1) for _, values in self.scores.row_blocks()])
+        object.__setattr__(self, "data_value", value)
+        object.__setattr__(self, "metrics", _metrics(self))
+
+    def select(self, fraction: float, by: str = "data_value", per_class: bool = False) -> Tensor:
+        """Choose training samples to keep.
+
+        Args:
+            fraction: share of the samples to keep, in (0, 1].
+            by: "data_value" keeps the samples that help the targets most, "self_influence" the least suspicious ones.
+            per_class: keep this share of every class; needs class labels.
+
+        Returns:
+            Indices into the training data set, ascending, int64.
+
+        Raises:
+            ValueError: if an argument is out of range, or there are no labels for ``per_class``.
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"Expected argument `fraction` in (0, 1], but got {fraction}.")
+        orders: dict[str, Callable[[], Tensor]] = {
+            "data_value": lambda: self.data_value,
+            "self_influence": lambda: -self.self_influence,
+        }
+        if by not in orders:
+            raise ValueError(f"Expected argument `by` to be one of {sorted(orders)}, but got {by!r}.")
+        if per_class and self.labels is None:
+            raise ValueError(
+                "Expected class labels for `per_class=True`, but the targets of this model output are no class labels."
+            )
+        value = orders[by]()
+        groups = torch.zeros(len(value), dtype=torch.int64) if not per_class else self.labels
+        assert groups is not None
+        kept = []
+        for group in groups.unique():
+            members = (groups == group).nonzero().flatten()
+            order = value[members].argsort(descending=True, stable=True)
+            kept.append(members[order[: max(1, round(fraction * len(members)))]])
+        return self.scores.train_indices[torch.cat(kept).sort().values]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into a directory.
+
+        Args:
+            path: the directory; made if it is not there.
+        """
+        folder = Path(path)
+        self.scores.save(folder)
+        columns = {name: getattr(self, name) for name in ("self_influence", "loss", "labels", "noise_mask")}
+        write_tensors(folder / "result.safetensors", {k: v for k, v in columns.items() if v is not None})
+        write_bytes(folder / "metrics.json", json.dumps(self.metrics, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> AttributionResult:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the directory.
+
+        Returns:
+            The result; large scores are mapped from the file.
+        """
+        return cls(ScoreMatrix.load(path), **read_tensors(Path(path) / "result.safetensors"))
+
+    def plot_scores(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the score matrix as a heat map.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+        """
+        return plotting.plot_score_heatmap(self.scores.values, ax=ax)
+
+    def plot_self_influence(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the distribution of self-influence, with the known label noise marked.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+        """
+        return plotting.plot_self_influence(self.self_influence, self.noise_mask, ax=ax)
+
+    def plot_detection(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the share of flipped labels found against the share of samples inspected.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ValueError: if there is no noise mask.
+        """
+        if self.noise_mask is None:
+            raise ValueError("Expected a noise mask for the detection curve, but this result has none: pass `noise_mask`.")
+        curves = {"self-influence": self.self_influence, "training loss": self.loss}
+        return plotting.plot_recall_curve(curves, self.noise_mask, ax=ax)
+
+    def plot_proponents(
+        self, train_images: Any, target_images: Any, targets: Sequence[int], k: int = 5
+    ) -> tuple[Any, Any]:
+        """Draw targets beside their strongest proponents and opponents, for image data.
+
+        Args:
+            train_images: ``train_images[i]`` is the image of ``dataset[i]``: ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``.
+            target_images: the same for targets.
+            targets: columns of the score matrix, a row of the figure each.
+            k: proponents, and as many opponents.
+
+        Returns:
+            ``(figure, axes)``.
+        """
+        up, up_scores = self.scores.topk(k)
+        down, down_scores = self.scores.bottomk(k)
+        rows = []
+        for j in targets:
+            index = int(self.scores.target_indices[j])
+            chosen = [*zip(up[j].tolist(), up_scores[j].tolist(), strict=True)]
+            chosen += [*zip(down[j].tolist(), down_scores[j].tolist(), strict=True)][::-1]
+            row = [(target_images[index], f"#{index}")]
+            row += [(train_images[i], f"{self._label(i)}\n{score:+.2g}") for i, score in chosen]
+            rows.append(row)
+        return plotting.plot_image_grid(rows, opponents=k)
+
+    def _label(self, index: int) -> str:
+        return f"#{index}" if self.labels is None else f"#{index}: “{int(self.labels[index])}”"
+
+
+def _metrics(result: AttributionResult) -> dict[str, float]:
+    """Figures that need no retraining; with a noise mask also how well the noise is found, beside plain training loss."""
+    values, value, loss, mask = result.scores.values, result.data_value, result.loss, result.noise_mask
+    metrics: dict[str, Any] = {
+        "share_helpful": functional.share_helpful(values),
+        "share_harmful": functional.share_harmful(values),
+        "effective_proponents": functional.effective_proponents(values),
+        "self_influence_overlap@10%": functional.overlap(result.self_influence, value),
+    }
+    if mask is not None and mask.any() and not mask.all():
+        suspicion: Mapping[str, Tensor] = {"": result.self_influence, "loss_": loss}
+        for prefix, suspicious in suspicion.items():
+            metrics[f"{prefix}noisy_label_auroc"] = functional.noisy_label_auroc(suspicious, mask)
+            metrics[f"{prefix}noisy_label_recall@10%"] = functional.noisy_label_recall(suspicious, mask)
+        for prefix, worth in {"": value, "loss_": -loss}.items():
+            dropped = worth.argsort(stable=True)[: max(1, round(0.1 * len(worth)))]
+            metrics[f"{prefix}selection_noise_share@10%"] = mask[dropped].double().mean()
+    return {name: float(figure) for name, figure in metrics.items()}

@@ -1,0 +1,166 @@
+"""The score matrix: training samples by targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.files import read_tensors, write_bytes, write_tensors
+
+__all__ = ["ScoreMatrix"]
+
+_IN_MEMORY = 2**30
+"""Bytes up to which scores are kept in memory; larger ones live in a memory-mapped file."""
+
+
+@dataclass(frozen=True)
+class ScoreMatrix:
+    """Scores of every training sample (rows) for every target (columns).
+
+    ``values[i, j]`` estimates how much the model output of target ``j`` would fall without training sample ``i``, in units
+    of the model output; positive scores are proponents. Row ``i`` is ``dataset[train_indices[i]]``.
+
+    Args:
+        values: ``(n_train, n_target)``, float32, mapped from a file when large.
+        train_indices: ``(n_train,)``, int64: indices into the training data set.
+        target_indices: ``(n_target,)``, int64: indices into the target data set.
+        provenance: method, its arguments and snapshots, as plain values.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> scores = ScoreMatrix(torch.tensor([[1.0, -2.0], [3.0, 4.0], [2.0, 0.0]]))
+        >>> scores.topk(2)
+        (tensor([[1, 2],
+                [1, 2]]), tensor([[3., 2.],
+                [4., 0.]]))
+        >>> scores.bottomk(1)[0].flatten()
+        tensor([0, 0])
+    """
+
+    values: Tensor
+    train_indices: Tensor = field(default=None)  # type: ignore[assignment]  # filled in below
+    target_indices: Tensor = field(default=None)  # type: ignore[assignment]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise ValueError(
+                f"Expected argument `values` of shape (n_train, n_target), but got {tuple(self.values.shape)}."
+            )
+        for name, size in zip(("train_indices", "target_indices"), self.values.shape, strict=True):
+            indices = getattr(self, name)
+            if indices is None:
+                object.__setattr__(self, name, torch.arange(size))
+            elif indices.shape != (size,):
+                raise ValueError(f"Expected argument `{name}` of shape ({size},), but got {tuple(indices.shape)}.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_train, n_target)``."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """Find the strongest proponents of each target.
+
+        Args:
+            k: how many.
+
+        Returns:
+            Indices into the training data set and scores, each ``(n_target, k)``, strongest first.
+        """
+        return self._extreme(k, largest=True)
+
+    def bottomk(self, k: int) -> tuple[Tensor, Tensor]:
+        """Find the strongest opponents of each target.
+
+        Args:
+            k: how many.
+
+        Returns:
+            Indices into the training data set and scores, each ``(n_target, k)``, most negative first.
+        """
+        return self._extreme(k, largest=False)
+
+    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Read the values in blocks of rows that fit into memory.
+
+        Yields:
+            ``(rows, values[rows])``.
+        """
+        yield from _row_blocks(self.values)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``scores.safetensors`` and ``scores.json`` into a directory.
+
+        Args:
+            path: the directory; made if it is not there.
+        """
+        folder = Path(path)
+        tensors = {"values": self.values, "train_indices": self.train_indices, "target_indices": self.target_indices}
+        write_tensors(folder / "scores.safetensors", tensors)
+        write_bytes(folder / "scores.json", json.dumps(dict(self.provenance), indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ScoreMatrix:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the directory.
+
+        Returns:
+            The scores, mapped from the file.
+        """
+        folder = Path(path)
+        return cls(**read_tensors(folder / "scores.safetensors"), provenance=json.loads((folder / "scores.json").read_text()))
+
+    def _extreme(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+        if not 1 <= k <= self.shape[0]:
+            raise ValueError(f"Expected argument `k` between 1 and {self.shape[0]} (training samples), but got {k}.")
+        best: Tensor | None = None
+        rows: Tensor | None = None
+        for block, values in self.row_blocks():
+            index = torch.arange(block.start, block.stop)[:, None].expand(-1, values.shape[1])
+            values = values if best is None else torch.cat([best, values])
+            index = index if rows is None else torch.cat([rows, index])
+            best, order = values.topk(min(k, len(values)), dim=0, largest=largest)
+            rows = index.gather(0, order)
+        assert best is not None and rows is not None  # k >= 1 means at least one row
+        return self.train_indices[rows].T, best.T
+
+
+def _row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, 2**24 // max(1, values.shape[1]))
+    for start in range(0, len(values), step):
+        rows = slice(start, min(start + step, len(values)))
+        yield rows, values[rows]
+
+
+def zeros(n: int, m: int, folder: Callable[[], Path], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make room for scores, in memory or, when large, in a file.
+
+    Args:
+        n: training samples.
+        m: targets.
+        folder: gives the directory for a file, called only when one is needed.
+        dtype: of the scores.
+
+    Returns:
+        Zeros ``(n, m)``.
+
+    Example:
+        >>> zeros(2, 3, Path.cwd).shape
+        torch.Size([2, 3])
+    """
+    if n * m * dtype.itemsize <= _IN_MEMORY:
+        return torch.zeros(n, m, dtype=dtype)
+    file = folder() / "scores.bin"
+    return torch.from_file(str(file), shared=True, size=n * m, dtype=dtype).view(n, m)

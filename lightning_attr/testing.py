@@ -1,0 +1,101 @@
+"""Checks and slow references that a user can call on a model output, a gradient rule or a module of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.batch import float_tensors, map_tensors
+from lightning_attr.outputs import ModelOutput
+
+__all__ = ["check_model_output"]
+
+
+def check_model_output(
+    model_output: ModelOutput, outputs: Any, targets: Any, dtype: torch.dtype | None = torch.float64
+) -> None:
+    r"""Check that the three functions of a model output belong together, on outputs of a few samples.
+
+    The shapes are ``(b,)``, no sample's value depends on another's outputs, the loss depends on the outputs only through
+    :math:`f`, so that :math:`d\ell = -q\,df`, and, where the class overrides ``newton_weight``, :math:`dq = -w\,df`.
+
+    Args:
+        model_output: what is checked.
+        outputs: outputs of ``b`` samples, as ``model_output`` takes them, with at least one floating-point tensor.
+        targets: their targets.
+        dtype: floating-point tensors are converted to it first; None checks them as they are, with a wider tolerance.
+
+    Raises:
+        AssertionError: if a property does not hold; the message says which, and by how much.
+        ValueError: if the outputs hold no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.outputs import MulticlassMargin
+        >>> check_model_output(MulticlassMargin(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+        >>> class Wrong(MulticlassMargin):
+        ...     def out_to_loss(self, outputs, targets):
+        ...         return -super().out_to_loss(outputs, targets)
+        >>> check_model_output(Wrong(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+        Traceback (most recent call last):
+        ...
+        AssertionError: Wrong: expected grad loss = -out_to_loss * grad output...
+    """
+    name = type(model_output).__name__
+    outputs = map_tensors(map_tensors(outputs, lambda t: _convert(t, dtype)), _as_leaf)
+    targets = map_tensors(targets, lambda t: _convert(t, dtype))
+    leaves = float_tensors(outputs)
+    if not leaves:
+        raise ValueError(f"Expected the outputs for {name} to hold a floating-point tensor, but found none.")
+    with torch.enable_grad():
+        parts = ("output", "loss", "out_to_loss", "newton_weight")
+        f, loss, q, w = (getattr(model_output, part)(outputs, targets) for part in parts)
+        for part, value in zip(parts, (f, loss, q, w), strict=True):
+            assert value.ndim == 1 and value.shape == f.shape, (
+                f"{name}: expected `{part}` to return one value a sample, of shape ({len(f)},), but got "
+                f"{tuple(value.shape)}."
+            )
+        _check_independence(name, f, leaves)
+        # One random weight a sample tells the samples apart in a single backward pass.
+        weight = torch.linspace(1, 2, len(f)).to(f)
+        dl = _gradient(loss, weight, leaves)
+        _assert_close(dl, _gradient(f, -weight * q, leaves), f"{name}: expected grad loss = -out_to_loss * grad output")
+        if type(model_output).newton_weight is not ModelOutput.newton_weight:
+            dq, expected = _gradient(q, weight, leaves), _gradient(f, -weight * w, leaves)
+            _assert_close(dq, expected, f"{name}: expected grad out_to_loss = -newton_weight * grad output")
+
+
+def _convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to(dtype) if dtype is not None and tensor.dtype.is_floating_point else tensor.detach()
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_() if tensor.dtype.is_floating_point else tensor
+
+
+def _gradient(values: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradient of the weighted sum of the samples' values in each leaf."""
+    if not values.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    cotangent = weight.detach().to(values)
+    return list(torch.autograd.grad(values, leaves, cotangent, retain_graph=True, materialize_grads=True))
+
+
+def _check_independence(name: str, f: Tensor, leaves: list[Tensor]) -> None:
+    first = torch.zeros_like(f)
+    first[0] = 1
+    for gradient in _gradient(f, first, leaves):
+        others = gradient[1:] if gradient.ndim and len(gradient) == len(f) else gradient[:0]
+        assert not others.any(), f"{name}: expected each sample's output to depend on its own outputs only."
+
+
+def _assert_close(found: list[Tensor], expected: list[Tensor], message: str) -> None:
+    for a, b in zip(found, expected, strict=True):
+        error = (a - b).abs().max().item()
+        scale = max(a.abs().max().item(), b.abs().max().item())
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(a.dtype, 0.1)
+        assert error <= tolerance * scale + 1e-12, (
+            f"{message}, but they differ by up to {error:.3g} (largest value {scale:.3g})."
+        )

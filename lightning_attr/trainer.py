@@ -1,0 +1,260 @@
+"""The predict-style step: ``trainer.attribute(datamodule)``."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
+
+from lightning_attr.checkpoints import loaded
+from lightning_attr.data import target_source, train_source
+from lightning_attr.errors import AttributionError
+from lightning_attr.featurizer import check_module
+from lightning_attr.isolation import undisturbed
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.manifest import Fingerprint
+from lightning_attr.methods import TRAK, AttributionMethod
+from lightning_attr.prediction import AttributionStep
+from lightning_attr.projectors import projector_from_config
+from lightning_attr.result import AttributionResult
+from lightning_attr.store import FeatureStore
+
+__all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_noise_mask", "check_strategy"]
+
+
+@runtime_checkable
+class AttributionRecord(Protocol):
+    """What a callback that recorded a run tells ``attribute``; :class:`lightning_attr.callbacks.AttributionCallback` does."""
+
+    method: AttributionMethod
+    noise_mask: Tensor | None
+
+    @property
+    def store_path(self) -> Path | None:
+        """Directory of the store, None before the first run."""
+
+
+class AttributionTrainer(L.Trainer):
+    """A ``lightning.Trainer`` with one more step, :meth:`attribute`.
+
+    Example:
+        >>> import lightning as L, torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> x, y = torch.eye(2).repeat(4, 1), torch.tensor([0, 1]).repeat(4)
+        >>> loader = DataLoader(TensorDataset(x, y), batch_size=4)
+        >>> trainer = AttributionTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> result = trainer.attribute(model=Classifier(), train_dataloaders=loader, target_dataloaders=loader)
+        >>> result.scores.shape
+        (8, 8)
+    """
+
+    def attribute(
+        self,
+        datamodule: L.LightningDataModule | None = None,
+        *,
+        model: L.LightningModule | None = None,
+        train_dataloaders: Any = None,
+        target_dataloaders: Any = None,
+        targets: str = "auto",
+        method: AttributionMethod | None = None,
+        store: str | Path | None = None,
+        noise_mask: Tensor | None = None,
+    ) -> AttributionResult:
+        """Score every training sample for every target; see :func:`attribute`, which has the same arguments."""
+        return attribute(
+            self,
+            datamodule,
+            model=model,
+            train_dataloaders=train_dataloaders,
+            target_dataloaders=target_dataloaders,
+            targets=targets,
+            method=method,
+            store=store,
+            noise_mask=noise_mask,
+        )
+
+
+def attribute(
+    trainer: L.Trainer,
+    datamodule: L.LightningDataModule | None = None,
+    *,
+    model: L.LightningModule | None = None,
+    train_dataloaders: Any = None,
+    target_dataloaders: Any = None,
+    targets: str = "auto",
+    method: AttributionMethod | None = None,
+    store: str | Path | None = None,
+    noise_mask: Tensor | None = None,
+) -> AttributionResult:
+    """Score every training sample for every target, on the trainer's devices.
+
+    Features that the store holds are used, missing ones are computed and kept. Row ``i`` of the scores is ``dataset[i]`` of the
+    training data and column ``j`` is ``dataset[j]`` of the targets, whatever the loaders shuffle, drop or pad. Trainer and
+    module are put back as they were.
+
+    Args:
+        trainer: any ``lightning.Trainer``.
+        datamodule: gives training data and targets; by default the one of the fit before.
+        model: the module, with :class:`lightning_attr.AttributionMixin`; by default the one of the fit before.
+        train_dataloaders: the training loader, instead of the datamodule's. Only its data set, collation, workers and batch
+            size are used.
+        target_dataloaders: the loader of the targets, likewise.
+        targets: "predict", "test", "val" or "train"; "auto" takes the first of them that the datamodule defines.
+        method: how to score; by default the callback's, else TRAK with the store's projection.
+        store: directory of a store; by default the callback's. Without either, the model's current weights are the only
+            snapshot, and nothing is kept. A directory without a store gets one of the current weights.
+        noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics; by default the callback's.
+
+    Returns:
+        Scores, self-influence, data value and metrics.
+
+    Raises:
+        ValueError: if model or data are missing, or the noise mask does not fit.
+        AttributionError: if the strategy shards parameters, or the store has no snapshots.
+    """
+    module = model if model is not None else trainer.lightning_module
+    if module is None:
+        raise ValueError("Expected a model to attribute, but this trainer has none. Pass `model`, or call `fit` before.")
+    check_module(module)
+    check_strategy(trainer.strategy)
+    record = next((c for c in trainer.callbacks if isinstance(c, AttributionRecord)), None)  # type: ignore[attr-defined]
+    datamodule = datamodule or (getattr(trainer, "datamodule", None) if train_dataloaders is None else None)
+    train = train_source(trainer, module, datamodule, train_dataloaders)
+    target = target_source(trainer, module, datamodule, target_dataloaders, targets)
+    if noise_mask is None and record is not None:
+        noise_mask = record.noise_mask
+    noise_mask = check_noise_mask(noise_mask, len(train))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
+        path = Path(store) if store is not None else record.store_path if record is not None else None
+        method = method or _default_method(path, record)
+        step = AttributionStep(
+            module,
+            datamodule,
+            method,
+            train,
+            target,
+            store_path=path or folder / "store",
+            fingerprint=Fingerprint(
+                len(train), train.digest(), ParameterLayout.of(module).shapes, method.projector.config
+            ),
+            noise_mask=noise_mask,
+            folder=folder / "result",
+        )
+        _check_store(step)
+        stack.enter_context(_restored(trainer, module))
+        data = [source.dataset for source in (train, target) if source is not None]
+        stack.enter_context(undisturbed(module, *data))
+        stack.enter_context(loaded(module))
+        trainer.predict(step, dataloaders=None, return_predictions=False)
+        # A spawning strategy computed the result in other processes.
+        return step.result if step.result is not None else AttributionResult.load(step.folder)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that do not keep whole parameters on each rank.
+
+    Args:
+        strategy: the trainer's.
+
+    Raises:
+        AttributionError: for FSDP, DeepSpeed and tensor parallelism.
+
+    Example:
+        >>> check_strategy(L.Trainer(accelerator="cpu", logger=False, barebones=True).strategy)
+    """
+    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise AttributionError(
+            f"Expected a strategy that keeps whole parameters on each rank, but {type(strategy).__name__} shards them. "
+            'Use strategy="auto", "ddp" or "ddp_spawn", or attribute on one device from the stored snapshots.'
+        )
+
+
+def check_noise_mask(noise_mask: Any, num_rows: int) -> Tensor | None:
+    """Check that a noise mask fits the training data.
+
+    Args:
+        noise_mask: anything that ``torch.as_tensor`` takes, or None.
+        num_rows: training samples.
+
+    Returns:
+        Bool ``(num_rows,)``, or None.
+
+    Raises:
+        ValueError: if its length or its values do not fit.
+
+    Example:
+        >>> check_noise_mask([0, 1], 2)
+        tensor([False,  True])
+    """
+    if noise_mask is None:
+        return None
+    mask = torch.as_tensor(noise_mask)
+    if mask.shape != (num_rows,):
+        raise ValueError(
+            f"Expected argument `noise_mask` to have one entry a training sample, of shape ({num_rows},), but got "
+            f"{tuple(mask.shape)}."
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("Expected argument `noise_mask` to hold only True and False (or 0 and 1), but got other values.")
+    return mask.bool().cpu()
+
+
+def _default_method(path: Path | None, record: AttributionRecord | None) -> AttributionMethod:
+    if record is not None:
+        return record.method
+    config = FeatureStore.open(path).fingerprint.projector if path is not None and FeatureStore.exists(path) else None
+    return TRAK(projector=projector_from_config(config)) if config is not None else TRAK()
+
+
+def _check_store(step: AttributionStep) -> None:
+    """Refuse before Lightning sets anything up."""
+    if FeatureStore.exists(step.store_path):
+        store = FeatureStore.open(step.store_path, writer=False)
+        store.check(step.fingerprint)
+        if not store.snapshots:
+            raise AttributionError(
+                f"{step.store_path} has no snapshots to attribute at. Fit with AttributionCallback(dirpath=...) first, or "
+                "name another `store`."
+            )
+
+
+@contextmanager
+def _restored(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Lend the trainer to the predict run: progress bars stay, other callbacks and loggers sit it out."""
+    strategy, loop = trainer.strategy, trainer.predict_loop
+    before = {
+        "callbacks": trainer.callbacks,  # type: ignore[attr-defined]  # set by Lightning's connectors
+        "loggers": trainer.loggers,
+        "state": copy.copy(trainer.state),
+        "limit_predict_batches": trainer.limit_predict_batches,
+    }
+    connected, own_trainer, inference_mode = strategy.lightning_module, module._trainer, loop.inference_mode
+    trainer.callbacks = [c for c in before["callbacks"] if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
+    trainer.loggers = []
+    trainer.limit_predict_batches = 1.0
+    loop.inference_mode = False  # the features need gradients
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
+        loop.inference_mode = inference_mode
+        strategy.connect(connected if connected is not None else module)
+        module._trainer = own_trainer

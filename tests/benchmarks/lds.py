@@ -1,0 +1,116 @@
+"""Linear datamodeling score on scikit-learn's digits: how well each method's scores predict 300 retrained models.
+
+Run `python tests/benchmarks/lds.py [--setting mlp|cnn] [--cache DIR] [--json FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from digits import CACHE, SETTINGS, SUBSET_SEEDS, Setting, ground_truth, load, trained
+from torch import Tensor
+from trak import TRAKer  # type: ignore[import-untyped]  # ships no types
+from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-untyped]  # ships no types
+
+from lightning_attr.metrics import linear_datamodeling_score
+
+
+def traker(setting: Setting, n_models: int, proj_dim: int = 512) -> Tensor:
+    """TRAK as released (traker 0.3.2, no ridge), over models trained on all samples from different seeds."""
+    x_train, x_test, y_train, y_test = load(setting)
+    models = [trained(setting, x_train, y_train, seed) for seed in range(n_models)]
+    # Its half precision, the default, takes 25 times as long on a CPU and scores no better: 0.191 for one MLP.
+    projector = BasicProjector(
+        grad_dim=sum(parameter.numel() for parameter in models[0].parameters()),
+        proj_dim=proj_dim,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device="cpu",
+    )
+    with tempfile.TemporaryDirectory() as save_dir:
+        trak = TRAKer(
+            model=setting.network(),
+            task="image_classification",
+            train_set_size=len(x_train),
+            save_dir=save_dir,
+            device="cpu",
+            projector=projector,
+            use_half_precision=False,
+            logging_level=logging.ERROR,
+        )
+        # One batch: its projector draws the whole matrix again for every batch.
+        for model_id, model in enumerate(models):
+            trak.load_checkpoint(model.state_dict(), model_id)
+            trak.featurize((x_train, y_train), num_samples=len(x_train))
+        trak.finalize_features()
+        for model_id, model in enumerate(models):
+            trak.start_scoring_checkpoint("digits", model.state_dict(), model_id, num_targets=len(x_test))
+            trak.score((x_test, y_test), num_samples=len(x_test))
+        return torch.tensor(trak.finalize_scores("digits"))
+
+
+# Each row trains its models and returns their scores (n_train, n_target); its seconds count both.
+ROWS: dict[str, Callable[[Setting], Tensor]] = {
+    "traker, 1 model": partial(traker, n_models=1),
+    "traker, 10 models": partial(traker, n_models=10),
+}
+REFERENCE = "traker, 10 models"
+
+
+def measure(setting: Setting, masks: Tensor, outputs: Tensor) -> list[dict[str, Any]]:
+    """The score of every row with its 95 % interval and its ratio to the reference, and the noise ceiling."""
+    rows: list[dict[str, Any]] = []
+    for name, attribute in ROWS.items():
+        start = time.perf_counter()
+        scores = attribute(setting)
+        seconds = time.perf_counter() - start
+        lds = linear_datamodeling_score(scores, masks, outputs)
+        mean, low, high, ceiling = (value.item() for value in lds[:4])
+        rows.append({
+            "setting": setting.name,
+            "what": name,
+            "figure": mean,
+            "low": low,
+            "high": high,
+            "seconds": seconds,
+        })
+    rows.append({"setting": setting.name, "what": "noise ceiling of the retrained models", "figure": ceiling})
+    reference = next(row["figure"] for row in rows if row["what"] == REFERENCE)
+    return [row | {"reference": reference, "ratio": row["figure"] / reference} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--setting", choices=SETTINGS, default="mlp")
+    parser.add_argument("--subsets", choices=SUBSET_SEEDS, default="report", help="choose defaults on `tune` only")
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help="directory of the ground truth (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    setting = SETTINGS[arguments.setting]
+    rows = measure(setting, *ground_truth(setting, arguments.subsets, arguments.cache))
+    print(f"digits, {arguments.setting}, subsets `{arguments.subsets}`; seconds on one CPU thread, training included")
+    print(f"{'':40}{'LDS':>6}  {'95 % interval':15}{'ratio':>6}{'seconds':>9}")
+    for row in rows:
+        interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        print(f"{row['what']:40}{row['figure']:6.3f}  {interval:15}{row['ratio']:6.2f}{seconds:>9}")
+    print(f"ratio: to `{REFERENCE}`")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What every test gets: fixed seeds, a working directory of its own, and a process left as it was found."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning writes into the working directory: `lightning_logs/` belongs to the test, not to the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def own_seeds_and_environment() -> Iterator[None]:
+    """Starts each test from seed 0; puts random streams, environment variables and what Trainers set back after it."""
+    environment = os.environ.copy()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    # The global generators are what has to be isolated: Lightning's `seed_everything` sets them.
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+def _settings() -> dict[str, object]:
+    """The process-wide settings of torch that a test must not leave changed."""
+    module = torch.nn.modules.module
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "hooks on all modules": len(module._global_forward_hooks) + len(module._global_forward_pre_hooks),
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_settings_left() -> Iterator[None]:
+    """A test that leaves a setting of torch changed fails itself, and not the test after it."""
+    before = _settings()
+    yield
+    after = _settings()
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_grad_enabled(before["grad mode"])
+    torch.set_float32_matmul_precision(before["matmul precision"])
+    left = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not left, f"the test left settings of torch changed (before, after): {left}"
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the repository; skips where the tests run without it, against an installed wheel."""
+    if not (REPOSITORY / "lightning_attr").is_dir():
+        pytest.skip("needs the repository's folders, and runs away from them")
+    return REPOSITORY
