@@ -1,5 +1,6 @@
 """Lightning callbacks: when attribution happens. How is in the rest of the package."""
 
 from lightning_attr.callbacks.attribution import AttributionCallback
+from lightning_attr.callbacks.monitor import AttributionMonitor
 
-__all__ = ["AttributionCallback"]
+__all__ = ["AttributionCallback", "AttributionMonitor"]

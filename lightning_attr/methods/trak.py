@@ -77,12 +77,11 @@ class TRAK(AttributionMethod):
             count += 1
             factor = self._factor(snapshot)  # lower triangular L, K = L L^T, float64
             solved = torch.cholesky_solve(snapshot.targets["features"].double().T, factor).to(scores)  # (k, m)
-            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-            half = torch.linalg.solve_triangular(factor, identity, upper=False).T.to(scores)  # L^-T, (k, k)
+            half = factor.to(scores)
             for rows, columns in snapshot.blocks():
                 block = slice(rows.start, rows.stop)
                 features, q = columns["features"].to(scores), columns["out_to_loss"].to(scores)
-                leverage = (features @ half).square().sum(1)
+                leverage = torch.linalg.solve_triangular(half, features.T, upper=False).square().sum(0)
                 if self.newton_weights:
                     scores[block] += q[:, None] * (features @ solved)
                     self_influence[block] += q * leverage

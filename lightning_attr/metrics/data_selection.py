@@ -34,7 +34,7 @@ class SelectionCurve(NamedTuple):
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import data_selection_curve
-        >>> curve = data_selection_curve(torch.tensor([0.5]), method=torch.tensor([[3.0]]), random=torch.tensor([[2.0]]))
+        >>> curve = data_selection_curve(torch.tensor([0.5]), torch.tensor([[3.0]]), random=torch.tensor([[2.0]]))
         >>> curve.mean["method"], float(curve.area)
         (tensor([3.], dtype=torch.float64), 1.0)
     """

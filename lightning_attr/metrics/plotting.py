@@ -300,15 +300,46 @@ def plot_image_grid(
     colors = {"target": BLACK, "proponents": BLUE, "opponents": RED}
     for row, row_axes in zip(rows, ax, strict=True):
         for (image, caption), kind, cell in zip(row, kinds, row_axes, strict=True):
-            cell.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1)
-            cell.set(xticks=[], yticks=[])
-            cell.set_xlabel(caption, fontsize=8, labelpad=3)
-            for spine in cell.spines.values():
-                spine.set(color=colors[kind], linewidth=2)
+            _draw_image(cell, image, caption, colors[kind])
     for kind, color in colors.items():
         if kind in kinds:
             ax[0, kinds.index(kind)].set_title(kind, loc="left", fontsize=9, color=color)
     return cast("Figure", ax[0, 0].get_figure()), ax
+
+
+def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tuple[Figure, np.ndarray]:
+    """Plot images in reading order, such as the most suspicious samples of a training set.
+
+    Args:
+        samples: `(image, caption)`; images as in :func:`plot_image_grid`.
+        columns: Images a row.
+
+    Returns:
+        The figure and its axes, an array of shape `(rows, columns)`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_samples
+        >>> fig, axes = plot_samples([(torch.rand(8, 8), "#7")] * 8)
+        >>> axes.shape
+        (2, 6)
+    """
+    n_rows = -(-len(samples) // columns)
+    fig = new_figure(width=1.05 * columns, height=1.3 * n_rows + 0.1)
+    axes = fig.subplots(n_rows, columns, squeeze=False)
+    for cell in axes.flat[len(samples) :]:
+        cell.set_axis_off()
+    for cell, (image, caption) in zip(axes.flat, samples, strict=False):
+        _draw_image(cell, image, caption, GREY)
+    return fig, axes
+
+
+def _draw_image(cell: Axes, image: Tensor, caption: str, color: str) -> None:
+    cell.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1)
+    cell.set(xticks=[], yticks=[])
+    cell.set_xlabel(caption, fontsize=8, labelpad=3)
+    for spine in cell.spines.values():
+        spine.set(color=color, linewidth=2)
 
 
 def _displayable(image: Tensor) -> np.ndarray:

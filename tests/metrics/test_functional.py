@@ -216,11 +216,19 @@ def test_memory_mapped_scores_are_read_in_small_float64_blocks(
     monkeypatch.setattr(functional, "_BLOCK_ELEMENTS", 20)
     scores = torch.from_file(f"{tmp_path}/scores", shared=True, size=37 * 5, dtype=torch.float32).reshape(37, 5)
     scores.copy_(_scores())
-    blocks = list(score_blocks(scores))
+    blocks = [(rows, block.clone()) for rows, block in score_blocks(scores)]
     assert {block.dtype for _, block in blocks} == {torch.float64}
     assert max(block.numel() for _, block in blocks) == 20
     assert torch.equal(torch.cat([block for _, block in blocks]), _scores().double())
     assert torch.equal(torch.cat([scores[rows] for rows, _ in blocks]), _scores())
+    assert len({block.data_ptr() for _, block in score_blocks(scores)}) == 1
+
+
+def test_float64_scores_are_left_alone() -> None:
+    scores = _scores().double()
+    before = scores.clone()
+    effective_proponents(scores)
+    assert torch.equal(scores, before)
 
 
 @pytest.mark.parametrize("figure", [share_helpful, share_harmful, effective_proponents])

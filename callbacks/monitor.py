@@ -1,0 +1,156 @@
+"""Shows attribution while a run trains: the most suspicious samples as a table and as a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_attr.batch import float_tensors
+from lightning_attr.callbacks.attribution import AttributionCallback
+from lightning_attr.files import write_bytes
+from lightning_attr.manifest import Snapshot
+from lightning_attr.metrics import plotting
+
+__all__ = ["AttributionMonitor"]
+
+_TABLE = "attribution/suspicious_samples"
+_FIGURE = "attribution/top_influence"
+
+
+class AttributionMonitor(L.Callback):
+    """Logs the training samples of highest self-influence at every snapshot: the likely mislabelled ones.
+
+    It reads what :class:`AttributionCallback` computes, in whichever order the two are listed. The table goes to every logger
+    of the Trainer: as text to TensorBoard, as a table where the logger has ``log_table`` (Weights & Biases), and as a CSV file
+    beside the metrics otherwise. The figure shows the samples themselves if they are images, and else the distribution of
+    self-influence.
+
+    Args:
+        k: how many samples.
+        figure: draw the figure, which needs matplotlib.
+
+    Raises:
+        ValueError: if ``k`` is not a positive integer.
+
+    Example:
+        >>> from lightning_attr.callbacks import AttributionCallback
+        >>> callbacks = [AttributionCallback("attribution"), AttributionMonitor(k=8)]
+    """
+
+    def __init__(self, k: int = 12, figure: bool = True) -> None:
+        if k < 1:
+            raise ValueError(f"Expected argument `k` to be a positive integer, but got {k}.")
+        self.k = k
+        self.figure = figure
+        self._recorder: AttributionCallback | None = None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the callback that computes the features."""
+        if stage != "fit":
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
+        recorder = next((c for c in callbacks if isinstance(c, AttributionCallback)), None)
+        if recorder is None or not recorder.featurize:
+            found = "none" if recorder is None else "one with featurize=False"
+            raise ValueError(
+                "Expected an AttributionCallback that featurizes among the Trainer's callbacks, because AttributionMonitor "
+                f"shows what it computes, but found {found}. Use callbacks=[AttributionCallback(), AttributionMonitor()]."
+            )
+        if self.figure:
+            plotting.new_figure()  # without matplotlib fail here, not after the first epoch
+        self._recorder = recorder
+        if self._show not in recorder.listeners:
+            recorder.listeners.append(self._show)
+
+    def _show(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, snapshot: Snapshot, self_influence: Tensor
+    ) -> None:
+        top = self_influence.topk(min(self.k, len(self_influence))).indices.tolist()
+        columns, rows = self._table(snapshot, self_influence, top)
+        for logger in trainer.loggers:
+            _log_table(logger, columns, rows, snapshot)
+            if self.figure:
+                _log_figure(logger, self._figure(self_influence, top, rows), snapshot)
+
+    def _table(
+        self, snapshot: Snapshot, self_influence: Tensor, top: Sequence[int]
+    ) -> tuple[list[str], list[list[Any]]]:
+        """One row a sample: its index, self-influence and loss, and its label and whether it is flipped where known."""
+        assert self._recorder is not None  # set before any snapshot
+        store, mask = self._recorder.store, self._recorder.noise_mask
+        known: dict[str, Tensor] = {"self_influence": self_influence, "loss": store.column(snapshot.key, "loss")}
+        if "label" in store.shard(snapshot.key, 0):
+            known["label"] = store.column(snapshot.key, "label")
+        if mask is not None:
+            known["flipped"] = mask
+        rows = [[rank + 1, i, *(values[i].item() for values in known.values())] for rank, i in enumerate(top)]
+        return ["rank", "index", *known], rows
+
+    def _figure(self, self_influence: Tensor, top: Sequence[int], rows: Sequence[Sequence[Any]]) -> Any:
+        assert self._recorder is not None
+        images = [_image(self._recorder.source.dataset[i]) for i in top]
+        if any(image is None for image in images):
+            return plotting.plot_self_influence(self_influence, self._recorder.noise_mask)[0]
+        captions = [f"#{row[1]}\n{row[2]:.2g}" for row in rows]
+        cells = [(image, caption) for image, caption in zip(images, captions, strict=True) if image is not None]
+        return plotting.plot_samples(cells)[0]
+
+
+def _image(sample: Any) -> Tensor | None:
+    """Find the image of a sample: its first float tensor, if that has the shape of one."""
+    tensors = float_tensors(sample)
+    if not tensors or min(tensors[0].shape, default=0) < 1:
+        return None
+    shape = tensors[0].shape
+    channels_first = len(shape) == 3 and shape[0] in {1, 3} and min(shape[1:]) > 3
+    return tensors[0] if channels_first or (len(shape) == 2 and min(shape) > 3) else None
+
+
+def _log_table(logger: Logger, columns: list[str], rows: list[list[Any]], snapshot: Snapshot) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(_TABLE, _markdown(columns, rows), snapshot.global_step)
+    elif hasattr(logger, "log_table"):
+        logger.log_table(key=_TABLE, columns=columns, data=rows, step=snapshot.global_step)
+    else:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerows([columns, *rows])
+        _beside_metrics(logger, _TABLE, snapshot, "csv", lambda: text.getvalue().encode())
+
+
+def _log_figure(logger: Logger, figure: Any, snapshot: Snapshot) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(_FIGURE, figure, snapshot.global_step)
+    elif hasattr(logger, "log_image"):
+        logger.log_image(key=_FIGURE, images=[figure], step=snapshot.global_step)
+    else:
+        _beside_metrics(logger, _FIGURE, snapshot, "png", lambda: _png(figure))
+
+
+def _beside_metrics(logger: Logger, name: str, snapshot: Snapshot, suffix: str, content: Callable[[], bytes]) -> None:
+    """Write a file into the logger's directory; a logger without one has no place for it."""
+    folder = getattr(logger, "log_dir", None) or logger.save_dir
+    if folder is not None:
+        write_bytes(Path(folder) / f"{name}-{snapshot.key}.{suffix}", content())
+
+
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    return data.getvalue()
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+
+    return "\n".join([line(columns), line(["---"] * len(columns)), *(line(row) for row in rows)])
