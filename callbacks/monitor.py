@@ -75,15 +75,13 @@ class AttributionMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, snapshot: Snapshot, self_influence: Tensor
     ) -> None:
         top = self_influence.topk(min(self.k, len(self_influence))).indices.tolist()
-        columns, rows = self._table(snapshot, self_influence, top)
+        rows = self._table(snapshot, self_influence, top)
         for logger in trainer.loggers:
-            _log_table(logger, columns, rows, snapshot)
+            _log_table(logger, list(rows[0]), [list(row.values()) for row in rows], snapshot)
             if self.figure:
                 _log_figure(logger, self._figure(self_influence, top, rows), snapshot)
 
-    def _table(
-        self, snapshot: Snapshot, self_influence: Tensor, top: Sequence[int]
-    ) -> tuple[list[str], list[list[Any]]]:
+    def _table(self, snapshot: Snapshot, self_influence: Tensor, top: Sequence[int]) -> list[dict[str, Any]]:
         """One row a sample: its index, self-influence and loss, and its label and whether it is flipped where known."""
         assert self._recorder is not None  # set before any snapshot
         store, mask = self._recorder.store, self._recorder.noise_mask
@@ -92,15 +90,18 @@ class AttributionMonitor(L.Callback):
             known["label"] = store.column(snapshot.key, "label")
         if mask is not None:
             known["flipped"] = mask
-        rows = [[rank + 1, i, *(values[i].item() for values in known.values())] for rank, i in enumerate(top)]
-        return ["rank", "index", *known], rows
+        return [
+            {"rank": rank, "index": i, **{name: values[i].item() for name, values in known.items()}}
+            for rank, i in enumerate(top, start=1)
+        ]
 
-    def _figure(self, self_influence: Tensor, top: Sequence[int], rows: Sequence[Sequence[Any]]) -> Any:
+    def _figure(self, self_influence: Tensor, top: Sequence[int], rows: Sequence[dict[str, Any]]) -> Any:
         assert self._recorder is not None
         images = [_image(self._recorder.source.dataset[i]) for i in top]
         if any(image is None for image in images):
             return plotting.plot_self_influence(self_influence, self._recorder.noise_mask)[0]
-        captions = [f"#{row[1]}\n{row[2]:.2g}" for row in rows]
+        labels = [f": “{row['label']}”" if "label" in row else "" for row in rows]
+        captions = [f"#{row['index']}{label}\n{row['self_influence']:.2g}" for row, label in zip(rows, labels, strict=True)]
         cells = [(image, caption) for image, caption in zip(images, captions, strict=True) if image is not None]
         return plotting.plot_samples(cells)[0]
 

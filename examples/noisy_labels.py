@@ -21,7 +21,7 @@ from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
 from lightning_attr.metrics import DataSelectionCurve
 
 OUT = Path("out/noisy_labels")
-EPOCHS, SEEDS, FRACTIONS = 15, (1, 2, 3), (0.05, 0.1, 0.2, 0.3)
+EPOCHS, SEEDS, FRACTIONS = 40, (1, 2, 3), (0.05, 0.1, 0.2, 0.3)
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
@@ -41,8 +41,9 @@ class LitClassifier(AttributionMixin, L.LightningModule):
         x, y = batch
         return nn.functional.cross_entropy(self(x), y)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    def configure_optimizers(self) -> tuple[list, list]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=EPOCHS - 1)]
 
 
 class NoisyDigits(L.LightningDataModule):
@@ -80,7 +81,7 @@ def test_accuracy(data: NoisyDigits, keep: torch.Tensor, seed: int) -> float:
 
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", module="lightning")
     shutil.rmtree(OUT, ignore_errors=True)
     L.seed_everything(0, verbose=False)
     data, model = NoisyDigits(), LitClassifier()
@@ -97,12 +98,10 @@ def main() -> None:
     result = trainer.attribute(data)
 
     metrics = result.metrics
-    print(f"Noisy-label AUROC          {metrics['noisy_label_auroc']:.3f}   (training loss {metrics['loss_noisy_label_auroc']:.3f})")
-    print(
-        f"Flipped found in top 10 %  {metrics['noisy_label_recall@10%']:.1%}   "
-        f"(training loss {metrics['loss_noisy_label_recall@10%']:.1%})"
-    )
-    _, x_test, y_test = None, *data.test_set.tensors
+    print("                               self-influence   training loss")
+    for name, key in {"Noisy-label AUROC": "noisy_label_auroc", "Flipped found in top 10 %": "noisy_label_recall@10%"}.items():
+        print(f"{name:30s} {metrics[key]:14.3f}  {metrics['loss_' + key]:14.3f}")
+    x_test, y_test = data.test_set.tensors
     labels = data.train_set.tensors[1]
     proponents, scores = result.scores.topk(5)
     for j in range(3):

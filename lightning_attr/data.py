@@ -65,7 +65,7 @@ def target_source(
     """Find the targets.
 
     Args:
-        trainer: the trainer.
+        trainer: the trainer; after ``fit`` its own validation loader is used.
         module: the module, which may define loaders itself.
         datamodule: the datamodule, if any.
         loaders: loader of the targets given by the user, which wins.
@@ -88,7 +88,10 @@ def target_source(
     for kind in _STAGES if targets == "auto" else [targets]:
         if kind == "train":
             return None
-        found = _from_hooks(kind, trainer, module, datamodule)
+        fitted = kind == "val" and datamodule is getattr(trainer, "datamodule", None)
+        found = trainer.val_dataloaders if fitted else None
+        if found is None:
+            found = _from_hooks(kind, trainer, module, datamodule)
         if found is not None:
             return DataSource.of(found, "target")
     raise ValueError(
@@ -102,15 +105,12 @@ def _from_hooks(
 ) -> Any:
     """Call the hook of the datamodule, or else of the module; None if neither defines it."""
     hook = f"{kind}_dataloader"
-    if datamodule is not None:
-        if not is_overridden(hook, datamodule, L.LightningDataModule):
-            return None
-        if datamodule.trainer is None:
-            datamodule.trainer = trainer
-        if trainer.is_global_zero:
-            datamodule.prepare_data()
-        datamodule.setup(_STAGES[kind])
-        return getattr(datamodule, hook)()
-    if is_overridden(hook, module, L.LightningModule):
-        return getattr(module, hook)()
-    return None
+    owner, base = (module, L.LightningModule) if datamodule is None else (datamodule, L.LightningDataModule)
+    if not is_overridden(hook, owner, base):
+        return None
+    if owner._trainer is None if owner is module else owner.trainer is None:
+        owner.trainer = trainer
+    if trainer.is_global_zero or (owner.prepare_data_per_node and trainer.local_rank == 0):
+        owner.prepare_data()
+    owner.setup(_STAGES[kind])
+    return getattr(owner, hook)()

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -85,15 +85,17 @@ def _whole(path: Path) -> Iterator[Path]:
             "directory, and run again to go on from here."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what matters
+            temporary.unlink()
 
 
-def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: str | None = None, remedy: str = "") -> dict[str, Tensor]:
     """Read tensors and check them against their digest.
 
     Args:
         path: a file of :func:`write_tensors`.
         expected: the digest on record; by default the one in the file's own header.
+        remedy: what to do about a damaged file, for the message.
 
     Returns:
         Name -> tensor, on the CPU, mapped from the file where the platform allows.
@@ -106,17 +108,12 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator of its own
             recorded = (file.metadata() or {}).get("sha256")
     except FileNotFoundError as error:
-        raise CorruptedStoreError(f"{path} is missing. {_REPAIR}") from error
+        raise CorruptedStoreError(f"{path} is missing. {remedy}".strip()) from error
     except (SafetensorError, OSError) as error:
-        raise CorruptedStoreError(f"{path} is truncated or damaged ({error}). {_REPAIR}") from error
+        raise CorruptedStoreError(f"{path} is truncated or damaged ({error}). {remedy}".strip()) from error
     if digest(tensors) != (expected or recorded):
-        raise CorruptedStoreError(f"{path} is damaged: its content does not match its checksum. {_REPAIR}")
+        raise CorruptedStoreError(f"{path} is damaged: its content does not match its checksum. {remedy}".strip())
     return tensors
-
-
-_REPAIR = (
-    "Call `FeatureStore.open(...).repair()` to drop what is damaged; `trainer.attribute` then computes these rows again."
-)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

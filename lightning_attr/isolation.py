@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,9 +47,12 @@ def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    registered = [(submodule._buffers, dict(submodule._buffers)) for submodule in module.modules()]
     with preserved_rng(*data):
         try:
             module.eval()
+            for p in module.parameters():
+                p.grad = None  # a gradient accumulated in place would change the one kept
             yield
         finally:
             for submodule, mode in modes:
@@ -52,6 +60,9 @@ def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
             for p, requires_grad, grad in parameters:
                 p.requires_grad_(requires_grad)
                 p.grad = grad
+            for own, before in registered:  # `self.buffer = ...` puts another tensor there
+                own.clear()
+                own.update(before)
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):  # untouched buffers keep their version counter
@@ -95,7 +106,7 @@ def preserved_rng(*data: object) -> Iterator[None]:
 
 
 def find_generators(root: object) -> list[Any]:
-    """Find the random generators that an object keeps, through attributes and containers.
+    """Find the random generators that an object keeps, through attributes, containers, closures and partials.
 
     Args:
         root: a data set, for instance; its transforms and the data sets that it wraps are searched as well.
@@ -113,9 +124,9 @@ def find_generators(root: object) -> list[Any]:
     """
     found: list[Any] = []
     seen: set[int] = set()
-    pending: list[tuple[object, int]] = [(root, 0)]
+    pending: deque[tuple[object, int]] = deque([(root, 0)])
     while pending:
-        item, depth = pending.pop()
+        item, depth = pending.popleft()  # breadth first: each object at its least depth
         if id(item) in seen or depth > 6:
             continue
         seen.add(id(item))
@@ -125,8 +136,14 @@ def find_generators(root: object) -> list[Any]:
             # Long lists hold samples, not transforms.
             pending += [(part, depth + 1) for part in item[:64] if not _is_plain(part)]
         elif isinstance(item, dict):
-            pending += [(part, depth + 1) for part in list(item.values())[:64] if not _is_plain(part)]
-        elif not isinstance(item, type) and hasattr(item, "__dict__"):
+            pending += [(part, depth + 1) for part in islice(item.values(), 64) if not _is_plain(part)]
+        elif isinstance(item, MethodType):
+            pending.append((item.__self__, depth + 1))
+        elif isinstance(item, FunctionType):
+            pending += [(part, depth + 1) for part in inspect.getclosurevars(item).nonlocals.values()]
+        elif isinstance(item, partial):
+            pending += [(part, depth + 1) for part in (item.func, item.args, item.keywords)]
+        elif not isinstance(item, (type, ModuleType)) and hasattr(item, "__dict__"):
             pending += [(part, depth + 1) for part in vars(item).values() if not _is_plain(part)]
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
 
 from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator
 from lightning_attr.randomness import hashed_seed
@@ -107,7 +107,14 @@ class DataSource:
         """
         rows = list(range(min(count, len(self))))
         with preserved_rng(self.dataset):
-            return _Collate(self.loader.collate_fn)([_Rows(self.dataset)[row] for row in rows])
+            return self.collate([_Rows(self.dataset)[row] for row in rows])
+
+    @property
+    def collate(self) -> _Collate:
+        """The user's collation, for samples with their rows."""
+        own = self.loader.collate_fn
+        # A loader with batch_size=None converts samples and joins none.
+        return _Collate(default_collate if own is default_convert else own)
 
     def digest(self) -> str | None:
         """Hash a few samples across the data set, to tell another data set of equal length.
@@ -161,7 +168,7 @@ class OrderedLoader:
         loader = DataLoader(
             _Rows(self.source.dataset),
             batch_sampler=self.batches,
-            collate_fn=_Collate(given.collate_fn),
+            collate_fn=self.source.collate,
             num_workers=workers,
             pin_memory=given.pin_memory,
             timeout=given.timeout if workers else 0,
@@ -206,7 +213,7 @@ class _Collate:
 
 
 def _update(update: Callable[[bytes], None], sample: Any) -> None:
-    """Feed the content of a sample to a hash: bytes of arrays, pickles of anything else."""
+    """Feed the content of a sample to a hash: bytes of arrays, pickles of anything else, where it has one."""
     if isinstance(sample, torch.Tensor):
         sample = sample.detach().cpu()
         update(str((sample.dtype, tuple(sample.shape))).encode())
@@ -218,5 +225,11 @@ def _update(update: Callable[[bytes], None], sample: Any) -> None:
     elif isinstance(sample, (list, tuple)):
         for value in sample:
             _update(update, value)
+    elif isinstance(sample, (np.ndarray, np.generic)) and not sample.dtype.hasobject:
+        update(str((sample.dtype.str, sample.shape)).encode())
+        update(sample.tobytes())
     else:
-        update(pickle.dumps(sample, protocol=4))
+        try:
+            update(pickle.dumps(sample, protocol=4))
+        except Exception:  # whatever its own hooks raise; samples need not be picklable
+            update(type(sample).__qualname__.encode())

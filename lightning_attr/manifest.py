@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
 from lightning_attr.files import write_bytes
-from lightning_attr.layout import ParameterLayout
 
 __all__ = ["Fingerprint", "Manifest", "Snapshot"]
 
@@ -51,26 +50,36 @@ class Fingerprint:
         Raises:
             StoreMismatchError: naming what differs, and what to do.
         """
-        remedy = "Use another directory, or delete this one to start afresh; nothing in it was changed."
+        difference = self.difference(found)
+        if difference is not None:
+            raise StoreMismatchError(
+                f"{where} {difference}. Use another directory, or delete this one to start afresh; nothing in it was changed."
+            )
+
+    def difference(self, found: Fingerprint) -> str | None:
+        """Say how another fingerprint differs.
+
+        Args:
+            found: the other.
+
+        Returns:
+            What this one was written for, and what the other has instead; None if they fit together.
+        """
         if self.length != found.length:
-            raise StoreMismatchError(
-                f"{where} was written for a training data set of {self.length:,} samples, but this one has "
-                f"{found.length:,}. {remedy}"
-            )
+            return f"was written for a training data set of {self.length:,} samples, but this one has {found.length:,}"
         if self.data is not None and found.data is not None and self.data != found.data:
-            raise StoreMismatchError(
-                f"{where} was written for another training data set: it is as long, but its samples differ (a random split "
-                f"without a fixed seed does that). {remedy}"
+            return (
+                "was written for another training data set: it is as long, but its samples differ (a random split without "
+                "a fixed seed does that)"
             )
-        if dict(self.layout) != dict(found.layout):
-            raise StoreMismatchError(
-                f"{where} was written for another model: {_layout_difference(self.layout, found.layout)}. {remedy}"
-            )
+        if list(self.layout.items()) != list(found.layout.items()):
+            return f"was written for another model: {_layout_difference(self.layout, found.layout)}"
         if self.projector is not None and found.projector is not None and self.projector != found.projector:
-            raise StoreMismatchError(
-                f"{where} was featurized with the projection {dict(self.projector)}, but the method asks for "
-                f"{dict(found.projector)}. Give the method the store's projection. {remedy}"
+            return (
+                f"was featurized with the projection {dict(self.projector)}, but here it is {dict(found.projector)}: give the "
+                "method the store's projection"
             )
+        return None
 
 
 @dataclass(frozen=True)
@@ -160,23 +169,64 @@ class Manifest:
             raise CorruptedStoreError(f"{path.parent} holds no attribution store: {path.name} is missing.") from error
         except ValueError as error:
             raise CorruptedStoreError(f"{path} is damaged: {error}.") from error
-        if record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        if found != FORMAT:
             raise CorruptedStoreError(
-                f"{path} has the format {record.get('format')!r}, but this version of lightning_attr reads {FORMAT}."
+                f"{path} has the format {found!r}, but this version of lightning_attr reads {FORMAT}."
             )
+        try:
+            return cls._of(record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptedStoreError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+
+    @classmethod
+    def _of(cls, record: dict[str, Any]) -> Manifest:
         fingerprint = record["fingerprint"]
-        layout = ParameterLayout({name: tuple(shape) for name, shape in fingerprint["layout"].items()})
+        layout = {name: tuple(shape) for name, shape in fingerprint["layout"].items()}
         snapshots = []
         for item in record["snapshots"]:
             del item["rows"]  # follows from the shards
             item["shards"] = {int(shard): content for shard, content in item["shards"].items()}
             snapshots.append(Snapshot(**item))
         return cls(
-            Fingerprint(**{**fingerprint, "layout": layout.shapes}),
-            record["shard_rows"],
-            record["run"],
-            tuple(snapshots),
+            Fingerprint(**{**fingerprint, "layout": layout}), record["shard_rows"], record["run"], tuple(snapshots)
         )
+
+    @classmethod
+    def joined(cls, manifests: Sequence[tuple[Path, Manifest]]) -> Manifest:
+        """Join the snapshots of several stores.
+
+        Args:
+            manifests: path and manifest of each store.
+
+        Returns:
+            One manifest; the snapshots of store ``i`` are named and placed ``run<i>/<key>``.
+
+        Raises:
+            StoreMismatchError: if data, parameters, projection or shards differ.
+        """
+        (path, first), *others = manifests
+        fingerprint = first.fingerprint
+        for other_path, other in others:
+            difference = fingerprint.difference(other.fingerprint)
+            if difference is None and other.shard_rows != first.shard_rows:
+                difference = (
+                    f"has {first.shard_rows} rows a shard, but this one has {other.shard_rows}: featurize both with the same "
+                    "batch size"
+                )
+            if difference is not None:
+                raise StoreMismatchError(f"{other_path} cannot be merged with {path}, which {difference}.")
+            fingerprint = dataclasses.replace(
+                fingerprint,
+                data=fingerprint.data or other.fingerprint.data,
+                projector=fingerprint.projector or other.fingerprint.projector,
+            )
+        snapshots = [
+            dataclasses.replace(snapshot, key=f"run{i}/{snapshot.key}", folder=f"snapshots/run{i}/{snapshot.key}")
+            for i, (_, manifest) in enumerate(manifests)
+            for snapshot in manifest.snapshots
+        ]
+        return cls(fingerprint, first.shard_rows, None, tuple(snapshots))
 
 
 def _layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

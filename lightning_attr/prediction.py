@@ -163,8 +163,11 @@ class AttributionStep(L.LightningModule):
 
     def _plan(self) -> GradientPlan:
         rows, batch = self.train_data.first(PROBE_SIZE)
-        batch = to_device(batch, self.module, self.datamodule, self.device)
-        return plan(self.module, batch, len(rows))
+        precision = self.trainer.precision_plugin
+        batch = to_device(precision.convert_input(batch), self.module, self.datamodule, self.device)
+        # The comparisons want all digits: the default dtype of the precision, but no autocast.
+        with precision.forward_context(), torch.autocast(self.device.type, enabled=False):
+            return plan(self.module, batch, len(rows))
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
         """Featurize a batch at its snapshot."""

@@ -182,7 +182,9 @@ class AttributionResult:
         return plotting.plot_image_grid(rows, opponents=k)
 
     def _label(self, index: int) -> str:
-        return f"#{index}" if self.labels is None else f"#{index}: “{int(self.labels[index])}”"
+        if self.labels is None:
+            return f"#{index}"
+        return f"#{index}: “{int(self.labels[self.scores.train_indices == index])}”"
 
 
 def _metrics(result: AttributionResult) -> dict[str, float]:

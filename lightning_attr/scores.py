@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.errors import AttributionError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 
 __all__ = ["ScoreMatrix"]
 
 _IN_MEMORY = 2**30
 """Bytes up to which scores are kept in memory; larger ones live in a memory-mapped file."""
+_BLOCK_ELEMENTS = 2**24
+"""Scores read at once: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class ScoreMatrix:
 
 
 def _row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    step = max(1, 2**24 // max(1, values.shape[1]))
+    step = max(1, _BLOCK_ELEMENTS // max(1, values.shape[1]))
     for start in range(0, len(values), step):
         rows = slice(start, min(start + step, len(values)))
         yield rows, values[rows]
@@ -156,11 +162,24 @@ def zeros(n: int, m: int, folder: Callable[[], Path], dtype: torch.dtype = torch
     Returns:
         Zeros ``(n, m)``.
 
+    Raises:
+        AttributionError: if the disk has no room for them.
+
     Example:
         >>> zeros(2, 3, Path.cwd).shape
         torch.Size([2, 3])
     """
-    if n * m * dtype.itemsize <= _IN_MEMORY:
+    size = n * m * dtype.itemsize
+    if size <= _IN_MEMORY:
         return torch.zeros(n, m, dtype=dtype)
-    file = folder() / "scores.bin"
-    return torch.from_file(str(file), shared=True, size=n * m, dtype=dtype).view(n, m)
+    place = folder()
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    if size > free:  # found out here: a write to mapped memory that has no place on the disk kills the process
+        raise AttributionError(
+            f"The scores of {n:,} training samples for {m:,} targets need {size:,} bytes, but {place} has {free:,} free. Make "
+            "room, set the environment variable TMPDIR to a larger disk, or attribute fewer targets at a time."
+        )
+    handle, file = tempfile.mkstemp(".bin", "scores-", place)  # each process its own
+    os.close(handle)
+    return torch.from_file(file, shared=True, size=n * m, dtype=dtype).view(n, m)

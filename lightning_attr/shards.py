@@ -83,5 +83,6 @@ class RowTable:
         """
         for name, values in columns.items():
             values = values.detach().cpu()
-            table = self.columns.setdefault(name, values.new_zeros(self.num_rows, *values.shape[1:]))
-            table[list(rows)] = values
+            if name not in self.columns:
+                self.columns[name] = values.new_zeros(self.num_rows, *values.shape[1:])
+            self.columns[name][list(rows)] = values

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class FeatureStore:
         self.path = Path(path)
         self.manifest = manifest
         self.writer = writer
-        self._verified: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._verified: dict[str, dict[str, Tensor]] = {}  # by digest: a name may come to mean another shard
 
     @classmethod
     def create(
@@ -81,7 +82,7 @@ class FeatureStore:
             StoreMismatchError: if the directory holds a store already.
         """
         folder = Path(path)
-        if (folder / "manifest.json").exists():
+        if cls.exists(folder):
             raise StoreMismatchError(f"{folder} already holds an attribution store. Open it, or use another directory.")
         rows = max(_SHARD_ROWS, -(-fingerprint.length // _MOST_SHARDS))
         store = cls(folder, Manifest(fingerprint, -(-rows // batch_size) * batch_size, run))
@@ -139,9 +140,9 @@ class FeatureStore:
         Raises:
             KeyError: if there is none of this name.
         """
-        for snapshot in self.snapshots:
-            if snapshot.key == key:
-                return snapshot
+        found = next((snapshot for snapshot in self.snapshots if snapshot.key == key), None)
+        if found is not None:
+            return found
         raise KeyError(f"{self.path} has no snapshot {key!r}; it has {[s.key for s in self.snapshots]}.")
 
     def check(self, fingerprint: Fingerprint) -> None:
@@ -177,6 +178,7 @@ class FeatureStore:
         if any(snapshot.key == key for snapshot in self.snapshots):
             raise StoreMismatchError(f"{self.path} already holds the snapshot {key!r}.")
         folder = f"snapshots/{key}"
+        self._abandon(folder)  # remains of a killed run, whose features are not of these weights
         content = write_tensors(self.path / folder / "weights.safetensors", weights)
         snapshot = Snapshot(key, epoch, global_step, learning_rate, folder, content, projection=key)
         self._save(replace(self.manifest, snapshots=(*self.snapshots, snapshot)))
@@ -192,7 +194,8 @@ class FeatureStore:
             Parameter or buffer name -> tensor.
         """
         snapshot = self.snapshot(key)
-        return read_tensors(self.path / snapshot.folder / "weights.safetensors", snapshot.weights)
+        remedy = f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
+        return read_tensors(self.path / snapshot.folder / "weights.safetensors", snapshot.weights, remedy)
 
     def set_aside(self, keys: Iterable[str]) -> None:
         """Take snapshots out of the store; their files move to ``abandoned/``, nothing is deleted.
@@ -205,11 +208,15 @@ class FeatureStore:
             return
         self._save(replace(self.manifest, snapshots=tuple(s for s in self.snapshots if s not in gone)))
         for snapshot in gone:
-            target = self.path / "abandoned" / snapshot.key
+            self._abandon(snapshot.folder)
+
+    def _abandon(self, folder: str) -> None:
+        if (self.path / folder).exists():
+            target = self.path / "abandoned" / Path(folder).relative_to("snapshots")
             while target.exists():
                 target = target.with_name(target.name + "+")
-            target.parent.mkdir(exist_ok=True)
-            (self.path / snapshot.folder).rename(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self.path / folder).rename(target)
 
     # Features -------------------------------------------------------------------------------------------------------
 
@@ -251,7 +258,8 @@ class FeatureStore:
         for name, values in columns.items():
             if len(values) != rows:
                 raise ValueError(f"Expected {rows} rows in column {name!r} of shard {shard}, but got {len(values)}.")
-        self._record(key, {shard: write_tensors(self._shard_path(key, shard), columns)})
+        content = write_tensors(self._shard_path(key, shard), columns)
+        self._enter(key, {**self.snapshot(key).shards, shard: content})
 
     def adopt(self, key: str) -> None:
         """Enter the shards that other processes, or one that was killed, wrote without entering them.
@@ -261,12 +269,12 @@ class FeatureStore:
         """
         found = {}
         for shard in self.missing(key):
-            path = self._shard_path(key, shard)
-            if path.exists():
-                self._verified[key, shard] = read_tensors(path)
-                found[shard] = digest(self._verified[key, shard])
+            with suppress(CorruptedStoreError):  # not there, or damaged: still to be computed
+                columns = read_tensors(self._shard_path(key, shard))
+                found[shard] = digest(columns)
+                self._verified[found[shard]] = columns
         if found:
-            self._record(key, found)
+            self._enter(key, {**self.snapshot(key).shards, **found})
 
     def shard(self, key: str, shard: int) -> dict[str, Tensor]:
         """Read a shard; its checksum is verified the first time.
@@ -288,9 +296,13 @@ class FeatureStore:
                 f"The rows {rows.start} to {rows.stop - 1} of snapshot {key!r} in {self.path} have no features yet. "
                 "`trainer.attribute` computes them."
             )
-        if (key, shard) not in self._verified:
-            self._verified[key, shard] = read_tensors(self._shard_path(key, shard), content)
-        return self._verified[key, shard]
+        if content not in self._verified:
+            remedy = (
+                f"Call `FeatureStore.open({str(self.path)!r}).repair()` to drop what is damaged; `trainer.attribute` then "
+                "computes these rows again."
+            )
+            self._verified[content] = read_tensors(self._shard_path(key, shard), content, remedy)
+        return self._verified[content]
 
     def blocks(self, key: str, shards: Sequence[int] | None = None) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Read shard after shard.
@@ -327,18 +339,17 @@ class FeatureStore:
         """
         dropped = []
         for snapshot in self.snapshots:
-            bad = []
-            for shard in snapshot.shards:
-                self._verified.pop((snapshot.key, shard), None)
-                try:
-                    self.shard(snapshot.key, shard)
-                except CorruptedStoreError:
-                    bad.append(shard)
-            for shard in bad:
+            intact = {}
+            for shard, content in snapshot.shards.items():
                 path = self._shard_path(snapshot.key, shard)
-                path.unlink(missing_ok=True)
-                dropped.append(path)
-            self._record(snapshot.key, {}, drop=bad)
+                try:
+                    read_tensors(path, content)
+                    intact[shard] = content
+                except CorruptedStoreError:
+                    self._verified.pop(content, None)
+                    path.unlink(missing_ok=True)
+                    dropped.append(path)
+            self._enter(snapshot.key, intact)
         for rest in self.path.rglob(".*.tmp"):
             rest.unlink()
             dropped.append(rest)
@@ -356,40 +367,25 @@ class FeatureStore:
             The ensemble. Its snapshots are named ``run<i>/<key>``.
 
         Raises:
-            StoreMismatchError: if data, parameters or projection differ.
+            StoreMismatchError: if data, parameters, projection or shards differ, or the directory is not empty.
             ValueError: if no store is given.
         """
-        sources = [store if isinstance(store, cls) else cls.open(store) for store in stores]  # type: ignore[arg-type]
+        sources = [store if isinstance(store, FeatureStore) else cls.open(store) for store in stores]
         if not sources:
             raise ValueError("Expected argument `stores` to name at least one store, but got none.")
-        first = sources[0]
-        for source in sources[1:]:
-            first.fingerprint.check(source.fingerprint, str(first.path))
-            if source.manifest.shard_rows != first.manifest.shard_rows:
-                raise StoreMismatchError(
-                    f"{first.path} has {first.manifest.shard_rows} rows a shard, {source.path} has "
-                    f"{source.manifest.shard_rows}. Featurize both with the same batch size."
-                )
-        if cls.exists(path):
-            raise StoreMismatchError(f"{path} already holds an attribution store. Use another directory.")
-        merged = cls(path, Manifest(first.fingerprint, first.manifest.shard_rows, None))
-        snapshots = []
-        for i, source in enumerate(sources):
-            for snapshot in source.snapshots:
-                folder = f"snapshots/run{i}/{snapshot.key}"
-                shutil.copytree(source.path / snapshot.folder, merged.path / folder, copy_function=_link_or_copy)
-                snapshots.append(replace(snapshot, folder=folder, key=f"run{i}/{snapshot.key}"))
-        merged._save(replace(merged.manifest, snapshots=tuple(snapshots)))
+        merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
+        if merged.path.exists() and any(merged.path.iterdir()):
+            raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
+        folders = [source.path / snapshot.folder for source in sources for snapshot in source.snapshots]
+        for folder, snapshot in zip(folders, merged.snapshots, strict=True):
+            shutil.copytree(folder, merged.path / snapshot.folder, copy_function=_link_or_copy)
+        merged._save(merged.manifest)
         return merged
 
-    def _record(self, key: str, found: Mapping[int, str], drop: Sequence[int] = ()) -> None:
-        snapshots = []
-        for snapshot in self.snapshots:
-            if snapshot.key == key:
-                kept = {shard: content for shard, content in snapshot.shards.items() if shard not in drop}
-                snapshot = replace(snapshot, shards={**kept, **found})
-            snapshots.append(snapshot)
-        self._save(replace(self.manifest, snapshots=tuple(snapshots)))
+    def _enter(self, key: str, shards: Mapping[int, str]) -> None:
+        """Record which shards a snapshot has."""
+        snapshots = tuple(replace(s, shards=dict(shards)) if s.key == key else s for s in self.snapshots)
+        self._save(replace(self.manifest, snapshots=snapshots))
 
     def _save(self, manifest: Manifest) -> None:
         if self.writer:

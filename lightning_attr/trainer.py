@@ -13,14 +13,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import check_module
-from lightning_attr.isolation import undisturbed
+from lightning_attr.isolation import preserved_rng, undisturbed
 from lightning_attr.layout import ParameterLayout
+from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.prediction import AttributionStep
@@ -135,12 +136,13 @@ def attribute(
     check_strategy(trainer.strategy)
     record = next((c for c in trainer.callbacks if isinstance(c, AttributionRecord)), None)  # type: ignore[attr-defined]
     datamodule = datamodule or (getattr(trainer, "datamodule", None) if train_dataloaders is None else None)
-    train = train_source(trainer, module, datamodule, train_dataloaders)
-    target = target_source(trainer, module, datamodule, target_dataloaders, targets)
-    if noise_mask is None and record is not None:
-        noise_mask = record.noise_mask
-    noise_mask = check_noise_mask(noise_mask, len(train))
     with ExitStack() as stack:
+        stack.enter_context(preserved_rng())  # a datamodule may draw a split
+        train = _recorded_source(trainer, record, datamodule, train_dataloaders)
+        train = train or train_source(trainer, module, datamodule, train_dataloaders)
+        target = target_source(trainer, module, datamodule, target_dataloaders, targets)
+        noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
+        noise_mask = check_noise_mask(noise_mask, len(train))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
         path = Path(store) if store is not None else record.store_path if record is not None else None
         method = method or _default_method(path, record)
@@ -158,7 +160,8 @@ def attribute(
             folder=folder / "result",
         )
         _check_store(step)
-        stack.enter_context(_restored(trainer, module))
+        stack.enter_context(_lent(trainer, module))
+        stack.enter_context(_same_tensors(module))
         data = [source.dataset for source in (train, target) if source is not None]
         stack.enter_context(undisturbed(module, *data))
         stack.enter_context(loaded(module))
@@ -235,26 +238,56 @@ def _check_store(step: AttributionStep) -> None:
             )
 
 
+def _recorded_source(
+    trainer: L.Trainer, record: AttributionRecord | None, datamodule: L.LightningDataModule | None, loaders: Any
+) -> DataSource | None:
+    """Give what the callback saw trained on: the trainer itself forgets it with its next validate, test or predict."""
+    if loaders is not None or datamodule is not getattr(trainer, "datamodule", None):
+        return None
+    return getattr(record, "source", None)
+
+
 @contextmanager
-def _restored(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Lend the trainer to the predict run: progress bars stay, other callbacks and loggers sit it out."""
-    strategy, loop = trainer.strategy, trainer.predict_loop
-    before = {
-        "callbacks": trainer.callbacks,  # type: ignore[attr-defined]  # set by Lightning's connectors
-        "loggers": trainer.loggers,
-        "state": copy.copy(trainer.state),
-        "limit_predict_batches": trainer.limit_predict_batches,
-    }
-    connected, own_trainer, inference_mode = strategy.lightning_module, module._trainer, loop.inference_mode
-    trainer.callbacks = [c for c in before["callbacks"] if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
+def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Lend the trainer to the predict run: progress bars stay, other callbacks, loggers and datamodule sit it out."""
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    loops = [trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop]
+    kept: list[tuple[Any, tuple[str, ...]]] = [
+        (trainer, ("callbacks", "loggers", "datamodule", "state", "limit_predict_batches", "predict_loop")),
+        (trainer, ("_logger_connector",)),  # with the metrics of the runs before
+        (trainer._data_connector, ("_datahook_selector",)),
+        (trainer.strategy, ("_lightning_module", "model")),
+        *((loop, ("_combined_loader",)) for loop in loops),
+        *((loop._data_source, ("instance",)) for loop in loops),
+        *((m, ("_trainer", "_device", "_dtype")) for m in module.modules() if isinstance(m, L.LightningModule)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, names in kept for name in names]
+    trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
     trainer.loggers = []
+    trainer.datamodule = None  # type: ignore[attr-defined]  # its hooks are for its own loaders
+    trainer.state = copy.copy(trainer.state)
     trainer.limit_predict_batches = 1.0
-    loop.inference_mode = False  # the features need gradients
+    trainer.predict_loop = type(trainer.predict_loop)(trainer, inference_mode=False)  # the features need gradients
+    trainer._logger_connector = copy.copy(trainer._logger_connector)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)
-        loop.inference_mode = inference_mode
-        strategy.connect(connected if connected is not None else module)
-        module._trainer = own_trainer
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+@contextmanager
+def _same_tensors(module: nn.Module) -> Iterator[None]:
+    """Put parameters and buffers back on their device and into their dtype: the trainer moves and converts them."""
+    parameters = [(p, p.data) for p in module.parameters()]
+    buffers = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, data in parameters:
+                if p.dtype != data.dtype or p.device != data.device:
+                    p.data = data.copy_(p.data)
+            for holder, name, buffer in buffers:
+                if holder[name] is not buffer:
+                    holder[name] = buffer.copy_(holder[name])

@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.gradients.rules import GradientRule, rule_for
+from lightning_attr.gradients.rules import GradientRule, check_layers, rule_for
 
 __all__ = ["GradientSink", "frozen", "hooked_gradients", "hooked_layers"]
 
@@ -53,6 +54,7 @@ def hooked_gradients(
     batch_size: int,
     names: Collection[str],
     sink: GradientSink,
+    skipped: set[str] | None = None,
 ) -> Tensor:
     """Stream the per-sample gradients of the parameters that rules cover.
 
@@ -63,9 +65,13 @@ def hooked_gradients(
         names: parameters wanted, among those that :func:`hooked_layers` lists.
         sink: called with ``(name, gradient)``, more than once for a parameter that is used more than once: the gradient of a
             sample is the sum.
+        skipped: gathers the parameters of layers that do not see one row a sample; without it, these are an error.
 
     Returns:
         The model output, detached, ``(b,)``.
+
+    Raises:
+        UnsupportedLayerError: if a layer mixes samples, or does not see one row a sample.
 
     Example:
         >>> import torch
@@ -82,6 +88,7 @@ def hooked_gradients(
         layer: {local: name for local, name in own.items() if name in names}
         for layer, own in hooked_layers(module).items()
     }
+    check_layers(module)
     capture = _Capture(batch_size, sink)
     handles = [
         layer.register_forward_hook(capture.watch(layer, own), with_kwargs=True) for layer, own in layers.items() if own
@@ -94,6 +101,15 @@ def hooked_gradients(
     finally:
         for handle in handles:
             handle.remove()
+    if skipped is None and capture.skipped:
+        raise UnsupportedLayerError(
+            f"The layer of {', '.join(f'`{name}`' for name in sorted(capture.skipped))} was called with other rows than the "
+            f"{batch_size} samples of the batch, one each, although it was not when the module was checked. Where samples "
+            "are routed through the module depending on their values, per-sample gradients by hooks do not exist: freeze "
+            "these parameters."
+        )
+    if skipped is not None:
+        skipped |= capture.skipped
     return output.detach()
 
 
@@ -133,6 +149,7 @@ class _Capture:
         self.batch_size = batch_size
         self.sink = sink
         self.leaves: list[Tensor] = []
+        self.skipped: set[str] = set()
 
     def watch(self, layer: nn.Module, names: dict[str, str]) -> Callable[..., Tensor]:
         """Make the forward hook of a layer."""
@@ -140,6 +157,8 @@ class _Capture:
         assert rule is not None  # hooked_layers lists only layers with a rule
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output  # the module itself wants no gradient here
             activations = (args[0] if args else next(iter(kwargs.values()))).detach()
             if activations.shape[0] == 1 < self.batch_size:
                 # An input shared by the batch, such as position ids of shape (1, s): give each sample its own copy, so
@@ -161,7 +180,8 @@ class _Capture:
         self, rule: GradientRule, layer: nn.Module, names: dict[str, str], activations: Tensor, backprops: Tensor
     ) -> None:
         if activations.shape[0] != self.batch_size or backprops.shape[0] != self.batch_size:
-            return  # not one row a sample: `plan_gradients` sees the gap and sends these parameters to the fallback
+            self.skipped.update(names.values())
+            return
         # Half-precision factors would lose the small products; autocast must not put them back.
         with torch.no_grad(), torch.autocast(backprops.device.type, enabled=False):
             dtype = torch.promote_types(backprops.dtype, torch.float32)

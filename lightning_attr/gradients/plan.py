@@ -168,8 +168,9 @@ def _hooked_rows(
         rows[name] = rows[name] + tensor if name in rows else tensor
 
     names = {name for own in hooked_layers(module).values() for name in own.values()}
-    hooked_gradients(module, lambda: forward(batch), batch_size, names, add)
-    return rows
+    skipped: set[str] = set()
+    hooked_gradients(module, lambda: forward(batch), batch_size, names, add, skipped)
+    return {name: row for name, row in rows.items() if name not in skipped}
 
 
 def _vmap_agrees(

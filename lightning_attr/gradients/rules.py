@@ -7,11 +7,12 @@ from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.factored import ConvSum, GatherSum, OuterSum, ParameterGradient
 
-__all__ = ["GradientRule", "gradient_rule", "rule_for", "supported_layers"]
+__all__ = ["GradientRule", "check_layers", "gradient_rule", "rule_for", "supported_layers"]
 
 GradientRule: TypeAlias = Callable[[Any, Tensor, Tensor], dict[str, ParameterGradient]]
 
@@ -83,6 +84,41 @@ def rule_for(layer: nn.Module) -> GradientRule | None:
     return None
 
 
+def check_layers(module: nn.Module) -> None:
+    """Check that no layer is in a state in which per-sample gradients do not exist.
+
+    Args:
+        module: any module.
+
+    Raises:
+        UnsupportedLayerError: if one is: BatchNorm in train mode or without running statistics, or a trainable Embedding
+            with ``max_norm`` or ``scale_grad_by_freq``.
+
+    Example:
+        >>> from torch import nn
+        >>> check_layers(nn.Sequential(nn.BatchNorm1d(3)).eval())
+        >>> check_layers(nn.Sequential(nn.BatchNorm1d(3)).train())
+        Traceback (most recent call last):
+        ...
+        lightning_attr.errors.UnsupportedLayerError: `0` (BatchNorm1d) is in train mode...
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+            state = "is in train mode" if layer.training else "has no running statistics (track_running_stats=False)"
+            raise UnsupportedLayerError(
+                f"`{name}` ({type(layer).__name__}) {state}, so that each sample's output depends on the whole batch and "
+                "per-sample gradients do not exist. Put the module into eval mode (`module.eval()`) and keep running "
+                "statistics, or use GroupNorm."
+            )
+        if isinstance(layer, nn.Embedding) and layer.weight.requires_grad:
+            if layer.max_norm is not None or layer.scale_grad_by_freq:
+                raise UnsupportedLayerError(
+                    f"`{name}` ({type(layer).__name__}) with `max_norm` or `scale_grad_by_freq` has no per-sample gradient: "
+                    "the first changes the weights in the forward pass, the second divides by counts over the batch. "
+                    "Build the layer without them, or freeze it."
+                )
+
+
 @gradient_rule(nn.Linear)
 def linear(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """``y = x W^T + b``, over any number of positions between batch and features."""
@@ -104,11 +140,6 @@ def convolution(
 @gradient_rule(nn.Embedding)
 def embedding(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """Rows of a table; the padding row has no gradient."""
-    if layer.max_norm is not None or layer.scale_grad_by_freq:
-        raise UnsupportedLayerError(
-            "nn.Embedding with `max_norm` or `scale_grad_by_freq` has no per-sample gradient: the first changes the weights "
-            "in the forward pass, the second divides by counts over the batch. Build the layer without them."
-        )
     ids, delta = activations.flatten(1) if activations.ndim > 1 else activations.unsqueeze(1), _positions(backprops)
     if layer.padding_idx is not None:
         delta = delta.masked_fill((ids == layer.padding_idx).unsqueeze(2), 0)
@@ -135,13 +166,6 @@ def group_norm(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> d
 @gradient_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(layer: nn.BatchNorm1d, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """Scale and shift a channel, with the running statistics as constants."""
-    if layer.training or layer.running_mean is None or layer.running_var is None:
-        state = "is in train mode" if layer.training else "has no running statistics (track_running_stats=False)"
-        raise UnsupportedLayerError(
-            f"A {type(layer).__name__} {state}, so that each sample's output depends on the whole batch and per-sample "
-            "gradients do not exist. Put the module into eval mode (`module.eval()`) and keep running statistics, or use "
-            "GroupNorm."
-        )
     normalised = F.batch_norm(activations, layer.running_mean, layer.running_var, eps=layer.eps)
     return _scale_and_shift(normalised, backprops)
 
