@@ -12,16 +12,21 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported with its logger set up
+    rank_zero_info,
+    rank_zero_warn,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_attr.batch import batched_tensors
 from lightning_attr.callbacks.progress import progress
-from lightning_attr.callbacks.schedule import SnapshotSchedule
+from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
+from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
-from lightning_attr.errors import StoreMismatchError
+from lightning_attr.errors import NonFiniteGradientError, StoreMismatchError
 from lightning_attr.featurizer import PROBE_SIZE, Featurizer, check_module, plan
 from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
@@ -29,7 +34,6 @@ from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
-from lightning_attr.metrics.functional import noisy_label_auroc, noisy_label_recall, spearman
 from lightning_attr.prediction import to_device
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
@@ -43,12 +47,12 @@ SnapshotListener = Callable[[L.Trainer, L.LightningModule, Snapshot, Tensor], No
 class AttributionCallback(L.Callback):
     """Makes every prediction of a run traceable to its training samples, and leaves the run itself bit-identical.
 
-    At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set there,
-    in data set order. Afterwards ``trainer.attribute(datamodule)`` gives the scores.
+    At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set
+    there, in data set order. Afterwards ``trainer.attribute(datamodule)`` gives the scores.
 
     Args:
-        dirpath: directory of the feature store; by default ``attribution`` in the Trainer's log directory. A store of the
-            same run is continued, one of another run is refused.
+        dirpath: directory of the feature store; by default ``attribution`` in the Trainer's log directory. A store of
+            the same run is continued, one of another run is refused.
         method: how to score, and with it the projection of the features; TRAK by default.
         snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ..., "all", an integer n for every n-th, or a list of epoch
             indices; the last epoch always has one.
@@ -73,8 +77,10 @@ class AttributionCallback(L.Callback):
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
         >>> data = TensorDataset(torch.eye(2).repeat(4, 1), torch.tensor([0, 1]).repeat(4))
         >>> folder = tempfile.TemporaryDirectory()
-        >>> trainer = L.Trainer(max_epochs=3, callbacks=[AttributionCallback(folder.name)], logger=False, accelerator="cpu",
-        ...                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        >>> trainer = L.Trainer(
+        ...     max_epochs=3, callbacks=[AttributionCallback(folder.name)], accelerator="cpu", logger=False,
+        ...     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        ... )
         >>> trainer.fit(Classifier(), DataLoader(data, batch_size=4, shuffle=True))
         >>> trainer.attribute(targets="train").scores.shape
         (8, 8)
@@ -99,15 +105,20 @@ class AttributionCallback(L.Callback):
         self.log = log
         self.batch_size = batch_size
         self.listeners: list[SnapshotListener] = []
-        self.self_influence: Tensor | None = None
+        self.self_influence: Tensor | None
         self._path: Path | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._learning_rate = 0.0
-        self._recorded_step = -1
+        self._integrated_step = -1
+        self._recorded = (-1, -1, "")  # epoch, global step and weights' digest of the last snapshot
+        self.self_influence = None
 
     @property
     def store_path(self) -> Path | None:
         """Directory of the feature store; None before the run that makes it, unless ``dirpath`` was given."""
-        return self._path or self.dirpath
+        return self.dirpath or self._path
 
     # Before training --------------------------------------------------------------------------------------------
 
@@ -115,7 +126,7 @@ class AttributionCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and give a stock Trainer its ``attribute``."""
         if not hasattr(trainer, "attribute"):
-            trainer.attribute = functools.partial(attribute, trainer)
+            trainer.attribute = functools.partial(attribute, trainer)  # type: ignore[attr-defined]  # that is the point
         if stage == "fit":
             check_module(pl_module)
             check_strategy(trainer.strategy)
@@ -126,11 +137,37 @@ class AttributionCallback(L.Callback):
         self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
         self.noise_mask = check_noise_mask(self.noise_mask, len(self.source))
         self.layout = ParameterLayout.of(pl_module)
+        self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
         with self._beside_training(trainer, pl_module):
-            rows, batch = self.source.first(PROBE_SIZE)
-            self.plan = plan(pl_module, self._to_device(trainer, pl_module, batch), len(rows))
+            row_bytes = self._probe(trainer, pl_module)
+        self._rehearsal = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's connectors
+        if self._rehearsal:
+            return  # a store of it would only be in the way of the run itself
+        if trainer.global_step == 0:
+            self._path = None  # a run of its own, whatever this callback recorded before
+            self._forget()
+        resumed = self._path is not None
         self._open_store(trainer, pl_module)
-        self._announce(trainer)
+        self._announce(trainer, row_bytes, sum(tensor.nbytes for tensor in weights_of(pl_module).values()))
+        epoch = trainer.current_epoch - 1
+        if resumed and epoch > self._recorded[0] and self.schedule.due(epoch):
+            self._record(trainer, pl_module, epoch)  # the checkpoint was written just before this epoch's snapshot
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say why there was no training: Lightning passes over an empty data set in silence."""
+        if trainer.num_training_batches == 0:
+            train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
+
+    def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
+        """Go the whole way with a few samples; return how many bytes the store keeps of each."""
+        rows, batch = self.source.first(PROBE_SIZE)
+        batch = self._to_device(trainer, pl_module, batch)
+        self.plan = plan(pl_module, batch, len(rows))
+        if not self.featurize:
+            return 0
+        columns = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""))(batch, rows)
+        return sum(values[0].nbytes for values in columns.values())
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution"
@@ -144,36 +181,42 @@ class AttributionCallback(L.Callback):
         if trainer.is_global_zero:
             started = digest(weights_of(pl_module)) if trainer.global_step == 0 else None
             if FeatureStore.exists(self._path):
-                self._continue(FeatureStore.open(self._path), fingerprint, started, trainer.global_step)
+                self._continue(FeatureStore.open(self._path), fingerprint, started)
             else:
                 FeatureStore.create(self._path, fingerprint, batch_size=self.source.batch_size, run=started)
         trainer.strategy.barrier("attribution store")
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
         self.store.check(fingerprint)
-        done = [snapshot.global_step for snapshot in self.store.snapshots if snapshot.global_step <= trainer.global_step]
-        self._recorded_step = max(done) if trainer.global_step and done else -1
 
-    def _continue(self, store: FeatureStore, fingerprint: Fingerprint, started: str | None, step: int) -> None:
+    def _continue(self, store: FeatureStore, fingerprint: Fingerprint, started: str | None) -> None:
         """Go on with a store of this run; refuse that of another."""
-        store.check(fingerprint)
-        if started is not None and store.manifest.run not in (None, started):
+        store.fingerprint.check(fingerprint, str(store.path))
+        _, step, weights = self._recorded
+        remedy = (
+            "Choose another `dirpath` (one for each run; FeatureStore.merge joins them), or delete this one; nothing "
+            "in it was changed."
+        )
+        if started is not None:
+            if store.manifest.run not in {None, started}:
+                raise StoreMismatchError(
+                    f"{store.path} holds another training run: it started from other weights. To run the same one "
+                    f"again, seed it. {remedy}"
+                )
+            return  # its snapshots are compared one by one when training comes to them
+        if weights and all(snapshot.weights != weights for snapshot in store.snapshots):
             raise StoreMismatchError(
-                f"{store.path} holds another training run: it started from other weights. Choose another `dirpath` (one for "
-                "each run; FeatureStore.merge joins them), delete this one, or seed the run to continue it."
+                f"{store.path} holds another training run: the snapshot of step {step}, after which this checkpoint "
+                f"was written, is not in it. {remedy}"
             )
-        if step:
-            self._give_up(store, step + 1)
+        self._give_up(store)
 
-    def _announce(self, trainer: L.Trainer) -> None:
+    def _announce(self, trainer: L.Trainer, row_bytes: int, weight_bytes: int) -> None:
         """Say what will be written, before anything is."""
-        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
-        snapshots = self.schedule.count(epochs) if epochs is not None else None
-        dim = self.method.projector.bind(self.layout, "").dim if self.featurize else 0
-        each = 4 * (len(self.source) * dim + self.layout.numel)
-        total = each * (snapshots or 1)
+        snapshots = self.schedule.count(epoch_limit(trainer))
+        total = (len(self.source) * row_bytes + weight_bytes) * (snapshots or 1)
         free = shutil.disk_usage(self.store.path).free
         rank_zero_info(
-            f"Attribution: {len(self.source):,} training samples x {dim:,} features, "
+            f"Attribution: {len(self.source):,} training samples of {row_bytes:,} bytes, "
             f"{f'{snapshots} snapshots' if snapshots else 'each snapshot'}: about {total / 1e6:,.1f} MB in "
             f"{self.store.path} ({free / 1e9:,.1f} GB free)."
         )
@@ -186,13 +229,14 @@ class AttributionCallback(L.Callback):
     # While training ---------------------------------------------------------------------------------------------
 
     @override
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Integrate the learning rate, averaged over the parameters of the optimizer's groups."""
-        sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._learning_rate += sum(size * rate for size, rate in zip(sizes, rates, strict=True)) / max(1, sum(sizes))
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Integrate the learning rate, averaged over the attributed parameters."""
+        if trainer.global_step == self._integrated_step:
+            return  # LBFGS comes here several times a step
+        self._integrated_step = trainer.global_step
+        for group in optimizer.param_groups:
+            share = sum(self._sizes.get(id(p), 0) for p in group["params"]) / self.layout.numel
+            self._learning_rate += share * float(group.get("lr") or 0.0)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -205,16 +249,20 @@ class AttributionCallback(L.Callback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the last snapshot where nobody knew before that the run would end: early stopping, time limits."""
-        if trainer.global_step > self._recorded_step:
-            self._record(trainer, pl_module, max(0, trainer.current_epoch - 1))
+        self._record(trainer, pl_module, trainer.current_epoch - 1)
+        if self._rehearsal:
+            return
         if trainer.is_global_zero:
-            self._give_up(self.store, trainer.global_step + 1)
+            self._give_up(self.store)
         trainer.strategy.barrier("attribution end")
         self.store.reload()
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        if self._rehearsal or trainer.global_step == self._recorded[1]:
+            return
         key = f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         with self._beside_training(trainer, pl_module):
+            self._check_weights(pl_module, epoch)
             if trainer.is_global_zero:
                 self._store_snapshot(key, pl_module, epoch, trainer.global_step)
             self._synchronise(trainer, key)
@@ -223,35 +271,56 @@ class AttributionCallback(L.Callback):
                 self._synchronise(trainer, key)
                 if trainer.is_global_zero and (self.log or self.listeners):
                     self._report(trainer, pl_module, self.store.snapshot(key))
-        self._recorded_step = trainer.global_step
+        self._recorded = (epoch, trainer.global_step, self.store.snapshot(key).weights)
         self._learning_rate = 0.0
+
+    def _check_weights(self, pl_module: L.LightningModule, epoch: int) -> None:
+        """Refuse a diverged model before it gets into the store, and look for a sample that explains it."""
+        bad = [name for name, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
+        if not bad:
+            return
+        everything = OrderedLoader(self.source, self.source.batches(range(len(self.source))))
+        sample = next(_nonfinite_samples(everything), None)
+        cause = (
+            f"Training sample {sample} holds NaN or Inf: look at dataset[{sample}]."
+            if sample is not None
+            else "No training sample holds NaN or Inf: look at the learning rate and at the loss."
+        )
+        raise NonFiniteGradientError(
+            f"The weights are NaN or Inf after epoch {epoch} (`{bad[0]}`{' and others' if bad[1:] else ''}): a "
+            f"diverged model has no attribution. {cause} The snapshots before are intact."
+        )
 
     def _store_snapshot(self, key: str, pl_module: L.LightningModule, epoch: int, step: int) -> None:
         weights = weights_of(pl_module)
-        if any(s.key == key and s.weights == digest(weights) for s in self.store.snapshots):
-            return  # this run again, after it was killed
-        self._give_up(self.store, step)
-        self.store.add_snapshot(
-            key, weights, epoch=epoch, global_step=step, learning_rate=self._learning_rate
-        )
+        for expected in self._ahead(self.store)[:1]:
+            same = expected.key == key and expected.learning_rate == self._learning_rate
+            if same and expected.weights == digest(weights):
+                return  # this run again, after it was killed
+        self._give_up(self.store)
+        self.store.add_snapshot(key, weights, epoch=epoch, global_step=step, learning_rate=self._learning_rate)
 
-    def _give_up(self, store: FeatureStore, step: int) -> None:
-        """Set snapshots of an abandoned branch aside: from this step on, the run took another course."""
-        gone = [snapshot.key for snapshot in store.snapshots if snapshot.global_step >= step]
+    def _ahead(self, store: FeatureStore) -> list[Snapshot]:
+        """Snapshots of an earlier run through here that this one has not come to."""
+        return [snapshot for snapshot in store.snapshots if snapshot.global_step > self._recorded[1]]
+
+    def _give_up(self, store: FeatureStore) -> None:
+        """Set them aside: from here on the run takes a course of its own."""
+        gone = self._ahead(store)
         if gone:
             rank_zero_warn(
-                f"The run differs from the one recorded in {store.path} from step {step} on; moved {', '.join(gone)} to "
-                f"{store.path / 'abandoned'}."
+                f"{store.path} is written anew from step {gone[0].global_step} on; moved "
+                f"{', '.join(snapshot.key for snapshot in gone)} to {store.path / 'abandoned'}."
             )
-            store.set_aside(gone)
+            store.set_aside(snapshot.key for snapshot in gone)
 
     def _featurize(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]
+        if not batches:
+            return
         snapshot = self.store.snapshot(key)
-        featurizer = Featurizer(
-            pl_module, self.plan, self.method.projector.bind(self.layout, snapshot.projection)
-        )
+        featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, snapshot.projection))
         writer = ShardWriter(self.store, key)
         with progress(trainer, f"Featurizing epoch {snapshot.epoch}", len(batches)) as advance:
             for rows, batch in OrderedLoader(self.source, batches):
@@ -279,7 +348,7 @@ class AttributionCallback(L.Callback):
         stage = trainer.state.stage
         trainer.state.stage = RunningStage.PREDICTING
         try:
-            with undisturbed(pl_module, self.source.dataset):
+            with undisturbed(pl_module, self.source.dataset, self.source.loader.collate_fn):
                 yield
         finally:
             trainer.state.stage = stage
@@ -289,7 +358,7 @@ class AttributionCallback(L.Callback):
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, snapshot: Snapshot) -> None:
         previous, self.self_influence = self.self_influence, self._self_influence(snapshot)
         if self.log:
-            metrics = _statistics(self.self_influence, previous, self.noise_mask)
+            metrics = self_influence_statistics(self.self_influence, previous, self.noise_mask)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
         for listener in self.listeners:
@@ -308,28 +377,20 @@ class AttributionCallback(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: where the store is, and the learning rate since the last snapshot."""
-        return {"path": str(self._path) if self._path else None, "learning_rate": self._learning_rate}
+        """What a checkpoint keeps: where the store is, its last snapshot, and the learning rate integrated since."""
+        path = str(self._path) if self._path else None
+        return {"path": path, "learning_rate": self._learning_rate, "recorded": self._recorded}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
+        self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
         self._learning_rate = state_dict["learning_rate"]
-        if self.dirpath is None and state_dict["path"] is not None:
-            self._path = Path(state_dict["path"])
+        self._recorded = tuple(state_dict["recorded"])
 
 
-def _statistics(self_influence: Tensor, previous: Tensor | None, noise_mask: Tensor | None) -> dict[str, float]:
-    decile = max(1, round(0.1 * len(self_influence)))
-    top = self_influence.topk(decile).values.sum() / self_influence.sum()
-    metrics = {
-        "self_influence_mean": self_influence.mean(),
-        "self_influence_p95": self_influence.quantile(0.95),
-        "self_influence_top_decile_share": top,
-    }
-    if previous is not None:
-        metrics["rank_stability"] = spearman(self_influence, previous)
-    if noise_mask is not None and noise_mask.any() and not noise_mask.all():
-        metrics["noisy_label_auroc"] = noisy_label_auroc(self_influence, noise_mask)
-        metrics["noisy_label_recall@10%"] = noisy_label_recall(self_influence, noise_mask)
-    return {f"attribution/{name}": float(value) for name, value in metrics.items()}
+def _nonfinite_samples(loader: OrderedLoader) -> Iterator[int]:
+    for rows, batch in loader:
+        for tensor in batched_tensors(batch, len(rows)):
+            finite = tensor.isfinite().reshape(len(rows), -1).all(1)
+            yield from (rows[i] for i in (~finite).nonzero().flatten().tolist())

@@ -35,10 +35,16 @@ def progress(trainer: L.Trainer, description: str, total: int) -> Iterator[Calla
     if isinstance(bar, RichProgressBar) and not bar.is_disabled and bar.progress is not None:
         live = bar.progress
         task = live.add_task(description, total=total)
+
+        def advance() -> None:
+            live.update(task, advance=1)
+            bar.refresh()  # Lightning's Rich display does not redraw by itself
+
         try:
-            yield lambda: live.update(task, advance=1)
+            yield advance
         finally:
             live.remove_task(task)
+            bar.refresh()
     elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
         with Tqdm(
             desc=description,

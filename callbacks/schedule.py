@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-__all__ = ["SnapshotSchedule"]
+import lightning as L
+
+__all__ = ["SnapshotSchedule", "epoch_limit"]
 
 
 class SnapshotSchedule:
     """Epochs with a snapshot; the last epoch of a run has one in any case.
 
     Args:
-        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ...; "all"; an integer ``n`` for every ``n``-th epoch, the first
-            included; or a list of epoch indices, counted from 0.
+        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ...; "all"; an integer ``n`` for every ``n``-th epoch, the
+            first included; or a list of epoch indices, counted from 0.
 
     Raises:
         ValueError: if it is none of these.
@@ -36,8 +39,8 @@ class SnapshotSchedule:
         )
         if not valid:
             raise ValueError(
-                "Expected argument `snapshots` to be 'geometric', 'all', a positive integer n for every n epochs, or a list "
-                f"of epoch indices >= 0, but got {snapshots!r}."
+                "Expected argument `snapshots` to be 'geometric', 'all', a positive integer n for every n epochs, or a "
+                f"list of epoch indices >= 0, but got {snapshots!r}."
             )
         self.snapshots = frozenset(snapshots) if listed else snapshots  # type: ignore[arg-type]  # a sequence if listed
 
@@ -68,3 +71,23 @@ class SnapshotSchedule:
             Snapshots, that of the last epoch included.
         """
         return sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))
+
+
+def epoch_limit(trainer: L.Trainer) -> int:
+    """Find how many epochs a run has at most.
+
+    Args:
+        trainer: in its fit.
+
+    Returns:
+        Epochs, a last one cut short by ``max_steps`` included; 0 if there is no limit.
+
+    Example:
+        >>> epoch_limit(L.Trainer(max_epochs=3, logger=False, barebones=True))
+        3
+    """
+    limits = [] if trainer.max_epochs in {None, -1} else [int(trainer.max_epochs or 0)]
+    if trainer.max_steps != -1:
+        batches = trainer.max_steps * trainer.accumulate_grad_batches
+        limits.append(math.ceil(batches / trainer.num_training_batches))
+    return min(limits, default=0)

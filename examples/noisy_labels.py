@@ -1,4 +1,4 @@
-"""Find flipped labels in scikit-learn's digits, trace predictions to training images, and retrain without the suspicious.
+"""Find flipped labels in scikit-learn's digits, trace predictions to images, and retrain without the suspicious.
 
 Run `python examples/noisy_labels.py`; figures and the feature store go to `out/noisy_labels/`. Takes about a minute.
 """
@@ -99,7 +99,10 @@ def main() -> None:
 
     metrics = result.metrics
     print("                               self-influence   training loss")
-    for name, key in {"Noisy-label AUROC": "noisy_label_auroc", "Flipped found in top 10 %": "noisy_label_recall@10%"}.items():
+    for name, key in {
+        "Noisy-label AUROC": "noisy_label_auroc",
+        "Flipped found in top 10 %": "noisy_label_recall@10%",
+    }.items():
         print(f"{name:30s} {metrics[key]:14.3f}  {metrics['loss_' + key]:14.3f}")
     x_test, y_test = data.test_set.tensors
     labels = data.train_set.tensors[1]

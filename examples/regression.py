@@ -1,7 +1,8 @@
 """Attribute a regression with a robust loss: a model output of one's own, and batches that are dicts.
 
-scikit-learn's diabetes data, a small network trained with the Huber loss. The scores are put to the test: retrain without the
-proponents of a prediction, and see by how much it falls. Run `python examples/regression.py`; takes about half a minute.
+scikit-learn's diabetes data, a small network trained with the Huber loss. The scores are put to the test: retrain
+without the proponents of a prediction, and see by how much it falls. Run `python examples/regression.py`; takes about
+half a minute.
 """
 
 import logging

@@ -108,8 +108,6 @@ def _from_hooks(
     owner, base = (module, L.LightningModule) if datamodule is None else (datamodule, L.LightningDataModule)
     if not is_overridden(hook, owner, base):
         return None
-    if owner._trainer is None if owner is module else owner.trainer is None:
-        owner.trainer = trainer
     if trainer.is_global_zero or (owner.prepare_data_per_node and trainer.local_rank == 0):
         owner.prepare_data()
     owner.setup(_STAGES[kind])

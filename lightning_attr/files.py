@@ -81,8 +81,8 @@ def _whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise AttributionError(
-            f"Could not write {path}: {error}. {_space(path)}What was stored before is intact: make room, or choose another "
-            "directory, and run again to go on from here."
+            f"Could not write {path}: {error}. {_space(path)}What was stored before is intact: make room, or choose "
+            "another directory, and run again to go on from here."
         ) from error
     finally:
         with suppress(OSError):  # what went wrong before is what matters
@@ -134,7 +134,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
-            total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

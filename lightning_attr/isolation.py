@@ -87,7 +87,7 @@ def preserved_rng(*data: object) -> Iterator[None]:
         >>> random.getstate() == state
         True
     """
-    own = [(restore_generator(generator)) for item in data for generator in find_generators(item)]
+    own = [restore_generator(generator) for item in data for generator in find_generators(item)]
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
@@ -171,7 +171,7 @@ def reseed_generator(generator: Any, seed: int) -> None:
         generator.seed(seed % 2**32)
 
 
-def restore_generator(generator: Any) -> Callable[[], None]:
+def restore_generator(generator: Any) -> Callable[[], object]:
     """Remember the state of a generator.
 
     Args:
@@ -188,18 +188,11 @@ def restore_generator(generator: Any) -> Callable[[], None]:
         >>> generator.random() == first
         True
     """
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state) and None
     if isinstance(generator, np.random.Generator):
-        bits = generator.bit_generator
-        words = bits.state
-        return lambda: setattr(bits, "state", words)
-    if isinstance(generator, np.random.RandomState):
-        legacy = generator.get_state()
-        return lambda: generator.set_state(legacy)
-    python = generator.getstate()
-    return lambda: generator.setstate(python)
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())  # torch.Generator, RandomState
 
 
 def _is_plain(value: object) -> bool:

@@ -64,21 +64,25 @@ class DataSource:
             what = f"{len(found)} loaders" if isinstance(found, (list, tuple)) else type(found).__name__
             raise TypeError(
                 f"Expected one torch DataLoader for the {role} data, but got {what}. Scores have one row for each "
-                "dataset[i]: pass one DataLoader over one map-style data set (torch.utils.data.ConcatDataset joins several)."
+                "dataset[i]: pass one DataLoader over one map-style data set (torch.utils.data.ConcatDataset joins "
+                "several)."
             )
         if isinstance(found.dataset, IterableDataset):
             raise TypeError(
                 f"Expected a map-style data set for the {role} data, but {type(found.dataset).__name__} is an "
-                "IterableDataset: its samples have no index, so that no score could be traced back to them. Wrap it in a "
-                "Dataset with __getitem__(i) and __len__()."
+                "IterableDataset: its samples have no index, so that no score could be traced back to them. Wrap it in "
+                "a Dataset with __getitem__(i) and __len__()."
             )
         if len(found.dataset) == 0:  # type: ignore[arg-type]  # map-style data sets are sized
-            raise ValueError(f"Expected the {role} data set to have samples, but {type(found.dataset).__name__} is empty.")
+            raise ValueError(
+                f"Expected the {role} data set to have samples, but {type(found.dataset).__name__} is empty."
+            )
         size = batch_size or found.batch_size or getattr(found.batch_sampler, "batch_size", None)
         if size is None:
             raise ValueError(
-                f"Expected the {role} DataLoader to have a batch size, but it has none (batch_size=None, or a batch sampler "
-                "without the attribute `batch_size`). Pass `batch_size` to AttributionCallback or give the loader one."
+                f"Expected the {role} DataLoader to have a batch size, but it has none (batch_size=None, or a batch "
+                "sampler without the attribute `batch_size`). Pass `batch_size` to AttributionCallback, or give the "
+                "loader one."
             )
         return cls(found.dataset, size, found, role)
 
@@ -138,8 +142,8 @@ class DataSource:
 class OrderedLoader:
     """Yields ``(rows, batch)`` for the wanted rows.
 
-    Every sample is read with all random streams seeded by its row, so that a random augmentation gives the same view for
-    any batch size, number of workers and rank.
+    Every sample is read with all random streams seeded by its row, so that a random augmentation gives the same view
+    for any batch size, number of workers and rank.
 
     Args:
         source: the data.

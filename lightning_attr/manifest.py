@@ -15,6 +15,7 @@ from lightning_attr.files import write_bytes
 __all__ = ["Fingerprint", "Manifest", "Snapshot"]
 
 FORMAT = 1
+_DAMAGED = "Restore it from a copy, or start afresh in another directory."
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Fingerprint:
         difference = self.difference(found)
         if difference is not None:
             raise StoreMismatchError(
-                f"{where} {difference}. Use another directory, or delete this one to start afresh; nothing in it was changed."
+                f"{where} {difference}. Use another directory, or delete this one to start afresh; nothing in it was "
+                "changed."
             )
 
     def difference(self, found: Fingerprint) -> str | None:
@@ -69,15 +71,15 @@ class Fingerprint:
             return f"was written for a training data set of {self.length:,} samples, but this one has {found.length:,}"
         if self.data is not None and found.data is not None and self.data != found.data:
             return (
-                "was written for another training data set: it is as long, but its samples differ (a random split without "
-                "a fixed seed does that)"
+                "was written for another training data set: it is as long, but its samples differ (a random split "
+                "without a fixed seed does that)"
             )
         if list(self.layout.items()) != list(found.layout.items()):
             return f"was written for another model: {_layout_difference(self.layout, found.layout)}"
         if self.projector is not None and found.projector is not None and self.projector != found.projector:
             return (
-                f"was featurized with the projection {dict(self.projector)}, but here it is {dict(found.projector)}: give the "
-                "method the store's projection"
+                f"was featurized with the projection {dict(self.projector)}, but here it is {dict(found.projector)}: "
+                "give the method the store's projection"
             )
         return None
 
@@ -168,7 +170,7 @@ class Manifest:
         except FileNotFoundError as error:
             raise CorruptedStoreError(f"{path.parent} holds no attribution store: {path.name} is missing.") from error
         except ValueError as error:
-            raise CorruptedStoreError(f"{path} is damaged: {error}.") from error
+            raise CorruptedStoreError(f"{path} is damaged: {error}. {_DAMAGED}") from error
         found = record.get("format") if isinstance(record, dict) else None
         if found != FORMAT:
             raise CorruptedStoreError(
@@ -177,7 +179,7 @@ class Manifest:
         try:
             return cls._of(record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptedStoreError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+            raise CorruptedStoreError(f"{path} is damaged: {type(error).__name__} {error}. {_DAMAGED}") from error
 
     @classmethod
     def _of(cls, record: dict[str, Any]) -> Manifest:
@@ -211,8 +213,8 @@ class Manifest:
             difference = fingerprint.difference(other.fingerprint)
             if difference is None and other.shard_rows != first.shard_rows:
                 difference = (
-                    f"has {first.shard_rows} rows a shard, but this one has {other.shard_rows}: featurize both with the same "
-                    "batch size"
+                    f"has {first.shard_rows} rows a shard, but this one has {other.shard_rows}: featurize both with "
+                    "the same batch size"
                 )
             if difference is not None:
                 raise StoreMismatchError(f"{other_path} cannot be merged with {path}, which {difference}.")

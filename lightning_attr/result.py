@@ -24,8 +24,8 @@ class AttributionResult:
 
     Args:
         scores: ``(n_train, n_target)``.
-        self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values are
-            suspicious: the sample is explained by nothing but itself.
+        self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values
+            are suspicious: the sample is explained by nothing but itself.
         loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
         labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.
@@ -151,7 +151,9 @@ class AttributionResult:
             ValueError: if there is no noise mask.
         """
         if self.noise_mask is None:
-            raise ValueError("Expected a noise mask for the detection curve, but this result has none: pass `noise_mask`.")
+            raise ValueError(
+                "Expected a noise mask for the detection curve, but this result has none: pass `noise_mask`."
+            )
         curves = {"self-influence": self.self_influence, "training loss": self.loss}
         return plotting.plot_recall_curve(curves, self.noise_mask, ax=ax)
 
@@ -161,7 +163,8 @@ class AttributionResult:
         """Draw targets beside their strongest proponents and opponents, for image data.
 
         Args:
-            train_images: ``train_images[i]`` is the image of ``dataset[i]``: ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``.
+            train_images: ``train_images[i]`` is the image of ``dataset[i]``, ``(H, W)``, ``(C, H, W)`` or
+                ``(H, W, C)``.
             target_images: the same for targets.
             targets: columns of the score matrix, a row of the figure each.
             k: proponents, and as many opponents.
@@ -188,7 +191,7 @@ class AttributionResult:
 
 
 def _metrics(result: AttributionResult) -> dict[str, float]:
-    """Figures that need no retraining; with a noise mask also how well the noise is found, beside plain training loss."""
+    """Figures that need no retraining; with a noise mask also how well the noise is found, beside plain loss."""
     values, value, loss, mask = result.scores.values, result.data_value, result.loss, result.noise_mask
     metrics: dict[str, Any] = {
         "share_helpful": functional.share_helpful(values),

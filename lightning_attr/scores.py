@@ -29,8 +29,8 @@ _BLOCK_ELEMENTS = 2**24
 class ScoreMatrix:
     """Scores of every training sample (rows) for every target (columns).
 
-    ``values[i, j]`` estimates how much the model output of target ``j`` would fall without training sample ``i``, in units
-    of the model output; positive scores are proponents. Row ``i`` is ``dataset[train_indices[i]]``.
+    ``values[i, j]`` estimates how much the model output of target ``j`` would fall without training sample ``i``, in
+    units of the model output; positive scores are proponents. Row ``i`` is ``dataset[train_indices[i]]``.
 
     Args:
         values: ``(n_train, n_target)``, float32, mapped from a file when large.
@@ -126,7 +126,9 @@ class ScoreMatrix:
             The scores, mapped from the file.
         """
         folder = Path(path)
-        return cls(**read_tensors(folder / "scores.safetensors"), provenance=json.loads((folder / "scores.json").read_text()))
+        return cls(
+            **read_tensors(folder / "scores.safetensors"), provenance=json.loads((folder / "scores.json").read_text())
+        )
 
     def _extreme(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
         if not 1 <= k <= self.shape[0]:
@@ -139,7 +141,8 @@ class ScoreMatrix:
             index = index if rows is None else torch.cat([rows, index])
             best, order = values.topk(min(k, len(values)), dim=0, largest=largest)
             rows = index.gather(0, order)
-        assert best is not None and rows is not None  # k >= 1 means at least one row
+        assert best is not None  # k >= 1 means at least one row
+        assert rows is not None
         return self.train_indices[rows].T, best.T
 
 
@@ -177,8 +180,8 @@ def zeros(n: int, m: int, folder: Callable[[], Path], dtype: torch.dtype = torch
     free = shutil.disk_usage(place).free
     if size > free:  # found out here: a write to mapped memory that has no place on the disk kills the process
         raise AttributionError(
-            f"The scores of {n:,} training samples for {m:,} targets need {size:,} bytes, but {place} has {free:,} free. Make "
-            "room, set the environment variable TMPDIR to a larger disk, or attribute fewer targets at a time."
+            f"The scores of {n:,} training samples for {m:,} targets need {size:,} bytes, but {place} has {free:,} "
+            "free. Make room, set the environment variable TMPDIR to a larger disk, or attribute fewer targets."
         )
     handle, file = tempfile.mkstemp(".bin", "scores-", place)  # each process its own
     os.close(handle)

@@ -140,10 +140,10 @@ class FeatureStore:
         Raises:
             KeyError: if there is none of this name.
         """
-        found = next((snapshot for snapshot in self.snapshots if snapshot.key == key), None)
-        if found is not None:
-            return found
-        raise KeyError(f"{self.path} has no snapshot {key!r}; it has {[s.key for s in self.snapshots]}.")
+        by_key = {snapshot.key: snapshot for snapshot in self.snapshots}
+        if key not in by_key:
+            raise KeyError(f"{self.path} has no snapshot {key!r}; it has {list(by_key)}.")
+        return by_key[key]
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Refuse another data set, model or projection than the store's; adopt the projection if it has none yet.
@@ -204,8 +204,6 @@ class FeatureStore:
             keys: names of snapshots, of a branch of training that was given up, for instance.
         """
         gone = [self.snapshot(key) for key in keys]
-        if not gone:
-            return
         self._save(replace(self.manifest, snapshots=tuple(s for s in self.snapshots if s not in gone)))
         for snapshot in gone:
             self._abandon(snapshot.folder)
@@ -297,10 +295,7 @@ class FeatureStore:
                 "`trainer.attribute` computes them."
             )
         if content not in self._verified:
-            remedy = (
-                f"Call `FeatureStore.open({str(self.path)!r}).repair()` to drop what is damaged; `trainer.attribute` then "
-                "computes these rows again."
-            )
+            remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` then adds it anew."
             self._verified[content] = read_tensors(self._shard_path(key, shard), content, remedy)
         return self._verified[content]
 

@@ -131,13 +131,16 @@ def attribute(
     """
     module = model if model is not None else trainer.lightning_module
     if module is None:
-        raise ValueError("Expected a model to attribute, but this trainer has none. Pass `model`, or call `fit` before.")
+        raise ValueError(
+            "Expected a model to attribute, but this trainer has none. Pass `model`, or call `fit` before."
+        )
     check_module(module)
     check_strategy(trainer.strategy)
     record = next((c for c in trainer.callbacks if isinstance(c, AttributionRecord)), None)  # type: ignore[attr-defined]
     datamodule = datamodule or (getattr(trainer, "datamodule", None) if train_dataloaders is None else None)
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())  # a datamodule may draw a split
+        stack.enter_context(_attached(trainer, module, datamodule))
         train = _recorded_source(trainer, record, datamodule, train_dataloaders)
         train = train or train_source(trainer, module, datamodule, train_dataloaders)
         target = target_source(trainer, module, datamodule, target_dataloaders, targets)
@@ -215,7 +218,9 @@ def check_noise_mask(noise_mask: Any, num_rows: int) -> Tensor | None:
             f"{tuple(mask.shape)}."
         )
     if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("Expected argument `noise_mask` to hold only True and False (or 0 and 1), but got other values.")
+        raise ValueError(
+            "Expected argument `noise_mask` to hold only True and False (or 0 and 1), but got other values."
+        )
     return mask.bool().cpu()
 
 
@@ -248,6 +253,25 @@ def _recorded_source(
 
 
 @contextmanager
+def _attached(
+    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None
+) -> Iterator[None]:
+    """Give the hooks of module and datamodule their trainer."""
+    modules = [(m, m._trainer) for m in module.modules() if isinstance(m, L.LightningModule)]
+    own = None if datamodule is None else datamodule.trainer
+    module.trainer = trainer
+    if datamodule is not None:
+        datamodule.trainer = trainer
+    try:
+        yield
+    finally:
+        for m, before in modules:
+            m._trainer = before
+        if datamodule is not None:
+            datamodule.trainer = own
+
+
+@contextmanager
 def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Lend the trainer to the predict run: progress bars stay, other callbacks, loggers and datamodule sit it out."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop
@@ -259,7 +283,7 @@ def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
         (trainer.strategy, ("_lightning_module", "model")),
         *((loop, ("_combined_loader",)) for loop in loops),
         *((loop._data_source, ("instance",)) for loop in loops),
-        *((m, ("_trainer", "_device", "_dtype")) for m in module.modules() if isinstance(m, L.LightningModule)),
+        *((m, ("_device", "_dtype")) for m in module.modules() if isinstance(m, L.LightningModule)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, names in kept for name in names]
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_attr.batch import batched_tensors, map_tensors, replace_tensors, select_rows
 
@@ -49,7 +50,8 @@ def vmap_gradients(
 
     tensors = batched_tensors(batch, batch_size)
     in_dims = (None, *([0] * len(tensors)))
-    with torch.enable_grad():
+    # Of the kernels for attention, vmap runs only the plain one at once.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         gradients: dict[str, Tensor] = vmap(grad(output_of_one), in_dims=in_dims, chunk_size=chunk_size)(
             dict(params), *tensors
         )

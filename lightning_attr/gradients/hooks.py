@@ -189,4 +189,5 @@ class _Capture:
                 activations = activations.to(dtype)
             gradients = rule(layer, activations, backprops.to(dtype))
             for local, name in names.items():
-                self.sink(name, gradients[local])
+                if local in gradients:  # a layer may own parameters that its rule does not know
+                    self.sink(name, gradients[local])

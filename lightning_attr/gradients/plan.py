@@ -61,6 +61,7 @@ def plan_gradients(
 
     Raises:
         BatchDependenceError: if no path agrees with autograd, because samples of a batch affect each other.
+        NonFiniteGradientError: if a gradient is NaN or Inf.
 
     Example:
         >>> import torch
@@ -72,6 +73,8 @@ def plan_gradients(
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     reference = _autograd_rows(forward, trainable, batch, batch_size)
+    if not all(rows.isfinite().all() for rows in reference.values()):
+        raise _not_finite(reference, loop_gradients(functional_output, trainable, batch, batch_size))
     hooked = _hooked_rows(module, forward, trainable, batch, batch_size)
     covered = {name for name, rows in hooked.items() if _agree(rows, reference[name])}
     fallback = {name: p for name, p in trainable.items() if name not in covered}
@@ -130,7 +133,15 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
         if half == 0:
             return
         parts = (list(range(half)), list(range(half, batch_size)))
-        split = torch.cat([forward(select_rows(batch, batch_size, part)) for part in parts])
+        halves = [forward(select_rows(batch, batch_size, part)) for part in parts]
+    for part, outputs in zip(parts, halves, strict=True):
+        if outputs.shape != (len(part),):
+            raise ValueError(
+                f"Expected a part of {len(part)} of the {batch_size} samples to give outputs of shape ({len(part)},), but got "
+                f"{tuple(outputs.shape)}. A batch is split along the first dimension of its tensors: let the collate function "
+                "give tensors of shape (b, ...), padded where samples differ in size, rather than lists of one tensor a sample."
+            )
+    split = torch.cat(halves)
     tolerance = _tolerance(whole.dtype) * (1 + whole.abs().max())
     worst = (whole - split).abs().max()
     if worst > tolerance:
@@ -152,6 +163,16 @@ def _autograd_rows(
             for i in range(batch_size)
         ]
     return {name: torch.stack(gradients) for name, gradients in zip(trainable, zip(*rows, strict=True), strict=True)}
+
+
+def _not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor]) -> NonFiniteGradientError:
+    """Name parameters and samples; only the loop tells which, as zero times infinity is NaN for their neighbours, too."""
+    names = [name for name, rows in reference.items() if not rows.isfinite().all()]
+    bad = [i for i, row in enumerate(zip(*loop.values(), strict=True)) if not all(part.isfinite().all() for part in row)]
+    return NonFiniteGradientError(
+        f"The gradient of the first samples' model output in {_some(names)} is NaN or Inf (positions {bad} of the first batch). "
+        "Look for an infinite slope in `attribution_step` and `model_output`, such as that of a root or a norm at zero."
+    )
 
 
 def _hooked_rows(

@@ -166,7 +166,8 @@ def group_norm(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> d
 @gradient_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(layer: nn.BatchNorm1d, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """Scale and shift a channel, with the running statistics as constants."""
-    normalised = F.batch_norm(activations, layer.running_mean, layer.running_var, eps=layer.eps)
+    mean, variance = layer.running_mean.to(activations), layer.running_var.to(activations)
+    normalised = F.batch_norm(activations, mean, variance, eps=layer.eps)
     return _scale_and_shift(normalised, backprops)
 
 

@@ -26,6 +26,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_attr import AttributionMixin
+
 N_TRAIN, N_TARGET = 1437, 360
 SPLIT_SEED = 0
 BATCH_SIZE = 64
@@ -197,7 +199,7 @@ class DigitsData(L.LightningDataModule):
         return DataLoader(self.test_set, BATCH_SIZE)
 
 
-class DigitsClassifier(L.LightningModule):
+class DigitsClassifier(AttributionMixin, L.LightningModule):
     """The same recipe as a LightningModule, to be trained with `max_epochs=setting.epochs`."""
 
     def __init__(self, setting: Setting) -> None:

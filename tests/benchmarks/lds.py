@@ -10,17 +10,32 @@ import json
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from digits import CACHE, SETTINGS, SUBSET_SEEDS, Setting, ground_truth, load, trained
+from digits import (
+    CACHE,
+    SETTINGS,
+    SUBSET_SEEDS,
+    DigitsClassifier,
+    DigitsData,
+    Setting,
+    ground_truth,
+    load,
+    trained,
+)
 from torch import Tensor
 from trak import TRAKer  # type: ignore[import-untyped]  # ships no types
 from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-untyped]  # ships no types
 
+from lightning_attr import AttributionTrainer
+from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.methods import TRAK, AttributionMethod, GradDot
 from lightning_attr.metrics import linear_datamodeling_score
 
 
@@ -58,8 +73,34 @@ def traker(setting: Setting, n_models: int, proj_dim: int = 512) -> Tensor:
         return torch.tensor(trak.finalize_scores("digits"))
 
 
+def one_run(
+    setting: Setting, method: AttributionMethod, snapshots: str | list[int] = "geometric", seed: int = 0
+) -> Tensor:
+    """This package: the callback in one training run, and nothing else."""
+    L.seed_everything(seed, verbose=False)
+    data = DigitsData(setting)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = AttributionTrainer(
+            max_epochs=setting.epochs,
+            accelerator="cpu",
+            callbacks=[AttributionCallback(folder, method=method, snapshots=snapshots)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(DigitsClassifier(setting), datamodule=data)
+        return trainer.attribute(data).scores.values
+
+
 # Each row trains its models and returns their scores (n_train, n_target); its seconds count both.
 ROWS: dict[str, Callable[[Setting], Tensor]] = {
+    "TRAK(), one run": partial(one_run, method=TRAK()),
+    "TRAK(), one run, another seed": partial(one_run, method=TRAK(), seed=1),
+    "TRAK(newton_weights=False), one run": partial(one_run, method=TRAK(newton_weights=False)),
+    "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
+    "TRAK(), last snapshot of the run": partial(one_run, method=TRAK(), snapshots=[]),
+    "GradDot(), last snapshot of the run": partial(one_run, method=GradDot()),
     "traker, 1 model": partial(traker, n_models=1),
     "traker, 10 models": partial(traker, n_models=10),
 }
@@ -98,6 +139,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
 
     setting = SETTINGS[arguments.setting]
     rows = measure(setting, *ground_truth(setting, arguments.subsets, arguments.cache))

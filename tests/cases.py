@@ -1,0 +1,96 @@
+"""Small modules and data that test files share."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_attr import AttributionMixin, AttributionTrainer
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+    "devices": 1,
+}
+
+
+def quiet_trainer(kind: type[L.Trainer] = AttributionTrainer, **settings: Any) -> Any:
+    """A trainer on the CPU that prints and writes nothing."""
+    return kind(**{**QUIET, **settings})
+
+
+def blobs(n: int, seed: int = 0, classes: int = 3, size: int = 4) -> TensorDataset:
+    """Points around one centre a class; the centres are those of every seed."""
+    centres = 2 * torch.randn(classes, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed + 1)
+    y = torch.randint(classes, (n,), generator=generator)
+    return TensorDataset(centres[y] + torch.randn(n, size, generator=generator), y)
+
+
+class BlobClassifier(AttributionMixin, L.LightningModule):
+    """A small MLP for :func:`blobs`."""
+
+    def __init__(self, size: int = 4, classes: int = 3, seed: int = 0, learning_rate: float = 0.1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.network = nn.Sequential(nn.Linear(size, 8), nn.Tanh(), nn.Linear(8, classes))
+        self.learning_rate = learning_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("test_loss", F.cross_entropy(self(x), y))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+
+def loader_of(dataset: Any, batch_size: int = 8, **settings: Any) -> DataLoader[Any]:
+    """A loader of a data set."""
+    return DataLoader(dataset, batch_size=batch_size, **settings)
+
+
+@contextmanager
+def child(function: Callable[..., None], *arguments: Any) -> Iterator[Any]:
+    """Run a function in a forked process, to be killed; it is gone in the end."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Poll until something is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for never came"
+        time.sleep(0.002)

@@ -1,0 +1,402 @@
+"""Whole modules: whatever path the plan takes, the gradients are those of autograd, one sample after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError, UnsupportedLayerError
+from lightning_attr.gradients import (
+    GradientPlan,
+    ParameterGradient,
+    check_batch_independence,
+    hooked_gradients,
+    loop_gradients,
+    materialise,
+    plan_gradients,
+    vmap_gradients,
+)
+
+B = 4
+
+
+class _Module(nn.Module):
+    """A module from a forward function of its layers: ``run(module, x)``."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.run(self, x).flatten(1)
+        return (flat.sin() * torch.linspace(-1, 2, flat.shape[1], dtype=flat.dtype)).sum(1)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _StandardisedConv(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def _frozen(layer: nn.Module) -> nn.Module:
+    return layer.requires_grad_(False)
+
+
+def _tied(kind: str) -> nn.Module:
+    if kind == "embedding":
+        module = _Module(lambda m, x: m.b(m.a(x)), a=nn.Embedding(5, 3), b=nn.Linear(3, 5))
+    else:
+        module = _Module(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(3, 3), b=nn.Linear(3, 3, bias=False))
+    module.b.weight = module.a.weight
+    return module
+
+
+def _no_grad(m: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = m.a(x)
+    return m.b(x)
+
+
+def _residual(m: nn.Module, x: Tensor) -> Tensor:
+    h = F.relu(m.bn(m.conv(x)), inplace=True)
+    h = h + F.relu(m.gn(m.conv2(h)), inplace=True)
+    return m.head(h.mean(2))
+
+
+def _attend(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.embedding(x)
+    return m.attention(h, h, h, need_weights=False)[0]
+
+
+def _overwrite(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h[:, 0] = 0
+    h.mul_(2)
+    return m.b(h)
+
+
+def _branch(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return torch.cat([h[i : i + 1] * (2 if h[i].sum().item() > 0 else 1) for i in range(len(h))])
+
+
+IDS = torch.tensor([[0, 1, 2], [3, 3, 4], [4, 0, 1], [2, 2, 2]])
+FLAT = torch.randn(B, 3, generator=torch.Generator().manual_seed(1)).double()
+SEQUENCE = torch.randn(B, 5, 4, generator=torch.Generator().manual_seed(2)).double()
+
+HOOKED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "residual net": (
+        lambda: _Module(
+            _residual,
+            conv=nn.Conv1d(5, 4, 3, padding=1),
+            bn=nn.BatchNorm1d(4),
+            conv2=nn.Conv1d(4, 4, 3, padding="same", padding_mode="circular"),
+            gn=nn.GroupNorm(2, 4),
+            head=nn.Linear(4, 2),
+        ),
+        SEQUENCE,
+    ),
+    "in-place after layers": (
+        lambda: nn.Sequential(nn.Linear(3, 6), nn.ReLU(True), nn.Linear(6, 6), nn.ReLU(True), _Module(lambda m, x: x)),
+        FLAT,
+    ),
+    "in-place writes": (lambda: _Module(_overwrite, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), FLAT),
+    "called several times": (lambda: _Module(lambda m, x: m.a(m.a(m.a(x).relu())), a=nn.Linear(3, 3)), FLAT),
+    "called on parts": (lambda: _Module(lambda m, x: m.a(x[:, :2]) * m.a(x[:, 1:]), a=nn.Linear(2, 3)), FLAT),
+    "called by keyword": (lambda: _Module(lambda m, x: m.a(input=x), a=nn.Linear(3, 3)), FLAT),
+    "one layer under two names": (
+        lambda: (lambda a: _Module(lambda m, x: m.b(m.a(x).tanh()), a=a, b=a))(nn.Linear(3, 3)),
+        FLAT,
+    ),
+    "tied linears": (lambda: _tied("linear"), FLAT),
+    "tied embedding and head": (lambda: _tied("embedding"), IDS),
+    "frozen before trainable": (
+        lambda: _Module(lambda m, x: m.b(m.a(x).relu_()), a=_frozen(nn.Linear(3, 4)), b=nn.Linear(4, 2)),
+        FLAT,
+    ),
+    "frozen between trainable": (
+        lambda: _Module(
+            lambda m, x: m.c(m.b(m.a(x).tanh())), a=nn.Linear(3, 4), b=_frozen(nn.Linear(4, 4)), c=nn.Linear(4, 2)
+        ),
+        FLAT,
+    ),
+    "only biases": (
+        lambda: (lambda a: (a.weight.requires_grad_(False), _Module(lambda m, x: m.a(x), a=a))[1])(nn.Linear(3, 4)),
+        FLAT,
+    ),
+    "position ids of one row": (
+        lambda: _Module(lambda m, x: m.a(x) + m.b(torch.arange(3)[None]), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
+        IDS,
+    ),
+    "checkpointed": (
+        lambda: _Module(
+            lambda m, x: m.b(checkpoint(lambda h: m.a(h).tanh(), m.c(x), use_reentrant=False)),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 2),
+            c=nn.Linear(3, 4),
+        ),
+        FLAT,
+    ),
+    "encoder layer after an embedding's linears": (
+        lambda: _Module(lambda m, x: m.norm(m.a(x)).tanh() + m.a(x), a=nn.Linear(4, 4), norm=nn.LayerNorm((5, 4))),
+        SEQUENCE,
+    ),
+}
+
+FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
+    "overridden forward": (
+        lambda: _Module(lambda m, x: m.b(m.a(x).tanh()), a=_Doubled(3, 4), b=nn.Linear(4, 2)),
+        FLAT,
+        {"a.weight", "a.bias"},
+    ),
+    "overridden convolution": (
+        lambda: _Module(lambda m, x: m.a(x), a=_StandardisedConv(5, 2, 3)),
+        SEQUENCE,
+        {"a.weight"},
+    ),
+    "parameter outside layers": (
+        lambda: _Module(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))),
+        FLAT,
+        {"scale"},
+    ),
+    "weight used outside its layer": (
+        lambda: _Module(lambda m, x: F.linear(m.a(x).tanh(), m.a.weight), a=nn.Linear(3, 3)),
+        FLAT,
+        {"a.weight"},
+    ),
+    "attention": (
+        lambda: _Module(_attend, embedding=nn.Embedding(5, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True)),
+        IDS,
+        {f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+    ),
+    "encoder layer": (
+        lambda: _Module(
+            lambda m, x: m.layer(m.embedding(x)),
+            embedding=nn.Embedding(5, 4),
+            layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        ),
+        IDS,
+        {f"layer.self_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+    ),
+    "encoder layer first": (
+        lambda: _Module(lambda m, x: m.layer(x), layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
+        SEQUENCE,
+        {f"layer.self_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+    ),
+    "learned slope": (lambda: _Module(lambda m, x: m.act(m.a(x)), a=nn.Linear(3, 3), act=nn.PReLU()), FLAT, {"act.weight"}),
+    "position ids without batch": (
+        lambda: _Module(lambda m, x: m.a(x) + m.b(torch.arange(3)), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
+        IDS,
+        {"b.weight"},
+    ),
+    "as many positions as samples": (
+        lambda: _Module(lambda m, x: m.a(x[:, :4].transpose(0, 1)).transpose(0, 1), a=nn.Linear(4, 2)),
+        SEQUENCE,
+        {"a.weight", "a.bias"},
+    ),
+    "positions merged into the batch": (
+        lambda: _Module(lambda m, x: m.a(x.reshape(-1, 4)).reshape(len(x), -1), a=nn.Linear(4, 2)),
+        SEQUENCE,
+        {"a.weight", "a.bias"},
+    ),
+    "without gradient": (
+        lambda: _Module(_no_grad, a=nn.Linear(3, 4), b=nn.Linear(4, 2)),
+        FLAT,
+        {"a.weight", "a.bias"},
+    ),
+    "never used": (lambda: _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)), FLAT, {"b.weight", "b.bias"}),
+    "parametrized": (
+        lambda: _Module(lambda m, x: m.a(x), a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
+        FLAT,
+        {"a.parametrizations.weight.original0", "a.parametrizations.weight.original1"},
+    ),
+    "parameter that the rule does not know": (
+        lambda: (lambda a: (a.register_parameter("g", nn.Parameter(torch.ones(2))), _Module(lambda m, x: m.a(x) * m.a.g, a=a))[1])(
+            nn.Linear(3, 2)
+        ),
+        FLAT,
+        {"a.g"},
+    ),
+}
+
+LOOP: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
+    "branch on a value": (lambda: _Module(_branch, a=_Doubled(3, 4)), FLAT, {"a.weight", "a.bias"}),
+    "recurrent": (
+        lambda: _Module(lambda m, x: m.head(m.lstm(x)[0]), lstm=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 2)),
+        SEQUENCE,
+        {f"lstm.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    ),
+}
+
+
+def _plan(module: nn.Module, x: Tensor) -> GradientPlan:
+    return plan_gradients(module, module, lambda p, x: functional_call(module, dict(p), x), x, len(x))
+
+
+def _follow(module: nn.Module, plan: GradientPlan, x: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: ParameterGradient) -> None:
+        found[name] = found.get(name, 0) + materialise(gradient, tuple(module.get_parameter(name).shape))
+
+    hooked_gradients(module, lambda: module(x), len(x), plan.hooked, add)
+    if plan.fallback:
+        per_sample = vmap_gradients if plan.vectorised else loop_gradients
+        params = {name: module.get_parameter(name) for name in plan.fallback}
+        found |= per_sample(lambda p, x: functional_call(module, dict(p), x), params, x, len(x))
+    return found
+
+
+def _check(make: Callable[[], nn.Module], x: Tensor) -> GradientPlan:
+    module = make().double().eval()
+    plan = _plan(module, x)
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert (*plan.hooked, *plan.fallback) and {*plan.hooked, *plan.fallback} == trainable.keys()
+    for batch in (x, x.repeat(2, *[1] * (x.ndim - 1))[1:], x[:1]):  # other batch sizes than the plan's, too
+        found = _follow(module, plan, batch)
+        rows = [
+            torch.autograd.grad(module(batch[i : i + 1])[0], list(trainable.values()), materialize_grads=True)
+            for i in range(len(batch))
+        ]
+        for name, column in zip(trainable, zip(*rows, strict=True), strict=True):
+            torch.testing.assert_close(found[name], torch.stack(column), rtol=1e-9, atol=1e-11)
+    return plan
+
+
+@pytest.mark.parametrize("case", HOOKED)
+def test_layers_with_a_rule_are_hooked(case: str) -> None:
+    plan = _check(*HOOKED[case])
+    assert plan.fallback == ()
+
+
+@pytest.mark.parametrize("case", FALLBACK)
+def test_what_no_rule_covers_goes_through_vmap(case: str) -> None:
+    make, x, names = FALLBACK[case]
+    plan = _check(make, x)
+    assert set(plan.fallback) == names
+    assert plan.vectorised
+
+
+@pytest.mark.parametrize("case", LOOP)
+def test_what_vmap_cannot_trace_goes_through_the_loop(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, x, names = LOOP[case]
+    with caplog.at_level(logging.INFO, "lightning_attr"):
+        plan = _check(make, x)
+    assert set(plan.fallback) == names
+    assert not plan.vectorised
+    assert "falling back to a loop over samples" in caplog.text
+    assert "a loop over samples, which is slower" in caplog.text
+
+
+def test_the_log_names_the_fallback_and_its_share(caplog: pytest.LogCaptureFixture) -> None:
+    module = _Module(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))).double()
+    with caplog.at_level(logging.WARNING, "lightning_attr"):
+        _plan(module, FLAT)
+    assert caplog.messages == [
+        "_Module: `scale` (20.0% of the trainable parameters) have no gradient rule and go through vmap(grad), which is "
+        "slower."
+    ]
+
+
+def test_the_log_cuts_a_long_list(caplog: pytest.LogCaptureFixture) -> None:
+    names = "abcdef"
+    scales = {name: nn.Parameter(torch.ones(3)) for name in names}
+    module = _Module(lambda m, x: x * sum(getattr(m, name) for name in names), **scales).double()
+    _plan(module, FLAT)
+    assert "`a`, `b`, `c`, `d` and 2 more parameters (100.0% of" in caplog.text
+
+
+def test_nothing_is_logged_without_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    _plan(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)).double(), FLAT)
+    assert caplog.messages == []
+
+
+def test_one_sample_is_enough_for_a_plan() -> None:
+    module = _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
+    assert _plan(module, FLAT[:1]).hooked == ("a.weight", "a.bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plan_in_lower_precision(dtype: torch.dtype) -> None:
+    module = _Module(_residual, **dict(HOOKED["residual net"][0]().named_children())).to(dtype).eval()
+    assert _plan(module, SEQUENCE.to(dtype)).fallback == ()
+
+
+def test_gradients_that_mix_samples_are_found() -> None:
+    module = _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
+
+    def centred(x: Tensor) -> Tensor:
+        out = module(x)
+        return out + out.detach() - out.mean()  # equal gradients only if each sample is on its own
+
+    with pytest.raises(BatchDependenceError, match=r"gradient of .* `a.weight`, `a.bias` changes with the samples beside"):
+        plan_gradients(module, centred, lambda p, x: functional_call(module, dict(p), x), FLAT, B)
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    module = _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
+
+    def rooted(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        out = F.linear(x, params["a.weight"], params["a.bias"])
+        return (out * (x[:, :1] > 0)).abs().sqrt().sum(1)  # infinite slope at 0
+
+    x = FLAT.clone()
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    with pytest.raises(NonFiniteGradientError, match=r"`a.weight`, `a.bias` is NaN or Inf .positions \[1, 3\]"):
+        plan_gradients(module, lambda x: rooted(dict(module.named_parameters()), x), rooted, x, B)
+
+
+def test_samples_routed_by_their_values_are_refused() -> None:
+    def route(m: nn.Module, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        return torch.zeros(len(x), 2).double().masked_scatter(chosen[:, None], m.expert(x[chosen])) + m.a(x)
+
+    module = _Module(route, a=nn.Linear(3, 2), expert=nn.Linear(3, 2)).double()
+    plan = _plan(module, FLAT.abs())  # all samples of the check take one route
+    assert "expert.weight" in plan.hooked
+    x = torch.cat([FLAT.abs(), -FLAT.abs()])
+    with pytest.raises(UnsupportedLayerError, match=r"`expert.bias`, `expert.weight` was called with other rows than the 8"):
+        _follow(module, plan, x)
+
+
+def test_batch_independence_passes_and_leaves_no_graph() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    check_batch_independence(lambda x: x @ weight, torch.randn(4, 3), 4)
+    check_batch_independence(lambda x: x.sum(1) * 0 + x.mean(), torch.randn(1, 3), 1)  # one sample: nothing to compare
+
+
+@pytest.mark.parametrize("b", [2, 3, 4])
+def test_batch_dependent_outputs_are_found(b: int) -> None:
+    with pytest.raises(BatchDependenceError, match=f"depends on the samples beside it: the same {b} samples in one batch"):
+        check_batch_independence(lambda x: x.sum(1) - x.mean(), torch.randn(b, 3), b)
+
+
+@pytest.mark.parametrize("shape", [(), (4, 1), (3,)])
+def test_outputs_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"one value a sample, of shape \(4,\), but got"):
+        check_batch_independence(lambda x: torch.zeros(shape), torch.randn(4, 3), 4)
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    x = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    with pytest.raises(NonFiniteGradientError, match=r"NaN or Inf \(positions \[1, 3\] of the first batch\)"):
+        check_batch_independence(lambda x: 1 / x, x, 4)
+
+
+def test_a_batch_that_cannot_be_split_is_refused() -> None:
+    images = [torch.randn(2, size) for size in (3, 5, 4, 2)]  # one tensor a sample, in a list
+    with pytest.raises(ValueError, match=r"Expected a part of 2 of the 4 samples to give outputs of shape \(2,\), but got"):
+        check_batch_independence(lambda batch: torch.stack([image.sum() for image in batch]), images, 4)
