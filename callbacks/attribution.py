@@ -102,7 +102,7 @@ class AttributionCallback(L.Callback):
         self.schedule = SnapshotSchedule(snapshots)
         self.featurize = featurize
         self.noise_mask = None if noise_mask is None else torch.as_tensor(noise_mask)
-        self.log = log
+        self._log = log  # `log` itself is what Lightning sets to the module's method of this name
         self.batch_size = batch_size
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
@@ -181,17 +181,17 @@ class AttributionCallback(L.Callback):
         if trainer.is_global_zero:
             started = digest(weights_of(pl_module)) if trainer.global_step == 0 else None
             if FeatureStore.exists(self._path):
-                self._continue(FeatureStore.open(self._path), fingerprint, started)
+                self._continue(FeatureStore.open(self._path), fingerprint, started, trainer.global_step)
             else:
                 FeatureStore.create(self._path, fingerprint, batch_size=self.source.batch_size, run=started)
         trainer.strategy.barrier("attribution store")
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
         self.store.check(fingerprint)
 
-    def _continue(self, store: FeatureStore, fingerprint: Fingerprint, started: str | None) -> None:
+    def _continue(self, store: FeatureStore, fingerprint: Fingerprint, started: str | None, step: int) -> None:
         """Go on with a store of this run; refuse that of another."""
         store.fingerprint.check(fingerprint, str(store.path))
-        _, step, weights = self._recorded
+        _, last, weights = self._recorded
         remedy = (
             "Choose another `dirpath` (one for each run; FeatureStore.merge joins them), or delete this one; nothing "
             "in it was changed."
@@ -205,20 +205,21 @@ class AttributionCallback(L.Callback):
             return  # its snapshots are compared one by one when training comes to them
         if weights and all(snapshot.weights != weights for snapshot in store.snapshots):
             raise StoreMismatchError(
-                f"{store.path} holds another training run: the snapshot of step {step}, after which this checkpoint "
+                f"{store.path} holds another training run: the snapshot of step {last}, after which this checkpoint "
                 f"was written, is not in it. {remedy}"
             )
-        self._give_up(store)
+        # That of this very step is compared before training goes on.
+        self._give_up(store, [snapshot for snapshot in self._ahead(store) if snapshot.global_step != step])
 
     def _announce(self, trainer: L.Trainer, row_bytes: int, weight_bytes: int) -> None:
         """Say what will be written, before anything is."""
         snapshots = self.schedule.count(epoch_limit(trainer))
         total = (len(self.source) * row_bytes + weight_bytes) * (snapshots or 1)
         free = shutil.disk_usage(self.store.path).free
+        what = f"features of {len(self.source):,} training samples" if row_bytes else "weights"
         rank_zero_info(
-            f"Attribution: {len(self.source):,} training samples of {row_bytes:,} bytes, "
-            f"{f'{snapshots} snapshots' if snapshots else 'each snapshot'}: about {total / 1e6:,.1f} MB in "
-            f"{self.store.path} ({free / 1e9:,.1f} GB free)."
+            f"Attribution keeps the {what} at {f'{snapshots} snapshots, together' if snapshots else 'each snapshot,'} "
+            f"about {total / 1e6:,.2f} MB, in {self.store.path} ({free / 1e9:,.1f} GB free)."
         )
         if total > free:
             rank_zero_warn(
@@ -253,7 +254,7 @@ class AttributionCallback(L.Callback):
         if self._rehearsal:
             return
         if trainer.is_global_zero:
-            self._give_up(self.store)
+            self._give_up(self.store, self._ahead(self.store))
         trainer.strategy.barrier("attribution end")
         self.store.reload()
 
@@ -269,7 +270,7 @@ class AttributionCallback(L.Callback):
             if self.featurize:
                 self._featurize(trainer, pl_module, key)
                 self._synchronise(trainer, key)
-                if trainer.is_global_zero and (self.log or self.listeners):
+                if trainer.is_global_zero and ((self._log and trainer.loggers) or self.listeners):
                     self._report(trainer, pl_module, self.store.snapshot(key))
         self._recorded = (epoch, trainer.global_step, self.store.snapshot(key).weights)
         self._learning_rate = 0.0
@@ -293,20 +294,20 @@ class AttributionCallback(L.Callback):
 
     def _store_snapshot(self, key: str, pl_module: L.LightningModule, epoch: int, step: int) -> None:
         weights = weights_of(pl_module)
-        for expected in self._ahead(self.store)[:1]:
+        ahead = self._ahead(self.store)
+        for expected in ahead[:1]:
             same = expected.key == key and expected.learning_rate == self._learning_rate
             if same and expected.weights == digest(weights):
                 return  # this run again, after it was killed
-        self._give_up(self.store)
+        self._give_up(self.store, ahead)
         self.store.add_snapshot(key, weights, epoch=epoch, global_step=step, learning_rate=self._learning_rate)
 
     def _ahead(self, store: FeatureStore) -> list[Snapshot]:
         """Snapshots of an earlier run through here that this one has not come to."""
         return [snapshot for snapshot in store.snapshots if snapshot.global_step > self._recorded[1]]
 
-    def _give_up(self, store: FeatureStore) -> None:
-        """Set them aside: from here on the run takes a course of its own."""
-        gone = self._ahead(store)
+    def _give_up(self, store: FeatureStore, gone: Sequence[Snapshot]) -> None:
+        """Set snapshots aside: here the run takes a course of its own."""
         if gone:
             rank_zero_warn(
                 f"{store.path} is written anew from step {gone[0].global_step} on; moved "
@@ -357,7 +358,7 @@ class AttributionCallback(L.Callback):
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, snapshot: Snapshot) -> None:
         previous, self.self_influence = self.self_influence, self._self_influence(snapshot)
-        if self.log:
+        if self._log:
             metrics = self_influence_statistics(self.self_influence, previous, self.noise_mask)
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -28,10 +28,10 @@ _FIGURE = "attribution/top_influence"
 class AttributionMonitor(L.Callback):
     """Logs the training samples of highest self-influence at every snapshot: the likely mislabelled ones.
 
-    It reads what :class:`AttributionCallback` computes, in whichever order the two are listed. The table goes to every logger
-    of the Trainer: as text to TensorBoard, as a table where the logger has ``log_table`` (Weights & Biases), and as a CSV file
-    beside the metrics otherwise. The figure shows the samples themselves if they are images, and else the distribution of
-    self-influence.
+    It reads what :class:`AttributionCallback` computes, in whichever order the two are listed. The table goes to every
+    logger of the Trainer: as text to TensorBoard, as a table where the logger has ``log_table`` (Weights & Biases), and
+    as a CSV file beside the metrics otherwise. The figure shows the samples themselves if they are images, and else the
+    distribution of self-influence.
 
     Args:
         k: how many samples.
@@ -62,8 +62,9 @@ class AttributionMonitor(L.Callback):
         if recorder is None or not recorder.featurize:
             found = "none" if recorder is None else "one with featurize=False"
             raise ValueError(
-                "Expected an AttributionCallback that featurizes among the Trainer's callbacks, because AttributionMonitor "
-                f"shows what it computes, but found {found}. Use callbacks=[AttributionCallback(), AttributionMonitor()]."
+                "Expected an AttributionCallback that featurizes among the Trainer's callbacks, because "
+                f"AttributionMonitor shows what it computes, but found {found}. Use "
+                "callbacks=[AttributionCallback(), AttributionMonitor()]."
             )
         if self.figure:
             plotting.new_figure()  # without matplotlib fail here, not after the first epoch
@@ -101,7 +102,9 @@ class AttributionMonitor(L.Callback):
         if any(image is None for image in images):
             return plotting.plot_self_influence(self_influence, self._recorder.noise_mask)[0]
         labels = [f": “{row['label']}”" if "label" in row else "" for row in rows]
-        captions = [f"#{row['index']}{label}\n{row['self_influence']:.2g}" for row, label in zip(rows, labels, strict=True)]
+        captions = [
+            f"#{row['index']}{label}\n{row['self_influence']:.2g}" for row, label in zip(rows, labels, strict=True)
+        ]
         cells = [(image, caption) for image, caption in zip(images, captions, strict=True) if image is not None]
         return plotting.plot_samples(cells)[0]
 

@@ -31,11 +31,9 @@ class SnapshotSchedule:
     def __init__(self, snapshots: str | int | Sequence[int] = "geometric") -> None:
         listed = isinstance(snapshots, Sequence) and not isinstance(snapshots, str)
         valid = (
-            snapshots in {"geometric", "all"}
-            if isinstance(snapshots, str)
-            else all(isinstance(epoch, int) and epoch >= 0 for epoch in snapshots)
-            if isinstance(snapshots, Sequence)
-            else isinstance(snapshots, int) and snapshots > 0
+            all(_is_integer(epoch) and epoch >= 0 for epoch in snapshots)  # type: ignore[union-attr,operator]  # if listed
+            if listed
+            else snapshots in {"geometric", "all"} or (_is_integer(snapshots) and snapshots > 0)  # type: ignore[operator]
         )
         if not valid:
             raise ValueError(
@@ -91,3 +89,7 @@ def epoch_limit(trainer: L.Trainer) -> int:
         batches = trainer.max_steps * trainer.accumulate_grad_batches
         limits.append(math.ceil(batches / trainer.num_training_batches))
     return min(limits, default=0)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -97,14 +97,17 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int]) -> Any:
     def select(data: Any) -> Any:
         if isinstance(data, Tensor):
             return data[list(rows)] if _is_batched(data, batch_size) else data
-        if len(data) == batch_size and not any(isinstance(item, (Tensor, Sequence, Mapping)) for item in data):
-            return type(data)(data[row] for row in rows)
-        if len(data) == batch_size and all(isinstance(item, (str, bytes)) for item in data):
+        named = hasattr(data, "_fields")
+        if len(data) == batch_size and not named and all(map(_is_plain, data)):
             return type(data)(data[row] for row in rows)
         items = [apply_to_collection(item, (Tensor, list, tuple), select) for item in data]
-        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
+        return type(data)(*items) if named else type(data)(items)
 
     return apply_to_collection(batch, (Tensor, list, tuple), select)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) or not isinstance(value, (Tensor, Sequence, Mapping))
 
 
 def _is_batched(tensor: Tensor, batch_size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which training data and which targets an attribution is about, from a datamodule, loaders, or the fit that came before."""
+"""Which training data and which targets an attribution is about: from a datamodule, loaders, or the fit before."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def target_source(
         if found is not None:
             return DataSource.of(found, "target")
     raise ValueError(
-        f"Expected targets of the kind {targets!r}, but neither datamodule nor module defines `{targets}_dataloader`. Pass "
-        "`target_dataloaders`, or another `targets`."
+        f"Expected targets of the kind {targets!r}, but neither datamodule nor module defines `{targets}_dataloader`. "
+        "Pass `target_dataloaders`, or another `targets`."
     )
 
 

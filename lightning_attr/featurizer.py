@@ -18,7 +18,7 @@ from lightning_attr.gradients import (
     plan_gradients,
     vmap_gradients,
 )
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.gradients.rules import check_layers
 from lightning_attr.outputs import ModelOutput
 from lightning_attr.projectors import Projection
 from lightning_attr.testing import check_model_output
@@ -53,7 +53,12 @@ def plan(module: Any, batch: Any, batch_size: int) -> GradientPlan:
         The plan that :class:`Featurizer` follows.
 
     Raises:
+        AssertionError: if the functions of its model output do not belong together.
+        BatchDependenceError: if samples of a batch affect each other.
+        NonFiniteGradientError: if an output or a gradient is NaN or Inf.
         TypeError: if the module has no attribution step.
+        UnsupportedLayerError: if a layer has no per-sample gradients in its state, such as BatchNorm in train mode.
+        ValueError: if the model output has not one value a sample.
 
     Example:
         >>> import torch
@@ -64,9 +69,11 @@ def plan(module: Any, batch: Any, batch_size: int) -> GradientPlan:
         ('weight', 'bias')
     """
     check_module(module)
+    check_layers(module)
 
     def forward(batch: Any) -> Tensor:
-        return module.model_output.output(*module.attribution_step(batch))
+        output: Tensor = module.model_output.output(*module.attribution_step(batch))
+        return output
 
     check_batch_independence(forward, batch, batch_size)
     with torch.no_grad():
@@ -94,8 +101,8 @@ def check_module(module: Any) -> None:
     if not (isinstance(module, nn.Module) and hasattr(module, "attribution_step") and hasattr(module, "model_output")):
         name = type(module).__name__
         raise TypeError(
-            f"Expected {name} to have lightning_attr.AttributionMixin among its bases, but it has no `attribution_step`. "
-            f"Write `class {name}(AttributionMixin, LightningModule)`."
+            f"Expected {name} to have lightning_attr.AttributionMixin among its bases, but it has no "
+            f"`attribution_step`. Write `class {name}(AttributionMixin, LightningModule)`."
         )
 
 
@@ -111,6 +118,7 @@ class Featurizer:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_attr import AttributionMixin
+        >>> from lightning_attr.layout import ParameterLayout
         >>> from lightning_attr.projectors import IdentityProjector
         >>> class Classifier(AttributionMixin, nn.Linear): ...
         >>> module, batch = Classifier(2, 3).eval(), (torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
@@ -136,8 +144,9 @@ class Featurizer:
             rows: their row numbers, for error messages.
 
         Returns:
-            Column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``, ``out_to_loss``, ``newton_weight``,
-            each ``(b,)``, float32 (float64 for a float64 module); ``label`` ``(b,)`` int64 if the targets are class labels.
+            Column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``, ``out_to_loss``,
+            ``newton_weight``, each ``(b,)``, float32 (float64 for a float64 module); ``label`` ``(b,)`` int64 if the
+            targets are class labels.
 
         Raises:
             NonFiniteGradientError: if a row holds NaN or Inf.
@@ -184,7 +193,9 @@ class Featurizer:
             return output
 
         per_sample = vmap_gradients if self.plan.vectorised else loop_gradients
-        return per_sample(functional_output, self.fallback, batch, batch_size)
+        # The plan was checked outside autocast, and vmap cannot run all layers inside it (BatchNorm mixes dtypes).
+        with torch.autocast(next(iter(self.fallback.values())).device.type, enabled=False):
+            return per_sample(functional_output, self.fallback, batch, batch_size)
 
 
 def _check_finite(columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
@@ -195,6 +206,6 @@ def _check_finite(columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
             what = "gradient" if name == "features" else name
             raise NonFiniteGradientError(
                 f"The {what} of sample {', '.join(map(str, bad[:8]))}{' ...' if len(bad) > 8 else ''} is NaN or Inf "
-                f"({len(bad)} of the {len(rows)} samples of its batch). Look at dataset[{bad[0]}], and at the training: a "
-                "diverged model has no attribution."
+                f"({len(bad)} of the {len(rows)} samples of its batch). Look at dataset[{bad[0]}], and at the "
+                "training: a diverged model has no attribution."
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 
-__all__ = ["digest", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["digest", "read_tensors", "remains", "write_bytes", "write_tensors"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -114,6 +114,26 @@ def read_tensors(path: Path, expected: str | None = None, remedy: str = "") -> d
     if digest(tensors) != (expected or recorded):
         raise CorruptedStoreError(f"{path} is damaged: its content does not match its checksum. {remedy}".strip())
     return tensors
+
+
+def remains(folder: Path) -> list[Path]:
+    """Find what writers that were killed left behind.
+
+    Args:
+        folder: searched with all below it, while nobody writes there.
+
+    Returns:
+        Temporary files, our own and those of safetensors.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (Path(folder) / ".a.123.tmp").touch()
+        ...     write_bytes(Path(folder) / "a", b"text")
+        ...     [file.name for file in remains(Path(folder))]
+        ['.a.123.tmp']
+    """
+    return sorted([*folder.rglob(".*.[0-9]*.tmp"), *folder.rglob(".tmp??????")])
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,9 @@ from torch import nn
 
 __all__ = ["find_generators", "preserved_rng", "undisturbed"]
 
+_MOST_OBJECTS = 10_000
+"""How many objects of a data set are searched for generators: a fraction of a second."""
+
 
 @contextmanager
 def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
@@ -124,27 +127,26 @@ def find_generators(root: object) -> list[Any]:
     """
     found: list[Any] = []
     seen: set[int] = set()
-    pending: deque[tuple[object, int]] = deque([(root, 0)])
-    while pending:
-        item, depth = pending.popleft()  # breadth first: each object at its least depth
-        if id(item) in seen or depth > 6:
+    pending: deque[object] = deque([root])
+    while pending and len(seen) < _MOST_OBJECTS:
+        item = pending.popleft()  # the nearest first
+        if id(item) in seen or _is_plain(item):
             continue
         seen.add(id(item))
         if isinstance(item, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)):
             found.append(item)
         elif isinstance(item, (list, tuple)):
-            # Long lists hold samples, not transforms.
-            pending += [(part, depth + 1) for part in item[:64] if not _is_plain(part)]
+            pending += item[:64]  # long lists hold samples, not transforms
         elif isinstance(item, dict):
-            pending += [(part, depth + 1) for part in islice(item.values(), 64) if not _is_plain(part)]
+            pending += islice(item.values(), 64)
         elif isinstance(item, MethodType):
-            pending.append((item.__self__, depth + 1))
+            pending.append(item.__self__)
         elif isinstance(item, FunctionType):
-            pending += [(part, depth + 1) for part in inspect.getclosurevars(item).nonlocals.values()]
+            pending += inspect.getclosurevars(item).nonlocals.values()
         elif isinstance(item, partial):
-            pending += [(part, depth + 1) for part in (item.func, item.args, item.keywords)]
+            pending += (item.func, item.args, item.keywords)
         elif not isinstance(item, (type, ModuleType)) and hasattr(item, "__dict__"):
-            pending += [(part, depth + 1) for part in vars(item).values() if not _is_plain(part)]
+            pending += vars(item).values()
     return found
 
 

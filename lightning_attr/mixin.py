@@ -16,8 +16,8 @@ __all__ = ["AttributionMixin"]
 class AttributionMixin:
     r"""Gives a ``LightningModule`` its model output :math:`f(z; \theta)` and per-sample loss.
 
-    Put it before ``LightningModule`` in the bases. For a classifier of ``(x, y)`` batches nothing else is to be written;
-    for anything else override :meth:`attribution_step`, ``model_output``, or both.
+    Put it before ``LightningModule`` in the bases. For a classifier of ``(x, y)`` batches nothing else is to be
+    written; for anything else override :meth:`attribution_step`, ``model_output``, or both.
 
     Attributes:
         model_output: what is attributed; the multi-class margin by default.
@@ -101,7 +101,7 @@ class _Step(nn.Module):
         self.module = module
 
     def forward(self, batch: Any) -> tuple[Any, Any]:
-        return cast(AttributionMixin, self.module).attribution_step(batch)
+        return self.module.attribution_step(batch)
 
 
 def _describe(batch: Any) -> str:

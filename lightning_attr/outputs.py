@@ -129,17 +129,17 @@ class MulticlassMargin(ModelOutput):
         """
         _check_class_logits(outputs, targets)
         logits = _at_least_float32(outputs) / self.temperature
-        labels = targets.unsqueeze(1)
+        labels = targets.long().unsqueeze(1)
         right = logits.gather(1, labels).squeeze(1)
         return right - logits.scatter(1, labels, float("-inf")).logsumexp(1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats, ``(b,)``; arguments as in :meth:`output`."""
         _check_class_logits(outputs, targets)
-        return F.cross_entropy(_at_least_float32(outputs) / self.temperature, targets, reduction="none")
+        return F.cross_entropy(_at_least_float32(outputs) / self.temperature, targets.long(), reduction="none")
 
     def out_to_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Probability of not the labelled class, ``1 - p_y`` in ``[0, 1]``, ``(b,)``; arguments as in :meth:`output`."""
+        """Probability of the other classes, ``1 - p_y`` in ``[0, 1]``, ``(b,)``; arguments as in :meth:`output`."""
         return torch.sigmoid(-self.output(outputs, targets))
 
     def newton_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ class BinaryMargin(ModelOutput):
 class Regression(ModelOutput):
     r"""The prediction itself, trained with :math:`\ell = (f - y)^2 / (2 \sigma^2)`; then :math:`q = (y - f)/\sigma^2`.
 
-    ``torch.nn.functional.mse_loss`` has no factor one half: for a module trained with it, ``variance=0.5``. The variance
-    scales all scores alike.
+    ``torch.nn.functional.mse_loss`` has no factor one half: for a module trained with it, ``variance=0.5``. The
+    variance scales all scores alike.
 
     Args:
         variance: :math:`\sigma^2`, in squared units of the target.
@@ -305,12 +305,14 @@ def _check_class_logits(outputs: Any, targets: Any) -> None:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
             f"Expected the outputs for MulticlassMargin to be logits of shape (b, c) with c >= 2, but got {found}. "
-            "Override `attribution_step` to return them, or set `model_output` (BinaryMargin for one logit, NegativeLoss "
-            "for any other loss)."
+            "Override `attribution_step` to return them, or set `model_output` (BinaryMargin for one logit, "
+            "NegativeLoss for any other loss)."
         )
     if not isinstance(targets, Tensor) or targets.shape != outputs.shape[:1] or targets.dtype.is_floating_point:
         found = (
-            f"{targets.dtype} of shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+            f"{targets.dtype} of shape {tuple(targets.shape)}"
+            if isinstance(targets, Tensor)
+            else type(targets).__name__
         )
         raise ValueError(
             f"Expected the targets for MulticlassMargin to be integer labels of shape ({outputs.shape[0]},), but got "

@@ -1,4 +1,4 @@
-"""The predict step that attributes: Lightning's predict loop featurizes what the store misses and the targets, then scores."""
+"""The predict step that attributes: it featurizes what the store misses and the targets, then scores."""
 
 from __future__ import annotations
 

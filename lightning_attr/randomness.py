@@ -25,7 +25,8 @@ def hashed_seed(*key: object) -> int:
         An integer in ``[0, 2**63)``.
 
     Example:
-        >>> hashed_seed(0, "epoch=1") == hashed_seed(0, "epoch=1"), hashed_seed(0, "epoch=1") == hashed_seed(1, "epoch=1")
+        >>> seed = hashed_seed(0, "epoch=1")
+        >>> seed == hashed_seed(0, "epoch=1"), seed == hashed_seed(1, "epoch=1")
         (True, False)
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
-from lightning_attr.files import digest, read_tensors, write_tensors
+from lightning_attr.files import digest, read_tensors, remains, write_tensors
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot
 
 __all__ = ["FeatureStore"]
@@ -295,7 +295,7 @@ class FeatureStore:
                 "`trainer.attribute` computes them."
             )
         if content not in self._verified:
-            remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` then adds it anew."
+            remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` adds it anew."
             self._verified[content] = read_tensors(self._shard_path(key, shard), content, remedy)
         return self._verified[content]
 
@@ -345,7 +345,7 @@ class FeatureStore:
                     path.unlink(missing_ok=True)
                     dropped.append(path)
             self._enter(snapshot.key, intact)
-        for rest in self.path.rglob(".*.tmp"):
+        for rest in remains(self.path):
             rest.unlink()
             dropped.append(rest)
         return dropped

@@ -18,8 +18,9 @@ def check_model_output(
 ) -> None:
     r"""Check that the three functions of a model output belong together, on outputs of a few samples.
 
-    The shapes are ``(b,)``, no sample's value depends on another's outputs, the loss depends on the outputs only through
-    :math:`f`, so that :math:`d\ell = -q\,df`, and, where the class overrides ``newton_weight``, :math:`dq = -w\,df`.
+    The shapes are ``(b,)``, no sample's value depends on another's outputs, the loss depends on the outputs only
+    through :math:`f`, so that :math:`d\ell = -q\,df`, the Newton weight :math:`w` is not negative, and, where the class
+    overrides ``newton_weight``, :math:`dq = -w\,df`.
 
     Args:
         model_output: what is checked.
@@ -53,8 +54,9 @@ def check_model_output(
         parts = ("output", "loss", "out_to_loss", "newton_weight")
         f, loss, q, w = (getattr(model_output, part)(outputs, targets) for part in parts)
         for part, value in zip(parts, (f, loss, q, w), strict=True):
-            assert value.ndim == 1 and value.shape == f.shape, (
-                f"{name}: expected `{part}` to return one value a sample, of shape ({len(f)},), but got "
+            shape = tuple(f.shape) if f.ndim == 1 else "(b,)"
+            assert tuple(value.shape) == shape, (
+                f"{name}: expected `{part}` to return one value a sample, of shape {shape}, but got "
                 f"{tuple(value.shape)}."
             )
         _check_independence(name, f, leaves)
@@ -62,6 +64,7 @@ def check_model_output(
         weight = torch.linspace(1, 2, len(f)).to(f)
         dl = _gradient(loss, weight, leaves)
         _assert_close(dl, _gradient(f, -weight * q, leaves), f"{name}: expected grad loss = -out_to_loss * grad output")
+        assert not (w < 0).any(), f"{name}: expected `newton_weight` not to be negative, but got {w.min().item():.3g}."
         if type(model_output).newton_weight is not ModelOutput.newton_weight:
             dq, expected = _gradient(q, weight, leaves), _gradient(f, -weight * w, leaves)
             _assert_close(dq, expected, f"{name}: expected grad out_to_loss = -newton_weight * grad output")

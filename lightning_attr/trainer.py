@@ -34,7 +34,7 @@ __all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_noise_
 
 @runtime_checkable
 class AttributionRecord(Protocol):
-    """What a callback that recorded a run tells ``attribute``; :class:`lightning_attr.callbacks.AttributionCallback` does."""
+    """What a callback that recorded a run tells ``attribute``, as ``AttributionCallback`` does."""
 
     method: AttributionMethod
     noise_mask: Tensor | None
@@ -105,16 +105,16 @@ def attribute(
 ) -> AttributionResult:
     """Score every training sample for every target, on the trainer's devices.
 
-    Features that the store holds are used, missing ones are computed and kept. Row ``i`` of the scores is ``dataset[i]`` of the
-    training data and column ``j`` is ``dataset[j]`` of the targets, whatever the loaders shuffle, drop or pad. Trainer and
-    module are put back as they were.
+    Features that the store holds are used, missing ones are computed and kept. Row ``i`` of the scores is
+    ``dataset[i]`` of the training data and column ``j`` is ``dataset[j]`` of the targets, whatever the loaders
+    shuffle, drop or pad. Trainer and module are put back as they were.
 
     Args:
         trainer: any ``lightning.Trainer``.
         datamodule: gives training data and targets; by default the one of the fit before.
         model: the module, with :class:`lightning_attr.AttributionMixin`; by default the one of the fit before.
-        train_dataloaders: the training loader, instead of the datamodule's. Only its data set, collation, workers and batch
-            size are used.
+        train_dataloaders: the training loader, instead of the datamodule's. Only its data set, collation, workers and
+            batch size are used.
         target_dataloaders: the loader of the targets, likewise.
         targets: "predict", "test", "val" or "train"; "auto" takes the first of them that the datamodule defines.
         method: how to score; by default the callback's, else TRAK with the store's projection.
@@ -128,6 +128,20 @@ def attribute(
     Raises:
         ValueError: if model or data are missing, or the noise mask does not fit.
         AttributionError: if the strategy shards parameters, or the store has no snapshots.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> loader = DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1])))
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> attribute(trainer, model=Classifier(), train_dataloaders=loader, targets="train").self_influence.shape
+        torch.Size([2])
     """
     module = model if model is not None else trainer.lightning_module
     if module is None:
@@ -238,8 +252,8 @@ def _check_store(step: AttributionStep) -> None:
         store.check(step.fingerprint)
         if not store.snapshots:
             raise AttributionError(
-                f"{step.store_path} has no snapshots to attribute at. Fit with AttributionCallback(dirpath=...) first, or "
-                "name another `store`."
+                f"{step.store_path} has no snapshots to attribute at. Fit with AttributionCallback(dirpath=...) first, "
+                "or name another `store`."
             )
 
 
@@ -275,7 +289,7 @@ def _attached(
 def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Lend the trainer to the predict run: progress bars stay, other callbacks, loggers and datamodule sit it out."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop
-    loops = [trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop]
+    loops: list[Any] = [trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop]
     kept: list[tuple[Any, tuple[str, ...]]] = [
         (trainer, ("callbacks", "loggers", "datamodule", "state", "limit_predict_batches", "predict_loop")),
         (trainer, ("_logger_connector",)),  # with the metrics of the runs before
@@ -304,7 +318,8 @@ def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
 def _same_tensors(module: nn.Module) -> Iterator[None]:
     """Put parameters and buffers back on their device and into their dtype: the trainer moves and converts them."""
     parameters = [(p, p.data) for p in module.parameters()]
-    buffers = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    holders: list[dict[str, Any]] = [m._buffers for m in module.modules()]
+    buffers = [(own, name, buffer) for own in holders for name, buffer in own.items() if buffer is not None]
     try:
         yield
     finally:
@@ -312,6 +327,6 @@ def _same_tensors(module: nn.Module) -> Iterator[None]:
             for p, data in parameters:
                 if p.dtype != data.dtype or p.device != data.device:
                     p.data = data.copy_(p.data)
-            for holder, name, buffer in buffers:
-                if holder[name] is not buffer:
-                    holder[name] = buffer.copy_(holder[name])
+            for own, name, buffer in buffers:
+                if own[name] is not buffer:
+                    own[name] = buffer.copy_(own[name])

@@ -94,3 +94,39 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "what was waited for never came"
         time.sleep(0.002)
+
+
+class LayersOf(nn.Module):
+    """One value a sample from layers and a function that runs them: ``run(module, x)``."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.run(self, x).flatten(1)
+        return (flat.sin() * torch.linspace(-1, 2, flat.shape[1], dtype=flat.dtype)).sum(1)
+
+
+class DoubledLinear(nn.Linear):
+    """A forward function of its own, which no rule covers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class LinearWithGain(nn.Linear):
+    """A parameter that the rule of its base does not know; what calls the layer applies it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.gain = nn.Parameter(torch.ones(outputs))
+
+
+class StandardisedConv(nn.Conv1d):
+    """The base's forward function, and another computation inside it."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)

@@ -7,12 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import random_split
+
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.methods import TRAK
-from torch.utils.data import random_split
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -244,3 +245,14 @@ def test_random_split_is_refused_from_another_process() -> None:
     other.seed = 7
     with pytest.raises(StoreMismatchError, match="a random split without a fixed seed does that"):
         quiet_trainer().attribute(other, model=trainer.lightning_module, store="run")
+
+
+def test_random_streams_are_put_back_where_a_datamodule_draws() -> None:
+    class Draws(RandomSplit):
+        def setup(self, stage: str) -> None:
+            torch.rand(3)
+            super().setup("fit")
+
+    before = torch.get_rng_state()
+    attribute(quiet_trainer(), Draws(), model=BlobClassifier())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import random
+import signal
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,18 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError, BatchDependenceError, NonFiniteGradientError, StoreMismatchError
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.trainer import check_noise_mask, check_strategy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -38,6 +41,7 @@ def fitted(kind: type[L.Trainer] | None = None, path: str = "run", module: Any =
     callbacks = [AttributionCallback(path, method=METHOD, log=False), *settings.pop("callbacks", [])]
     given = {"max_epochs": 3, "callbacks": callbacks, "num_sanity_val_steps": 0, **settings}
     trainer = quiet_trainer(**given) if kind is None else quiet_trainer(kind, **given)
+    torch.manual_seed(1)
     trainer.fit(module or BlobClassifier(), loader_of(TRAIN, shuffle=True), loader_of(TARGETS))
     return trainer
 
@@ -48,7 +52,9 @@ def attributed(trainer: Any, **settings: Any) -> Any:
 
 def scores(trainer: Any = None, **settings: Any) -> Tensor:
     """Scores of the current weights of a module, or of a trainer's run."""
-    given = {"model": BlobClassifier(), "train_dataloaders": loader_of(TRAIN), "method": METHOD} if trainer is None else {}
+    given = (
+        {"model": BlobClassifier(), "train_dataloaders": loader_of(TRAIN), "method": METHOD} if trainer is None else {}
+    )
     return attributed(trainer or quiet_trainer(), **{**given, **settings}).scores.values
 
 
@@ -92,7 +98,7 @@ def test_without_callback_and_store_nothing_is_kept(tmp_path: Path, monkeypatch:
     assert list(tmp_path.rglob("*")) == [temporary]
 
 
-def test_store_names_a_new_directory_that_is_kept_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_names_a_new_directory_that_is_kept_and_used() -> None:
     expected = scores(store="kept")
     assert [s.key for s in FeatureStore.open("kept").snapshots] == ["current"]
     assert torch.equal(expected, scores())
@@ -103,13 +109,9 @@ def test_store_names_a_new_directory_that_is_kept_and_used(monkeypatch: pytest.M
 
 def test_method_takes_the_projection_of_the_store() -> None:
     expected = scores(store="kept")
-    assert torch.equal(scores(store="kept", method=None), attributed_with_default_damping(expected))
+    assert TRAK().damping == METHOD.damping  # the projection is all that differs
+    assert torch.equal(scores(store="kept", method=None), expected)
     assert FeatureStore.open("kept").fingerprint.projector == METHOD.projector.config
-
-
-def attributed_with_default_damping(expected: Tensor) -> Tensor:
-    assert TRAK().damping == METHOD.damping  # METHOD differs from the default in its projection only
-    return expected
 
 
 def test_other_method_with_the_same_projection() -> None:
@@ -190,14 +192,26 @@ def spoiled(row: int) -> TensorDataset:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"train_dataloaders": DataLoader(Pairs())}, TypeError, "Pairs is an IterableDataset: its samples have no index"),
+        (
+            {"train_dataloaders": DataLoader(Pairs())},
+            TypeError,
+            "Pairs is an IterableDataset: its samples have no index",
+        ),
         ({"target_dataloaders": DataLoader(Pairs())}, TypeError, "map-style data set for the target data"),
         ({"train_dataloaders": DataLoader(TensorDataset(torch.zeros(0)))}, ValueError, "TensorDataset is empty"),
         ({"model": Foreign()}, TypeError, "Expected Foreign to have lightning_attr.AttributionMixin among its bases"),
-        ({"model": BlobClassifier().requires_grad_(False)}, ValueError, "at least one parameter with requires_grad=True"),
+        (
+            {"model": BlobClassifier().requires_grad_(False)},
+            ValueError,
+            "at least one parameter with requires_grad=True",
+        ),
         ({"model": WithBatchNorm()}, AttributionError, "running statistics|running_mean|track_running_stats"),
         ({"model": MixesSamples()}, BatchDependenceError, "depends on the samples beside it"),
-        ({"train_dataloaders": loader_of(spoiled(13))}, NonFiniteGradientError, r"sample 13 is NaN or Inf .*dataset\[13\]"),
+        (
+            {"train_dataloaders": loader_of(spoiled(13))},
+            NonFiniteGradientError,
+            r"sample 13 is NaN or Inf .*dataset\[13\]",
+        ),
         ({"train_dataloaders": loader_of(spoiled(1))}, NonFiniteGradientError, "NaN or Inf"),
         ({"target_dataloaders": loader_of(spoiled(13))}, NonFiniteGradientError, "sample 13 is NaN or Inf"),
     ],
@@ -205,7 +219,9 @@ def spoiled(row: int) -> TensorDataset:
 def test_bad_input(settings: Any, error: type[Exception], message: str) -> None:
     trainer = quiet_trainer()
     with pytest.raises(error, match=message):
-        scores(trainer, **{"model": BlobClassifier(), "train_dataloaders": loader_of(TRAIN), "method": METHOD, **settings})
+        scores(
+            trainer, **{"model": BlobClassifier(), "train_dataloaders": loader_of(TRAIN), "method": METHOD, **settings}
+        )
     assert trainer.lightning_module is None
     assert list(Path().iterdir()) == []
     assert torch.equal(  # and it works afterwards
@@ -222,7 +238,9 @@ def test_no_model() -> None:
 def test_strategies_that_shard_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = quiet_trainer()
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", FSDPStrategy())
-    with pytest.raises(AttributionError, match=r"whole parameters on each rank, but FSDPStrategy shards them.*ddp_spawn"):
+    with pytest.raises(
+        AttributionError, match=r"whole parameters on each rank, but FSDPStrategy shards them.*ddp_spawn"
+    ):
         scores(trainer, model=BlobClassifier(), train_dataloaders=loader_of(TRAIN))
     with pytest.raises(AttributionError, match="FSDPStrategy"):
         check_strategy(trainer.strategy)
@@ -242,7 +260,7 @@ NOISE_METRICS = {
 def test_noise_metrics_appear_with_a_mask_and_only_then() -> None:
     trainer = fitted()
     without, given = attributed(trainer), attributed(trainer, noise_mask=MASK)
-    assert NOISE_METRICS <= given.metrics.keys()
+    assert given.metrics.keys() >= NOISE_METRICS
     assert not NOISE_METRICS & without.metrics.keys()
     assert without.metrics.keys() == given.metrics.keys() - NOISE_METRICS
     assert without.noise_mask is None
@@ -357,7 +375,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         left, right = (list(item.items()) if isinstance(item, dict) else item for item in (left, right))
         assert len(left) == len(right), name
         for a, b in zip(left, right, strict=True):
-            assert (torch.equal(a, b) if isinstance(a, Tensor) else a == b), name
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
 
 
 class Noisy(Dataset[Any]):
@@ -378,9 +396,18 @@ class Noisy(Dataset[Any]):
         return x + noise, y
 
 
+@pytest.fixture
+def own_interrupts() -> Iterator[None]:
+    """Lightning ignores further interrupts after the first."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize("outcome", ["result", "error in the data", "error in the module", "interrupt"])
 @pytest.mark.parametrize("reference", ["fresh", "fitted"])
-def test_everything_is_put_back(reference: str, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_interrupts")
+def test_everything_is_put_back(reference: str, outcome: str) -> None:
     model, data, writer, watch = Stateful(), Noisy(), Writer(), Watchful()
     checkpoint = ModelCheckpoint("checkpoints")
     settings = {"callbacks": [writer, watch, checkpoint], "enable_checkpointing": True, "logger": True, "max_epochs": 1}
@@ -396,34 +423,32 @@ def test_everything_is_put_back(reference: str, outcome: str, monkeypatch: pytes
     given = {"model": model, "train_dataloaders": loader_of(data), "target_dataloaders": loader_of(TARGETS)}
     if outcome == "result":
         assert attribute(trainer, **given).scores.shape == (20, 6)
-    else:
-        error = {"error in the data": OSError, "error in the module": RuntimeError, "interrupt": SystemExit}[outcome]
-        if outcome == "error in the data":
-            data.spoiled = 11
-        elif outcome == "error in the module":
-            monkeypatch.setattr(model, "attribution_step", raising(RuntimeError("torn"), after=8))
-        else:
-            monkeypatch.setattr(model, "attribution_step", raising(KeyboardInterrupt(), after=8))
-        with pytest.raises(error):
+    elif outcome == "error in the data":
+        data.spoiled = 11
+        with pytest.raises(OSError, match="no such image"):
             attribute(trainer, **given)
-        monkeypatch.undo()
-    monkeypatch.chdir(Path.cwd())
+    else:
+        error = RuntimeError("torn") if outcome == "error in the module" else KeyboardInterrupt()
+        model.attribution_step = raising(model, error, after=8)
+        with pytest.raises((RuntimeError, SystemExit)):  # Lightning exits when interrupted
+            attribute(trainer, **given)
+        del model.attribution_step
     assert_same(before, state(trainer, model, data))
     assert watch.calls == calls
     assert writer.written == 0
     assert checkpoint.best_model_path == best
 
 
-def raising(error: BaseException, after: int) -> Any:
-    """An attribution step that works a few times."""
-    module, calls = BlobClassifier(), iter(range(after))
+def raising(module: Any, error: BaseException, after: int) -> Any:
+    """The module's attribution step, which works a few times."""
+    step, calls = module.attribution_step, iter(range(after))
 
-    def step(batch: Any) -> Any:
+    def attribution_step(batch: Any) -> Any:
         if next(calls, None) is None:
             raise error
-        return module(batch[0]), batch[1]
+        return step(batch)
 
-    return step
+    return attribution_step
 
 
 def outcomes(trainer: Any, model: Any) -> list[Any]:
@@ -442,7 +467,7 @@ def test_trainer_and_module_work_on_as_before() -> None:
     attributed(used)
     expected, found = (outcomes(t, t.lightning_module) for t in (plain, used))
     for a, b in zip(expected, found, strict=True):
-        assert (torch.equal(a, b) if isinstance(a, Tensor) else a == b)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
     attributed(used)
     assert used.fit_loop.max_epochs == 3
     used.fit_loop.max_epochs = 5
@@ -536,7 +561,7 @@ def test_progress_bar_counts_every_batch(bar: str, monkeypatch: pytest.MonkeyPat
     stream = io.StringIO()
     if bar == "rich":
         monkeypatch.setenv("FORCE_COLOR", "1")
-    callbacks = [RichProgressBar()] if bar == "rich" else []
+    callbacks = [RichProgressBar() if bar == "rich" else TQDMProgressBar()]
     with redirect_stdout(stream):
         trainer = quiet_trainer(enable_progress_bar=True, callbacks=callbacks)
         scores(trainer, model=BlobClassifier(), train_dataloaders=loader_of(TRAIN), method=METHOD)

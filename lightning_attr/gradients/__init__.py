@@ -1,6 +1,13 @@
 """Per-sample gradients: by hooks with a rule a layer type, by ``vmap(grad)``, or by a loop."""
 
-from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient, materialise
+from lightning_attr.gradients.factored import (
+    ConvSum,
+    FactoredGradient,
+    GatherSum,
+    OuterSum,
+    ParameterGradient,
+    materialise,
+)
 from lightning_attr.gradients.functional import loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import hooked_gradients, hooked_layers
 from lightning_attr.gradients.plan import GradientPlan, check_batch_independence, plan_gradients

@@ -1,7 +1,8 @@
 r"""Per-sample gradients of weight matrices as sums of outer products, :math:`G_i = \sum_s u_{is} v_{is}^\top`.
 
-A layer's gradient is never formed unless asked for: projected from both sides it costs only the projection of its factors
-(Choe et al., 2024, LoGra). Weights of more than two dimensions count as matrices ``(shape[0], everything else)``.
+A layer's gradient is never formed unless asked for: projected from both sides it costs only the projection of its
+factors (Choe et al., 2024, LoGra). Weights of more than two dimensions count as matrices ``(shape[0], everything
+else)``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,20 @@ __all__ = ["ConvSum", "FactoredGradient", "GatherSum", "OuterSum", "ParameterGra
 
 
 class FactoredGradient(ABC):
-    """Per-sample gradients of one ``(rows, columns)`` weight, for a batch of ``b`` samples."""
+    """Per-sample gradients of one ``(rows, columns)`` weight, for a batch of ``b`` samples.
+
+    Example:
+        >>> import torch
+        >>> class Diagonal(FactoredGradient):              # a form of your own: of a weight that acts on each feature
+        ...     def __init__(self, entries):
+        ...         self.entries = entries
+        ...     def project(self, left, right):
+        ...         gradients = torch.diag_embed(self.entries)
+        ...         gradients = gradients if left is None else left @ gradients
+        ...         return gradients if right is None else gradients @ right.T
+        >>> Diagonal(torch.tensor([[1.0, 2.0]])).project(torch.ones(1, 2), None)
+        tensor([[[1., 2.]]])
+    """
 
     @abstractmethod
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Per-sample gradients of parameters that no rule covers: ``vmap(grad)``, and a loop over samples as the last resort."""
+"""Per-sample gradients of parameters that no rule covers: ``vmap(grad)``, and a loop over samples at last."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def hooked_layers(module: nn.Module) -> dict[nn.Module, dict[str, str]]:
         module: any module.
 
     Returns:
-        Layer -> {local parameter name: name in ``module.named_parameters()``}, trainable parameters only. A tied parameter
-        appears under its one name in each of its layers.
+        Layer -> {local parameter name: name in ``module.named_parameters()``}, trainable parameters only. A tied
+        parameter appears under its one name in each of its layers.
 
     Example:
         >>> from torch import nn
@@ -63,8 +63,8 @@ def hooked_gradients(
         forward: runs it on a batch and returns the model output of each sample, ``(b,)``.
         batch_size: ``b``.
         names: parameters wanted, among those that :func:`hooked_layers` lists.
-        sink: called with ``(name, gradient)``, more than once for a parameter that is used more than once: the gradient of a
-            sample is the sum.
+        sink: called with ``(name, gradient)``, more than once for a parameter that is used more than once: the gradient
+            of a sample is the sum.
         skipped: gathers the parameters of layers that do not see one row a sample; without it, these are an error.
 
     Returns:
@@ -103,10 +103,10 @@ def hooked_gradients(
             handle.remove()
     if skipped is None and capture.skipped:
         raise UnsupportedLayerError(
-            f"The layer of {', '.join(f'`{name}`' for name in sorted(capture.skipped))} was called with other rows than the "
-            f"{batch_size} samples of the batch, one each, although it was not when the module was checked. Where samples "
-            "are routed through the module depending on their values, per-sample gradients by hooks do not exist: freeze "
-            "these parameters."
+            f"The layer of {', '.join(f'`{name}`' for name in sorted(capture.skipped))} was called with other rows "
+            f"than the {batch_size} samples of the batch, one each, although it was not when the module was checked. "
+            "Where samples are routed through the module depending on their values, per-sample gradients by hooks do "
+            "not exist: freeze these parameters."
         )
     if skipped is not None:
         skipped |= capture.skipped

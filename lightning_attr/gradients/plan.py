@@ -74,7 +74,7 @@ def plan_gradients(
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     reference = _autograd_rows(forward, trainable, batch, batch_size)
     if not all(rows.isfinite().all() for rows in reference.values()):
-        raise _not_finite(reference, loop_gradients(functional_output, trainable, batch, batch_size))
+        _raise_not_finite(reference, loop_gradients(functional_output, trainable, batch, batch_size))
     hooked = _hooked_rows(module, forward, trainable, batch, batch_size)
     covered = {name for name, rows in hooked.items() if _agree(rows, reference[name])}
     fallback = {name: p for name, p in trainable.items() if name not in covered}
@@ -86,9 +86,9 @@ def plan_gradients(
             wrong = [name for name in fallback if not _agree(rows[name], reference[name])]
             if wrong:
                 raise BatchDependenceError(
-                    f"The gradient of a sample's model output in {_some(wrong)} changes with the samples beside it in the "
-                    "batch. Attribution needs outputs that are computed for each sample on its own: look for statistics "
-                    "or comparisons over the batch in `attribution_step` and `model_output`."
+                    f"The gradient of a sample's model output in {_some(wrong)} changes with the samples beside it in "
+                    "the batch. Attribution needs outputs that are computed for each sample on its own: look for "
+                    "statistics or comparisons over the batch in `attribution_step` and `model_output`."
                 )
         _log_fallback(module, trainable, fallback, vectorised)
     names = tuple(name for name in trainable if name in covered)
@@ -137,19 +137,20 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
     for part, outputs in zip(parts, halves, strict=True):
         if outputs.shape != (len(part),):
             raise ValueError(
-                f"Expected a part of {len(part)} of the {batch_size} samples to give outputs of shape ({len(part)},), but got "
-                f"{tuple(outputs.shape)}. A batch is split along the first dimension of its tensors: let the collate function "
-                "give tensors of shape (b, ...), padded where samples differ in size, rather than lists of one tensor a sample."
+                f"Expected a part of {len(part)} of the {batch_size} samples to give outputs of shape ({len(part)},), "
+                f"but got {tuple(outputs.shape)}. A batch is split along the first dimension of its tensors: let "
+                "the collate function give tensors of shape (b, ...), padded where samples differ in size, rather than "
+                "lists of one tensor a sample."
             )
     split = torch.cat(halves)
     tolerance = _tolerance(whole.dtype) * (1 + whole.abs().max())
     worst = (whole - split).abs().max()
     if worst > tolerance:
         raise BatchDependenceError(
-            f"The model output of a sample depends on the samples beside it: the same {batch_size} samples in one batch and "
-            f"in two differ by up to {worst:.3g}. Attribution needs outputs that are computed for each sample on its own: "
-            "look for BatchNorm without running statistics, contrastive losses, or means over the batch in "
-            "`attribution_step` and `model_output`."
+            f"The model output of a sample depends on the samples beside it: the same {batch_size} samples in one "
+            f"batch and in two differ by up to {worst:.3g}. Attribution needs outputs that are computed for each "
+            "sample on its own: look for random numbers (dropout outside eval mode), contrastive losses, or means over "
+            "the batch in `attribution_step` and `model_output`."
         )
 
 
@@ -165,13 +166,14 @@ def _autograd_rows(
     return {name: torch.stack(gradients) for name, gradients in zip(trainable, zip(*rows, strict=True), strict=True)}
 
 
-def _not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor]) -> NonFiniteGradientError:
-    """Name parameters and samples; only the loop tells which, as zero times infinity is NaN for their neighbours, too."""
+def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor]) -> None:
+    """Name parameters and samples; only the loop tells which, as zero times infinity is NaN for the neighbours, too."""
     names = [name for name, rows in reference.items() if not rows.isfinite().all()]
-    bad = [i for i, row in enumerate(zip(*loop.values(), strict=True)) if not all(part.isfinite().all() for part in row)]
-    return NonFiniteGradientError(
-        f"The gradient of the first samples' model output in {_some(names)} is NaN or Inf (positions {bad} of the first batch). "
-        "Look for an infinite slope in `attribution_step` and `model_output`, such as that of a root or a norm at zero."
+    finite = torch.stack([rows.isfinite().reshape(len(rows), -1).all(1) for rows in loop.values()]).all(0)
+    raise NonFiniteGradientError(
+        f"The gradient of the first samples' model output in {_some(names)} is NaN or Inf (positions "
+        f"{(~finite).nonzero().flatten().tolist()} of the first batch). Look for an infinite slope in "
+        "`attribution_step` and `model_output`, such as that of a root or a norm at zero."
     )
 
 
@@ -203,7 +205,8 @@ def _vmap_agrees(
 ) -> bool:
     try:
         rows = vmap_gradients(functional_output, params, batch, batch_size)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # what vmap says of models it cannot trace
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        # That is what vmap says of models that it cannot trace.
         log.info("vmap(grad) does not work for this module, falling back to a loop over samples: %s", error)
         return False
     return all(_agree(rows[name], reference[name]) for name in params)

@@ -22,8 +22,8 @@ _RULES: dict[type[nn.Module], GradientRule] = {}
 def gradient_rule(*layer_types: type[nn.Module]) -> Callable[[GradientRule], GradientRule]:
     """Register the rule of one or more layer types.
 
-    A rule takes ``(layer, activations, backprops)``: the layer, its first input ``(b, ...)`` and the gradient at its output
-    ``(b, ...)``. It returns, for each of its own parameters by local name, the per-sample gradients: a tensor
+    A rule takes ``(layer, activations, backprops)``: the layer, its first input ``(b, ...)`` and the gradient at its
+    output ``(b, ...)``. It returns, for each of its own parameters by local name, the per-sample gradients: a tensor
     ``(b, *parameter.shape)`` or a factored form of it.
 
     Args:
@@ -91,8 +91,8 @@ def check_layers(module: nn.Module) -> None:
         module: any module.
 
     Raises:
-        UnsupportedLayerError: if one is: BatchNorm in train mode or without running statistics, or a trainable Embedding
-            with ``max_norm`` or ``scale_grad_by_freq``.
+        UnsupportedLayerError: if one is: BatchNorm in train mode or without running statistics, or a trainable
+            Embedding with ``max_norm`` or ``scale_grad_by_freq``.
 
     Example:
         >>> from torch import nn
@@ -106,17 +106,17 @@ def check_layers(module: nn.Module) -> None:
         if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
             state = "is in train mode" if layer.training else "has no running statistics (track_running_stats=False)"
             raise UnsupportedLayerError(
-                f"`{name}` ({type(layer).__name__}) {state}, so that each sample's output depends on the whole batch and "
-                "per-sample gradients do not exist. Put the module into eval mode (`module.eval()`) and keep running "
-                "statistics, or use GroupNorm."
+                f"`{name}` ({type(layer).__name__}) {state}, so that each sample's output depends on the whole batch "
+                "and per-sample gradients do not exist. Put the module into eval mode (`module.eval()`) and keep "
+                "running statistics, or use GroupNorm."
             )
-        if isinstance(layer, nn.Embedding) and layer.weight.requires_grad:
-            if layer.max_norm is not None or layer.scale_grad_by_freq:
-                raise UnsupportedLayerError(
-                    f"`{name}` ({type(layer).__name__}) with `max_norm` or `scale_grad_by_freq` has no per-sample gradient: "
-                    "the first changes the weights in the forward pass, the second divides by counts over the batch. "
-                    "Build the layer without them, or freeze it."
-                )
+        mixes = isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq)
+        if mixes and layer.weight.requires_grad:
+            raise UnsupportedLayerError(
+                f"`{name}` ({type(layer).__name__}) with `max_norm` or `scale_grad_by_freq` has no per-sample "
+                "gradient: the first changes the weights in the forward pass, the second divides by counts over the "
+                "batch. Build the layer without them, or freeze it."
+            )
 
 
 @gradient_rule(nn.Linear)
@@ -166,6 +166,8 @@ def group_norm(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> d
 @gradient_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(layer: nn.BatchNorm1d, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """Scale and shift a channel, with the running statistics as constants."""
+    assert layer.running_mean is not None  # `check_layers` saw to that
+    assert layer.running_var is not None
     mean, variance = layer.running_mean.to(activations), layer.running_var.to(activations)
     normalised = F.batch_norm(activations, mean, variance, eps=layer.eps)
     return _scale_and_shift(normalised, backprops)

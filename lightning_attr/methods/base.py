@@ -21,8 +21,9 @@ class SnapshotFeatures:
     """What a method sees of one snapshot.
 
     Args:
-        blocks: reads the training rows that this process scores, block after block: ``(rows, columns)`` with the columns of
-            the store, ``features`` ``(b, k)`` and ``output``, ``loss``, ``out_to_loss``, ``newton_weight`` ``(b,)``.
+        blocks: reads the training rows that this process scores, block after block: ``(rows, columns)`` with the
+            columns of the store, ``features`` ``(b, k)`` and ``output``, ``loss``, ``out_to_loss``, ``newton_weight``
+            ``(b,)``.
         targets: the same columns for the targets, ``(m, ...)``.
         learning_rate: its sum over the optimizer steps that the snapshot stands for.
         reduce: sums a tensor over all processes, in place, and returns it.
@@ -56,11 +57,27 @@ class SnapshotFeatures:
 class AttributionMethod(ABC):
     r"""Scores every training sample for every target.
 
-    Sign and unit: ``scores[i, j]`` estimates how much the model output of target ``j`` would fall if training sample ``i``
-    were left out, :math:`f_j(S) - f_j(S \setminus i)`, in units of the model output. Positive scores are proponents.
+    Sign and unit: ``scores[i, j]`` estimates how much the model output of target ``j`` would fall if training sample
+    ``i`` were left out, :math:`f_j(S) - f_j(S \setminus i)`, in units of the model output. Positive scores are
+    proponents.
 
     Args:
         projector: the projection of the features.
+
+    Example:
+        >>> import torch
+        >>> class FeatureDot(AttributionMethod):          # a method of your own: one class with one function
+        ...     def score(self, snapshots, scores, self_influence):
+        ...         for snapshot in snapshots:
+        ...             for rows, columns in snapshot.blocks():
+        ...                 block = slice(rows.start, rows.stop)
+        ...                 scores[block] += columns["features"] @ snapshot.targets["features"].T
+        ...                 self_influence[block] += columns["features"].square().sum(1)
+        >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
+        >>> snapshot = SnapshotFeatures.of({"features": torch.eye(2)}, {"features": torch.tensor([[3.0, 4.0]])})
+        >>> FeatureDot().score([snapshot], scores, self_influence)
+        >>> scores.flatten()
+        tensor([3., 4.])
     """
 
     def __init__(self, projector: Projector | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_attr.methods.base import AttributionMethod, SnapshotFeatures
@@ -17,13 +18,15 @@ T = TypeVar("T")
 class GradDot(AttributionMethod):
     r"""Inner product of gradients at the last snapshot, :math:`-\nabla\ell_i \cdot \nabla f_j` (Charpiat et al., 2019).
 
-    The first-order change of the target's output under one gradient step on the training sample, for a learning rate of one.
+    The first-order change of the target's output under one gradient step on the training sample, for a learning rate of
+    one.
 
     Example:
         >>> import torch
         >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
         >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
-        >>> GradDot().score([SnapshotFeatures.of(train, {"features": torch.tensor([[2.0, 0.0]])})], scores, self_influence)
+        >>> targets = {"features": torch.tensor([[2.0, 0.0]])}
+        >>> GradDot().score([SnapshotFeatures.of(train, targets)], scores, self_influence)
         >>> scores.flatten(), self_influence
         (tensor([1., 6.]), tensor([ 0.5000, 25.0000]))
     """
@@ -64,19 +67,22 @@ class GradDot(AttributionMethod):
 
 
 class GradCos(GradDot):
-    r"""Cosine of the gradients at the last snapshot, in [-1, 1]; self-influence is 1 by definition and tells nothing.
+    r"""Cosine of the gradients at the last snapshot, in [-1, 1].
+
+    Self-influence is the sign of :math:`q` and tells nothing.
 
     Example:
         >>> import torch
         >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
         >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
-        >>> GradCos().score([SnapshotFeatures.of(train, {"features": torch.tensor([[2.0, 0.0]])})], scores, self_influence)
+        >>> targets = {"features": torch.tensor([[2.0, 0.0]])}
+        >>> GradCos().score([SnapshotFeatures.of(train, targets)], scores, self_influence)
         >>> scores.flatten(), self_influence
         (tensor([1.0000, 0.6000]), tensor([1., 1.]))
     """
 
     def _scale(self, features: Tensor) -> Tensor:
-        return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return torch.nn.functional.normalize(features, dim=1)
 
     def _push(self, out_to_loss: Tensor) -> Tensor:
         return out_to_loss.sign()

@@ -19,10 +19,10 @@ class TRAK(AttributionMethod):
     .. math::
         S = \tfrac1T \sum_t \operatorname{diag}(q_t)\, \Phi_t (\Phi_t^\top W_t \Phi_t + \lambda_t I)^{-1} \Psi_t^\top
 
-    with the projected output gradients of training samples :math:`\Phi_t` ``(n, k)`` and targets :math:`\Psi_t` ``(m, k)``,
-    :math:`q = -d\ell/df` and :math:`W = \operatorname{diag}(d^2\ell/df^2)`: one Newton step of leaving a sample out of the
-    linearised model, averaged over snapshots. With ``newton_weights=False`` it is TRAK as published, which drops :math:`W` and
-    averages :math:`q` apart from the kernel term,
+    with the projected output gradients of training samples :math:`\Phi_t` ``(n, k)`` and targets :math:`\Psi_t` ``(m,
+    k)``, :math:`q = -d\ell/df` and :math:`W = \operatorname{diag}(d^2\ell/df^2)`: one Newton step of leaving a sample
+    out of the linearised model, averaged over snapshots. With ``newton_weights=False`` it is TRAK as published, which
+    drops :math:`W` and averages :math:`q` apart from the kernel term,
 
     .. math::
         S = \Big[\tfrac1T \sum_t q_t\Big] \odot \Big[\tfrac1T \sum_t \Phi_t (\Phi_t^\top \Phi_t + \lambda_t I)^{-1}
@@ -30,9 +30,10 @@ class TRAK(AttributionMethod):
 
     Args:
         proj_dim: projection dimension of the default projector.
-        projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector` with ``proj_dim`` and
-            ``seed``.
-        damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular kernel.
+        projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector` with ``proj_dim``
+            and ``seed``.
+        damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular
+            kernel.
         newton_weights: weigh the kernel by the curvature of the loss; ``tests/benchmarks/lds.py`` compares both.
         seed: of the default projector.
 
@@ -103,10 +104,11 @@ class TRAK(AttributionMethod):
             kernel += features.T @ features
         kernel = snapshot.reduce(kernel)
         kernel.diagonal().add_(self.damping * kernel.diagonal().mean())
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(kernel)
         if failed:
             raise ValueError(
-                f"The kernel of {k} features is singular with `damping={self.damping}`. Raise the damping (1.0 is a good "
-                "value), or lower `proj_dim` below the number of training samples."
+                f"The kernel of {k} features is singular with `damping={self.damping}`. Raise the damping (1.0 is a "
+                "good value), or lower `proj_dim` below the number of training samples."
             )
         return factor

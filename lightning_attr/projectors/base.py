@@ -1,4 +1,4 @@
-r"""Random projections of per-sample gradients, :math:`\phi = P \nabla f` with :math:`E\langle Px, Py\rangle = \langle x, y\rangle`.
+r"""Projections of gradients, :math:`\phi = P \nabla f` with :math:`E\langle Px, Py\rangle = \langle x, y\rangle`.
 
 A :class:`Projector` says which family and how many dimensions; bound to a layout and a snapshot it is a
 :class:`Projection`, one linear map that is the same for training and target rows.
@@ -23,6 +23,15 @@ class Projection(ABC):
 
     Args:
         dim: number of features.
+
+    Example:
+        >>> class Sum(Projection):                         # a map of your own: all entries of the gradient, added up
+        ...     def accumulate(self, features, name, gradient):
+        ...         features[:, 0] += materialise(gradient, (2,)).sum(1)
+        >>> features = torch.zeros(1, 1)
+        >>> Sum(dim=1).accumulate(features, "w", torch.tensor([[3.0, 4.0]]))
+        >>> features
+        tensor([[7.]])
     """
 
     def __init__(self, dim: int) -> None:
@@ -48,6 +57,17 @@ class Projector(ABC):
 
     Raises:
         ValueError: if ``proj_dim`` is not a positive integer.
+
+    Example:
+        >>> class FirstParameter(Projector):               # a family of your own: kind, and the map of a snapshot
+        ...     kind = "first"
+        ...     def bind(self, layout, snapshot):
+        ...         name, shape = next(iter(layout.shapes.items()))
+        ...         return IdentityProjector().bind(ParameterLayout({name: shape}), snapshot)
+        >>> FirstParameter().bind(ParameterLayout({"a": (2, 3), "b": (4,)}), "final").dim
+        6
+        >>> FirstParameter().config
+        {'kind': 'first', 'proj_dim': 2048, 'seed': 0}
     """
 
     kind: ClassVar[str]
@@ -118,7 +138,26 @@ class _Flattening(Projection):
         self.slots = flat_slots(layout)
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
-        features[:, self.slots[name]] += materialise(gradient, self.layout.shapes[name]).flatten(1)
+        features[:, self.slots[name]] += flat_rows(gradient, self.layout.shapes[name])
+
+
+def flat_rows(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
+    """Form a parameter's gradients as one row a sample.
+
+    Args:
+        gradient: for a batch of ``b``, ``(b, *shape)`` or factored.
+        shape: the parameter's; ``()`` for a scalar.
+
+    Returns:
+        ``(b, size)``.
+
+    Example:
+        >>> import torch
+        >>> flat_rows(torch.ones(5), ()).shape
+        torch.Size([5, 1])
+    """
+    tensor = materialise(gradient, shape)
+    return tensor.reshape(tensor.shape[0], -1)
 
 
 def flat_slots(layout: ParameterLayout) -> dict[str, slice]:

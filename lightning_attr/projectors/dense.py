@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-
 from torch import Tensor
 
-from lightning_attr.gradients.factored import ParameterGradient, materialise
+from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector
+from lightning_attr.projectors.base import Projection, Projector, flat_rows
 from lightning_attr.randomness import gaussian, rademacher
 
 __all__ = ["GaussianProjector", "RademacherProjector"]
@@ -83,7 +82,7 @@ class _DenseProjection(Projection):
         self.cache: dict[tuple[str, int], Tensor] = {}
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
-        rows = materialise(gradient, self.layout.shapes[name]).flatten(1).to(features.dtype)  # (b, size)
+        rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
         scale = 1 / math.sqrt(self.dim)
         for start in range(0, rows.shape[1], _TILE):
             part = rows[:, start : start + _TILE]
@@ -96,4 +95,4 @@ class _DenseProjection(Projection):
             if tile.nbytes <= self.cache_bytes:
                 self.cache[name, start] = tile
                 self.cache_bytes -= tile.nbytes
-        return tile.to(part.dtype)
+        return tile.to(part)

@@ -1,7 +1,7 @@
 r"""Kronecker-factored projection of each layer, :math:`P_o G P_i^\top`, without forming the gradient :math:`G`.
 
-Choe et al. (2024), LoGra, section 3.1. With random signs as entries it is unbiased for inner products, and its cost is that
-of projecting the layer's activations and output gradients.
+Choe et al. (2024), LoGra, section 3.1. With random signs as entries it is unbiased for inner products, and its cost is
+that of projecting the layer's activations and output gradients.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ __all__ = ["KroneckerProjector"]
 class KroneckerProjector(Projector):
     """Projects each weight matrix from both sides to at most ``side x side``, and each vector to at most ``side``.
 
-    The side is the same for all parameters, the largest with which all of them fit into ``proj_dim``. A bias counts as the
-    last column of its weight. A dimension that is not larger than the side is kept as it is, so that with
+    The side is the same for all parameters, the largest with which all of them fit into ``proj_dim``. A bias counts as
+    the last column of its weight. A dimension that is not larger than the side is kept as it is, so that with
     ``proj_dim >= number of parameters`` nothing is lost.
 
     Example:
@@ -52,8 +52,8 @@ class KroneckerProjector(Projector):
         blocks = _blocks(layout)
         if len(blocks) > self.proj_dim:
             raise ValueError(
-                f"Expected argument `proj_dim` to be at least {len(blocks)}, one for each weight of the module, but got "
-                f"{self.proj_dim}. Raise it, or freeze parameters that should not be attributed."
+                f"Expected argument `proj_dim` to be at least {len(blocks)}, one for each weight of the module, but "
+                f"got {self.proj_dim}. Raise it, or freeze parameters that should not be attributed."
             )
         largest = max(max(block.rows, block.columns) for block in blocks)
         low, high = 1, largest  # bisection: the total grows with the side
@@ -77,18 +77,21 @@ class _Block:
 
 
 def _blocks(layout: ParameterLayout) -> list[_Block]:
-    blocks, merged = [], set()
+    biases = {name: _bias_of(name, layout) for name in layout.shapes}
+    merged = set(biases.values())
+    blocks = []
     for name, shape in layout.shapes.items():
-        if name in merged:
-            continue
-        rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
-        bias = f"{name.removesuffix('weight')}bias" if name.endswith("weight") and len(shape) > 1 else None
-        if bias is not None and layout.shapes.get(bias) == (rows,):
-            merged.add(bias)
-            blocks.append(_Block(name, bias, rows, columns + 1))
-        else:
-            blocks.append(_Block(name, None, rows, columns))
+        if name not in merged:
+            rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
+            blocks.append(_Block(name, biases[name], rows, columns + (biases[name] is not None)))
     return blocks
+
+
+def _bias_of(name: str, layout: ParameterLayout) -> str | None:
+    """Find the vector that becomes the last column of a weight, wherever in the layout it is."""
+    shape, bias = layout.shapes[name], f"{name.removesuffix('weight')}bias"
+    fits = name.endswith("weight") and len(shape) > 1 and layout.shapes.get(bias) == shape[:1]
+    return bias if fits else None
 
 
 def _total(blocks: list[_Block], side: int) -> int:
@@ -153,7 +156,8 @@ class _TwoSided:
     def view(self, features: Tensor) -> Tensor:
         """The block's features as matrices, ``(b, k_rows, k_columns)``."""
         rows = self.block.rows if self.left is None else self.left.shape[0]
-        return features[:, self.slot].unflatten(1, (rows, -1))
+        matrices: Tensor = features[:, self.slot].unflatten(1, (rows, -1))
+        return matrices
 
 
 class _LastColumn:

@@ -33,7 +33,7 @@ from torch import Tensor
 from trak import TRAKer  # type: ignore[import-untyped]  # ships no types
 from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-untyped]  # ships no types
 
-from lightning_attr import AttributionTrainer
+from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, AttributionMethod, GradDot
 from lightning_attr.metrics import linear_datamodeling_score
@@ -77,26 +77,42 @@ def one_run(
     setting: Setting, method: AttributionMethod, snapshots: str | list[int] = "geometric", seed: int = 0
 ) -> Tensor:
     """This package: the callback in one training run, and nothing else."""
-    L.seed_everything(seed, verbose=False)
-    data = DigitsData(setting)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = AttributionTrainer(
-            max_epochs=setting.epochs,
-            accelerator="cpu",
-            callbacks=[AttributionCallback(folder, method=method, snapshots=snapshots)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(DigitsClassifier(setting), datamodule=data)
-        return trainer.attribute(data).scores.values
+        trainer = fit(setting, AttributionCallback(folder, method=method, snapshots=snapshots), seed)
+        return trainer.attribute().scores.values
+
+
+def merged_runs(setting: Setting, n_runs: int) -> Tensor:
+    """The callback in several runs from different seeds, their stores merged."""
+    with tempfile.TemporaryDirectory() as folder:
+        stores = [Path(folder) / str(seed) for seed in range(n_runs)]
+        for seed, store in enumerate(stores):
+            trainer = fit(setting, AttributionCallback(store), seed)
+        FeatureStore.merge(stores, Path(folder) / "merged")
+        return trainer.attribute(store=Path(folder) / "merged").scores.values
+
+
+def fit(setting: Setting, callback: AttributionCallback, seed: int) -> AttributionTrainer:
+    """One training run with the callback."""
+    L.seed_everything(seed, verbose=False)
+    trainer = AttributionTrainer(
+        max_epochs=setting.epochs,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(DigitsClassifier(setting), datamodule=DigitsData(setting))
+    return trainer
 
 
 # Each row trains its models and returns their scores (n_train, n_target); its seconds count both.
 ROWS: dict[str, Callable[[Setting], Tensor]] = {
     "TRAK(), one run": partial(one_run, method=TRAK()),
     "TRAK(), one run, another seed": partial(one_run, method=TRAK(), seed=1),
+    "TRAK(), three runs merged": partial(merged_runs, n_runs=3),
     "TRAK(newton_weights=False), one run": partial(one_run, method=TRAK(newton_weights=False)),
     "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
     "TRAK(), last snapshot of the run": partial(one_run, method=TRAK(), snapshots=[]),

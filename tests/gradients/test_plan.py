@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from cases import DoubledLinear, LayersOf, LinearWithGain, StandardisedConv
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError, UnsupportedLayerError
 from lightning_attr.gradients import (
     GradientPlan,
@@ -27,39 +28,15 @@ from lightning_attr.gradients import (
 B = 4
 
 
-class _Module(nn.Module):
-    """A module from a forward function of its layers: ``run(module, x)``."""
-
-    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor], **layers: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.run(self, x).flatten(1)
-        return (flat.sin() * torch.linspace(-1, 2, flat.shape[1], dtype=flat.dtype)).sum(1)
-
-
-class _Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class _StandardisedConv(nn.Conv1d):
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, weight - weight.mean(), bias)
-
-
 def _frozen(layer: nn.Module) -> nn.Module:
     return layer.requires_grad_(False)
 
 
 def _tied(kind: str) -> nn.Module:
     if kind == "embedding":
-        module = _Module(lambda m, x: m.b(m.a(x)), a=nn.Embedding(5, 3), b=nn.Linear(3, 5))
+        module = LayersOf(lambda m, x: m.b(m.a(x)), a=nn.Embedding(5, 3), b=nn.Linear(3, 5))
     else:
-        module = _Module(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(3, 3), b=nn.Linear(3, 3, bias=False))
+        module = LayersOf(lambda m, x: m.b(m.a(x).tanh()), a=nn.Linear(3, 3), b=nn.Linear(3, 3, bias=False))
     module.b.weight = module.a.weight
     return module
 
@@ -77,7 +54,7 @@ def _residual(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def _attend(m: nn.Module, x: Tensor) -> Tensor:
-    h = m.embedding(x)
+    h = m.table(x)
     return m.attention(h, h, h, need_weights=False)[0]
 
 
@@ -99,7 +76,7 @@ SEQUENCE = torch.randn(B, 5, 4, generator=torch.Generator().manual_seed(2)).doub
 
 HOOKED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "residual net": (
-        lambda: _Module(
+        lambda: LayersOf(
             _residual,
             conv=nn.Conv1d(5, 4, 3, padding=1),
             bn=nn.BatchNorm1d(4),
@@ -110,39 +87,39 @@ HOOKED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         SEQUENCE,
     ),
     "in-place after layers": (
-        lambda: nn.Sequential(nn.Linear(3, 6), nn.ReLU(True), nn.Linear(6, 6), nn.ReLU(True), _Module(lambda m, x: x)),
+        lambda: nn.Sequential(nn.Linear(3, 6), nn.ReLU(True), nn.Linear(6, 6), nn.ReLU(True), LayersOf(lambda m, x: x)),
         FLAT,
     ),
-    "in-place writes": (lambda: _Module(_overwrite, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), FLAT),
-    "called several times": (lambda: _Module(lambda m, x: m.a(m.a(m.a(x).relu())), a=nn.Linear(3, 3)), FLAT),
-    "called on parts": (lambda: _Module(lambda m, x: m.a(x[:, :2]) * m.a(x[:, 1:]), a=nn.Linear(2, 3)), FLAT),
-    "called by keyword": (lambda: _Module(lambda m, x: m.a(input=x), a=nn.Linear(3, 3)), FLAT),
+    "in-place writes": (lambda: LayersOf(_overwrite, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), FLAT),
+    "called several times": (lambda: LayersOf(lambda m, x: m.a(m.a(m.a(x).relu())), a=nn.Linear(3, 3)), FLAT),
+    "called on parts": (lambda: LayersOf(lambda m, x: m.a(x[:, :2]) * m.a(x[:, 1:]), a=nn.Linear(2, 3)), FLAT),
+    "called by keyword": (lambda: LayersOf(lambda m, x: m.a(input=x), a=nn.Linear(3, 3)), FLAT),
     "one layer under two names": (
-        lambda: (lambda a: _Module(lambda m, x: m.b(m.a(x).tanh()), a=a, b=a))(nn.Linear(3, 3)),
+        lambda: (lambda a: LayersOf(lambda m, x: m.b(m.a(x).tanh()), a=a, b=a))(nn.Linear(3, 3)),
         FLAT,
     ),
     "tied linears": (lambda: _tied("linear"), FLAT),
     "tied embedding and head": (lambda: _tied("embedding"), IDS),
     "frozen before trainable": (
-        lambda: _Module(lambda m, x: m.b(m.a(x).relu_()), a=_frozen(nn.Linear(3, 4)), b=nn.Linear(4, 2)),
+        lambda: LayersOf(lambda m, x: m.b(m.a(x).relu_()), a=_frozen(nn.Linear(3, 4)), b=nn.Linear(4, 2)),
         FLAT,
     ),
     "frozen between trainable": (
-        lambda: _Module(
+        lambda: LayersOf(
             lambda m, x: m.c(m.b(m.a(x).tanh())), a=nn.Linear(3, 4), b=_frozen(nn.Linear(4, 4)), c=nn.Linear(4, 2)
         ),
         FLAT,
     ),
     "only biases": (
-        lambda: (lambda a: (a.weight.requires_grad_(False), _Module(lambda m, x: m.a(x), a=a))[1])(nn.Linear(3, 4)),
+        lambda: (lambda a: (a.weight.requires_grad_(False), LayersOf(lambda m, x: m.a(x), a=a))[1])(nn.Linear(3, 4)),
         FLAT,
     ),
     "position ids of one row": (
-        lambda: _Module(lambda m, x: m.a(x) + m.b(torch.arange(3)[None]), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
+        lambda: LayersOf(lambda m, x: m.a(x) + m.b(torch.arange(3)[None]), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
         IDS,
     ),
     "checkpointed": (
-        lambda: _Module(
+        lambda: LayersOf(
             lambda m, x: m.b(checkpoint(lambda h: m.a(h).tanh(), m.c(x), use_reentrant=False)),
             a=nn.Linear(4, 4),
             b=nn.Linear(4, 2),
@@ -150,92 +127,95 @@ HOOKED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         FLAT,
     ),
-    "encoder layer after an embedding's linears": (
-        lambda: _Module(lambda m, x: m.norm(m.a(x)).tanh() + m.a(x), a=nn.Linear(4, 4), norm=nn.LayerNorm((5, 4))),
-        SEQUENCE,
-    ),
 }
 
+ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "overridden forward": (
-        lambda: _Module(lambda m, x: m.b(m.a(x).tanh()), a=_Doubled(3, 4), b=nn.Linear(4, 2)),
+        lambda: LayersOf(lambda m, x: m.b(m.a(x).tanh()), a=DoubledLinear(3, 4), b=nn.Linear(4, 2)),
         FLAT,
         {"a.weight", "a.bias"},
     ),
     "overridden convolution": (
-        lambda: _Module(lambda m, x: m.a(x), a=_StandardisedConv(5, 2, 3)),
+        lambda: LayersOf(lambda m, x: m.a(x), a=StandardisedConv(5, 2, 3)),
         SEQUENCE,
         {"a.weight"},
     ),
     "parameter outside layers": (
-        lambda: _Module(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))),
+        lambda: LayersOf(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))),
         FLAT,
         {"scale"},
     ),
     "weight used outside its layer": (
-        lambda: _Module(lambda m, x: F.linear(m.a(x).tanh(), m.a.weight), a=nn.Linear(3, 3)),
+        lambda: LayersOf(lambda m, x: F.linear(m.a(x).tanh(), m.a.weight), a=nn.Linear(3, 3)),
         FLAT,
         {"a.weight"},
     ),
     "attention": (
-        lambda: _Module(_attend, embedding=nn.Embedding(5, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True)),
+        lambda: LayersOf(_attend, table=nn.Embedding(5, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True)),
         IDS,
-        {f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+        {f"attention.{name}" for name in ATTENTION},
     ),
     "encoder layer": (
-        lambda: _Module(
+        lambda: LayersOf(
             lambda m, x: m.layer(m.embedding(x)),
             embedding=nn.Embedding(5, 4),
             layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
         ),
         IDS,
-        {f"layer.self_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+        {f"layer.self_attn.{name}" for name in ATTENTION},
     ),
     "encoder layer first": (
-        lambda: _Module(lambda m, x: m.layer(x), layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
+        lambda: LayersOf(lambda m, x: m.layer(x), layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
         SEQUENCE,
-        {f"layer.self_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")},
+        {f"layer.self_attn.{name}" for name in ATTENTION},
     ),
-    "learned slope": (lambda: _Module(lambda m, x: m.act(m.a(x)), a=nn.Linear(3, 3), act=nn.PReLU()), FLAT, {"act.weight"}),
+    "learned slope": (
+        lambda: LayersOf(lambda m, x: m.act(m.a(x)), a=nn.Linear(3, 3), act=nn.PReLU()),
+        FLAT,
+        {"act.weight"},
+    ),
     "position ids without batch": (
-        lambda: _Module(lambda m, x: m.a(x) + m.b(torch.arange(3)), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
+        lambda: LayersOf(lambda m, x: m.a(x) + m.b(torch.arange(3)), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
         IDS,
         {"b.weight"},
     ),
     "as many positions as samples": (
-        lambda: _Module(lambda m, x: m.a(x[:, :4].transpose(0, 1)).transpose(0, 1), a=nn.Linear(4, 2)),
+        lambda: LayersOf(lambda m, x: m.a(x[:, :4].transpose(0, 1)).transpose(0, 1), a=nn.Linear(4, 2)),
         SEQUENCE,
         {"a.weight", "a.bias"},
     ),
     "positions merged into the batch": (
-        lambda: _Module(lambda m, x: m.a(x.reshape(-1, 4)).reshape(len(x), -1), a=nn.Linear(4, 2)),
+        lambda: LayersOf(lambda m, x: m.a(x.reshape(-1, 4)).reshape(len(x), -1), a=nn.Linear(4, 2)),
         SEQUENCE,
         {"a.weight", "a.bias"},
     ),
     "without gradient": (
-        lambda: _Module(_no_grad, a=nn.Linear(3, 4), b=nn.Linear(4, 2)),
+        lambda: LayersOf(_no_grad, a=nn.Linear(3, 4), b=nn.Linear(4, 2)),
         FLAT,
         {"a.weight", "a.bias"},
     ),
-    "never used": (lambda: _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)), FLAT, {"b.weight", "b.bias"}),
+    "never used": (
+        lambda: LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)),
+        FLAT,
+        {"b.weight", "b.bias"},
+    ),
     "parametrized": (
-        lambda: _Module(lambda m, x: m.a(x), a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
+        lambda: LayersOf(lambda m, x: m.a(x), a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
         FLAT,
         {"a.parametrizations.weight.original0", "a.parametrizations.weight.original1"},
     ),
     "parameter that the rule does not know": (
-        lambda: (lambda a: (a.register_parameter("g", nn.Parameter(torch.ones(2))), _Module(lambda m, x: m.a(x) * m.a.g, a=a))[1])(
-            nn.Linear(3, 2)
-        ),
+        lambda: LayersOf(lambda m, x: m.a(x) * m.a.gain, a=LinearWithGain(3, 2)),
         FLAT,
-        {"a.g"},
+        {"a.gain"},
     ),
 }
 
 LOOP: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
-    "branch on a value": (lambda: _Module(_branch, a=_Doubled(3, 4)), FLAT, {"a.weight", "a.bias"}),
+    "branch on a value": (lambda: LayersOf(_branch, a=DoubledLinear(3, 4)), FLAT, {"a.weight", "a.bias"}),
     "recurrent": (
-        lambda: _Module(lambda m, x: m.head(m.lstm(x)[0]), lstm=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 2)),
+        lambda: LayersOf(lambda m, x: m.head(m.lstm(x)[0]), lstm=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 2)),
         SEQUENCE,
         {f"lstm.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
     ),
@@ -264,7 +244,7 @@ def _check(make: Callable[[], nn.Module], x: Tensor) -> GradientPlan:
     module = make().double().eval()
     plan = _plan(module, x)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    assert (*plan.hooked, *plan.fallback) and {*plan.hooked, *plan.fallback} == trainable.keys()
+    assert {*plan.hooked, *plan.fallback} == trainable.keys()
     for batch in (x, x.repeat(2, *[1] * (x.ndim - 1))[1:], x[:1]):  # other batch sizes than the plan's, too
         found = _follow(module, plan, batch)
         rows = [
@@ -302,19 +282,19 @@ def test_what_vmap_cannot_trace_goes_through_the_loop(case: str, caplog: pytest.
 
 
 def test_the_log_names_the_fallback_and_its_share(caplog: pytest.LogCaptureFixture) -> None:
-    module = _Module(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))).double()
+    module = LayersOf(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))).double()
     with caplog.at_level(logging.WARNING, "lightning_attr"):
         _plan(module, FLAT)
     assert caplog.messages == [
-        "_Module: `scale` (20.0% of the trainable parameters) have no gradient rule and go through vmap(grad), which is "
-        "slower."
+        "LayersOf: `scale` (20.0% of the trainable parameters) have no gradient rule and go through vmap(grad), which "
+        "is slower."
     ]
 
 
 def test_the_log_cuts_a_long_list(caplog: pytest.LogCaptureFixture) -> None:
     names = "abcdef"
     scales = {name: nn.Parameter(torch.ones(3)) for name in names}
-    module = _Module(lambda m, x: x * sum(getattr(m, name) for name in names), **scales).double()
+    module = LayersOf(lambda m, x: x * sum(getattr(m, name) for name in names), **scales).double()
     _plan(module, FLAT)
     assert "`a`, `b`, `c`, `d` and 2 more parameters (100.0% of" in caplog.text
 
@@ -325,29 +305,31 @@ def test_nothing_is_logged_without_fallback(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_one_sample_is_enough_for_a_plan() -> None:
-    module = _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
+    module = LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
     assert _plan(module, FLAT[:1]).hooked == ("a.weight", "a.bias")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plan_in_lower_precision(dtype: torch.dtype) -> None:
-    module = _Module(_residual, **dict(HOOKED["residual net"][0]().named_children())).to(dtype).eval()
+    module = LayersOf(_residual, **dict(HOOKED["residual net"][0]().named_children())).to(dtype).eval()
     assert _plan(module, SEQUENCE.to(dtype)).fallback == ()
 
 
 def test_gradients_that_mix_samples_are_found() -> None:
-    module = _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
+    module = LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
 
     def centred(x: Tensor) -> Tensor:
         out = module(x)
         return out + out.detach() - out.mean()  # equal gradients only if each sample is on its own
 
-    with pytest.raises(BatchDependenceError, match=r"gradient of .* `a.weight`, `a.bias` changes with the samples beside"):
+    with pytest.raises(
+        BatchDependenceError, match=r"gradient of .* `a.weight`, `a.bias` changes with the samples beside"
+    ):
         plan_gradients(module, centred, lambda p, x: functional_call(module, dict(p), x), FLAT, B)
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
-    module = _Module(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
+    module = LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 2)).double()
 
     def rooted(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         out = F.linear(x, params["a.weight"], params["a.bias"])
@@ -359,16 +341,26 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         plan_gradients(module, lambda x: rooted(dict(module.named_parameters()), x), rooted, x, B)
 
 
+def test_a_use_that_the_rule_cannot_see_counts_even_while_its_gradient_is_zero() -> None:
+    def gated(m: nn.Module, x: Tensor) -> Tensor:
+        return m.a(x[:, 0]) + m.gate * m.a(x.reshape(-1, 4)).reshape(len(x), 5, -1).sum(1)  # closed at first
+
+    module = LayersOf(gated, a=nn.Linear(4, 2), gate=nn.Parameter(torch.zeros(()))).double()
+    assert set(_plan(module, SEQUENCE).fallback) == {"gate", "a.weight", "a.bias"}
+
+
 def test_samples_routed_by_their_values_are_refused() -> None:
     def route(m: nn.Module, x: Tensor) -> Tensor:
         chosen = x[:, 0] > 0
         return torch.zeros(len(x), 2).double().masked_scatter(chosen[:, None], m.expert(x[chosen])) + m.a(x)
 
-    module = _Module(route, a=nn.Linear(3, 2), expert=nn.Linear(3, 2)).double()
+    module = LayersOf(route, a=nn.Linear(3, 2), expert=nn.Linear(3, 2)).double()
     plan = _plan(module, FLAT.abs())  # all samples of the check take one route
     assert "expert.weight" in plan.hooked
     x = torch.cat([FLAT.abs(), -FLAT.abs()])
-    with pytest.raises(UnsupportedLayerError, match=r"`expert.bias`, `expert.weight` was called with other rows than the 8"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"`expert.bias`, `expert.weight` was called with other rows than the 8"
+    ):
         _follow(module, plan, x)
 
 
@@ -380,7 +372,9 @@ def test_batch_independence_passes_and_leaves_no_graph() -> None:
 
 @pytest.mark.parametrize("b", [2, 3, 4])
 def test_batch_dependent_outputs_are_found(b: int) -> None:
-    with pytest.raises(BatchDependenceError, match=f"depends on the samples beside it: the same {b} samples in one batch"):
+    with pytest.raises(
+        BatchDependenceError, match=f"depends on the samples beside it: the same {b} samples in one batch"
+    ):
         check_batch_independence(lambda x: x.sum(1) - x.mean(), torch.randn(b, 3), b)
 
 
@@ -398,5 +392,7 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
 
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     images = [torch.randn(2, size) for size in (3, 5, 4, 2)]  # one tensor a sample, in a list
-    with pytest.raises(ValueError, match=r"Expected a part of 2 of the 4 samples to give outputs of shape \(2,\), but got"):
+    with pytest.raises(
+        ValueError, match=r"Expected a part of 2 of the 4 samples to give outputs of shape \(2,\), but got"
+    ):
         check_batch_independence(lambda batch: torch.stack([image.sum() for image in batch]), images, 4)

@@ -128,7 +128,8 @@ def test_batch_norm_in_eval_mode(layer: type[nn.BatchNorm1d], shape: tuple[int, 
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.LayerNorm(4, elementwise_affine=False), nn.GroupNorm(2, 4, affine=False), nn.BatchNorm1d(4, affine=False)]
+    "layer",
+    [nn.LayerNorm(4, elementwise_affine=False), nn.GroupNorm(2, 4, affine=False), nn.BatchNorm1d(4, affine=False)],
 )
 def test_a_layer_without_parameters_has_nothing_to_hook(layer: nn.Module) -> None:
     module = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 2))
@@ -156,7 +157,9 @@ def test_partly_frozen(layer: nn.Module, x: Tensor, frozen: str) -> None:
 
 @pytest.mark.parametrize("train_mode", [True, False])
 def test_batch_norm_that_mixes_samples_is_refused_by_name(train_mode: bool) -> None:
-    module = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3, affine=False, track_running_stats=train_mode)))
+    module = nn.Sequential(
+        nn.Linear(2, 3), nn.Sequential(nn.BatchNorm1d(3, affine=False, track_running_stats=train_mode))
+    )
     module.train(train_mode)
     state = "is in train mode" if train_mode else r"has no running statistics \(track_running_stats=False\)"
     with pytest.raises(UnsupportedLayerError, match=rf"`1\.0` \(BatchNorm1d\) {state}.*module\.eval\(\)"):

@@ -1,0 +1,109 @@
+"""The Kronecker-factored projection: sides, bias, and when it is exact."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_attr.gradients import OuterSum
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.projectors import KroneckerProjector
+from lightning_attr.randomness import rademacher
+
+LAYOUT = ParameterLayout({"weight": (8, 10), "bias": (8,)})
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Embedding(7, 3), nn.Linear(5, 6, bias=False))
+
+
+def test_features_are_both_sides_of_the_gradient_with_the_bias_as_last_column() -> None:
+    side, seed = 4, 7
+    projection = KroneckerProjector(side**2, seed=seed).bind(LAYOUT, "final")
+    assert projection.dim == side**2
+    weight, bias = torch.randn(3, 8, 10).double(), torch.randn(3, 8).double()
+    left, right = (
+        rademacher((side, size), seed, "final", "weight", name).double() / math.sqrt(side)
+        for name, size in (("rows", 8), ("columns", 11))
+    )
+    features = torch.zeros(3, projection.dim).double()
+    projection.accumulate(features, "weight", weight)
+    projection.accumulate(features, "bias", bias)
+    expected = left @ torch.cat([weight, bias[:, :, None]], 2) @ right.T
+    torch.testing.assert_close(features, expected.flatten(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("proj_dim", [40, 88, 1000])
+def test_a_small_side_is_kept_as_it_is(proj_dim: int) -> None:
+    layout = ParameterLayout({"weight": (2, 50), "bias": (2,)})
+    projection = KroneckerProjector(proj_dim).bind(layout, "final")
+    assert projection.dim == 2 * min(proj_dim // 2, 51)
+    rows = OuterSum(torch.tensor([[[1.0, 0.0]]]), torch.randn(1, 1, 50))
+    features = torch.zeros(1, projection.dim)
+    projection.accumulate(features, "weight", rows)
+    assert not features.reshape(2, -1)[1].any()  # the rows of the gradient are not mixed
+    assert features.reshape(2, -1)[0].any()
+
+
+def test_nothing_is_lost_where_there_is_room() -> None:
+    layout = ParameterLayout.of(_net())
+    for proj_dim in (layout.numel, layout.numel + 1, 10**6):
+        projection = KroneckerProjector(proj_dim).bind(layout, "final")
+        assert projection.dim == layout.numel
+        gradients = {name: torch.randn(5, *shape).double() for name, shape in layout.shapes.items()}
+        features = torch.zeros(5, projection.dim).double()
+        for name, gradient in gradients.items():
+            projection.accumulate(features, name, gradient)
+        flat = torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
+        torch.testing.assert_close(features @ features.T, flat @ flat.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("proj_dim", [5, 17, 50, 100, 131])
+def test_the_side_is_the_largest_that_fits(proj_dim: int) -> None:
+    layout = ParameterLayout.of(_net())
+    sizes = [(4, 19), (4, 1), (4, 1), (7, 3), (6, 5)]  # weight and bias of the convolution, BatchNorm, table, linear
+
+    def total(side: int) -> int:
+        return sum(min(side, rows) * min(side, columns) for rows, columns in sizes)
+
+    fits = max(side for side in range(1, 20) if total(side) <= proj_dim)
+    assert KroneckerProjector(proj_dim).bind(layout, "final").dim == total(fits)
+
+
+def test_too_few_features_for_the_weights() -> None:
+    with pytest.raises(ValueError, match="`proj_dim` to be at least 5, one for each weight of the module, but got 4"):
+        KroneckerProjector(4).bind(ParameterLayout.of(_net()), "final")
+    assert KroneckerProjector(5).bind(ParameterLayout.of(_net()), "final").dim == 5
+
+
+def test_a_bias_listed_before_its_weight_is_its_last_column_all_the_same() -> None:
+    one = KroneckerProjector(16).bind(LAYOUT, "final")
+    other = KroneckerProjector(16).bind(ParameterLayout({"bias": (8,), "weight": (8, 10)}), "final")
+    assert one.dim == other.dim
+    for name, shape in LAYOUT.shapes.items():
+        gradient = torch.randn(2, *shape)
+        found = [torch.zeros(2, 16), torch.zeros(2, 16)]
+        for projection, features in zip((one, other), found, strict=True):
+            projection.accumulate(features, name, gradient)
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"weight": (8, 10), "bias": (10,)},  # of another size
+        {"weight": (8,), "bias": (8,)},  # of a vector, as in LayerNorm
+        {"a.weight": (8, 10), "b.bias": (8,)},  # of another layer
+    ],
+)
+def test_a_vector_that_is_no_bias_stays_apart(shapes: dict[str, tuple[int, ...]]) -> None:
+    projection = KroneckerProjector(10**4).bind(ParameterLayout(shapes), "final")
+    first, second = shapes
+    features = torch.zeros(1, projection.dim)
+    projection.accumulate(features, second, torch.ones(1, *shapes[second]))
+    size = math.prod(shapes[first])
+    assert not features[:, :size].any()
+    assert features[:, size:].all()

@@ -1,0 +1,160 @@
+"""The mixin: a module's own output, as a function of its weights."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_attr import AttributionMixin
+from lightning_attr.outputs import BinaryMargin, Regression
+
+B = 4
+X, Y = torch.randn(B, 3, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 1, 2])
+
+
+class Classifier(AttributionMixin, L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+def _classifier() -> Classifier:
+    return Classifier().double().eval()
+
+
+def _other_weights(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    params = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    buffers = {name: b + 1 if b.dtype.is_floating_point else b for name, b in module.named_buffers()}
+    return params, buffers
+
+
+@pytest.mark.parametrize("batch", [(X, Y), [X, Y]], ids=["tuple", "list"])
+def test_at_its_own_weights_it_is_the_module(batch: Any) -> None:
+    module = _classifier()
+    outputs, targets = module.attribution_step(batch)
+    assert torch.equal(targets, Y)
+    torch.testing.assert_close(outputs, module(X))
+    expected = module.model_output.output(module(X), Y)
+    for params in ({}, dict(module.named_parameters()), {"network.0.bias": module.network[0].bias}):
+        torch.testing.assert_close(module.functional_output(params, {}, batch), expected, rtol=0, atol=0)
+    assert torch.equal(module.functional_loss({}, {}, batch), module.model_output.loss(module(X), Y))
+
+
+def test_at_other_weights_it_is_a_module_that_has_them() -> None:
+    module = _classifier()
+    before = deepcopy(module.state_dict())
+    params, buffers = _other_weights(module)
+    other = deepcopy(module)
+    other.load_state_dict({**params, **buffers})
+    for functional, part in ((module.functional_output, "output"), (module.functional_loss, "loss")):
+        expected = getattr(module.model_output, part)(other(X), Y)
+        torch.testing.assert_close(functional(params, buffers, (X, Y)), expected, rtol=0, atol=0)
+        some = {"network.3.weight": params["network.3.weight"]}
+        assert not torch.equal(functional(some, {}, (X, Y)), expected)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_it_is_differentiable_in_the_weights() -> None:
+    module = _classifier()
+    params = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    found = torch.autograd.grad(module.functional_output(params, {}, (X, Y)).sum(), list(params.values()))
+    output = module.model_output.output(module(X), Y).sum()
+    for gradient, expected in zip(found, torch.autograd.grad(output, list(module.parameters())), strict=True):
+        torch.testing.assert_close(gradient, expected)
+    assert all(p.grad is None for p in module.parameters())
+
+
+class Tied(AttributionMixin, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids))
+
+
+def test_a_tied_weight_is_replaced_everywhere() -> None:
+    module, ids = Tied(), torch.tensor([0, 4])
+    other = torch.randn(5, 3)
+    found = module.functional_output({"embedding.weight": other}, {}, (ids, ids))
+    torch.testing.assert_close(found, module.model_output.output(other[ids] @ other.T, ids))
+
+
+@dataclass
+class Record:
+    inputs: dict[str, Tensor]
+    target: Tensor
+
+
+class Line(AttributionMixin, nn.Module):
+    """Takes any batch that it is told how to read."""
+
+    model_output = Regression()
+
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        self.linear, self.read = nn.Linear(3, 1).double(), read
+
+    def attribution_step(self, batch: Any) -> tuple[Any, Any]:
+        x, y = self.read(batch)
+        return self.linear(x), y
+
+
+@pytest.mark.parametrize(
+    ("batch", "read"),
+    [
+        ({"x": X, "y": Y.double()}, lambda batch: (batch["x"], batch["y"])),
+        (Record({"x": X}, Y.double()), lambda batch: (batch.inputs["x"], batch.target)),
+        (((X, ["text"] * B), {"y": [Y.double()]}), lambda batch: (batch[0][0], batch[1]["y"][0])),
+        (X, lambda x: (x, x[:, 0])),
+    ],
+    ids=["dict", "dataclass", "nested", "tensor"],
+)
+def test_any_batch_through_an_attribution_step_of_your_own(batch: Any, read: Any) -> None:
+    module = Line(read)
+    weight = torch.ones(1, 3).double()
+    found = module.functional_output({"linear.weight": weight}, {}, batch)
+    torch.testing.assert_close(found, X.sum(1) + module.linear.bias.detach())
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ({"x": X, "label": Y}, r"a dict with the keys \['label', 'x'\]"),
+        ((X, Y, Y), "a tuple of 3"),
+        ([X], "a list of 1"),
+        (X, "a Tensor"),
+    ],
+)
+def test_a_batch_that_is_no_pair(batch: Any, found: str) -> None:
+    expected = rf"Expected a batch \(x, y\), but got {found}. Override `attribution_step\(self, batch\)` in Classifier"
+    with pytest.raises(TypeError, match=expected):
+        _classifier().attribution_step(batch)
+
+
+def test_the_model_output_is_a_choice_of_class_or_instance() -> None:
+    class Binary(AttributionMixin, nn.Linear):
+        model_output = BinaryMargin()
+
+    module = Binary(3, 1).double()
+    torch.testing.assert_close(module.functional_output({}, {}, (X, torch.ones(B))), module(X)[:, 0])
+    module.model_output = Regression()
+    assert isinstance(Binary.model_output, BinaryMargin)
+    torch.testing.assert_close(module.functional_loss({}, {}, (X, torch.zeros(B))), module(X)[:, 0] ** 2 / 2)
+
+
+def test_the_module_keeps_its_state_dict() -> None:
+    module = _classifier()
+    names = list(module.state_dict())
+    module.functional_output({}, {}, (X, Y))
+    assert list(module.state_dict()) == names

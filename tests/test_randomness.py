@@ -1,0 +1,69 @@
+"""The random stream: pinned bits, keys, distribution."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from lightning_attr.randomness import gaussian, hashed_seed, rademacher
+
+PINNED_SEED = 2352347809427705324
+PINNED_SIGNS = "+-+-+--++--+++---++-++---++-+-+--+-++++++-++-++---+++++---+-++--"
+PINNED_NORMAL = [-0.5025255084037781, -1.4363588094711304, 0.12330346554517746, 0.048084963113069534]
+
+
+def test_the_stream_never_changes() -> None:
+    # A store written today must be readable for good: its features fit no other bits than these.
+    assert hashed_seed(0, "final", "weight", "rows") == PINNED_SEED
+    assert "".join("+-"[s < 0] for s in rademacher((64,), 0, "final", "weight", "rows").tolist()) == PINNED_SIGNS
+    np.testing.assert_allclose(gaussian((4,), 0, "final", "weight", 0).numpy(), PINNED_NORMAL, rtol=1e-6)
+
+
+@pytest.mark.parametrize("draw", [rademacher, gaussian])
+def test_a_function_of_the_key_alone(draw: type) -> None:
+    torch.manual_seed(1)
+    first = draw((3, 5), 0, "a")
+    torch.manual_seed(2)
+    assert torch.equal(draw((3, 5), 0, "a"), first)
+    assert torch.equal(draw((15,), 0, "a").reshape(3, 5), first)  # the shape only folds the stream
+    assert not torch.equal(draw((3, 5), 0, "b"), first)
+    assert not torch.equal(draw((3, 5), 1, "a"), first)
+
+
+def test_keys_are_told_apart() -> None:
+    keys = [(1, 2), (12,), ("1", 2), (1, "2"), ("1", "2"), ("12",), ("1 2",), (1, 2, ""), (2, 1)]
+    assert len({hashed_seed(*key) for key in keys}) == len(keys)
+    assert all(0 <= hashed_seed(*key) < 2**63 for key in keys)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 130])
+def test_any_number_of_signs(count: int) -> None:
+    signs = rademacher((count,), 0, "key")
+    assert signs.shape == (count,)
+    assert signs.dtype == torch.int8
+    assert set(signs.tolist()) <= {-1, 1}
+    assert torch.equal(signs, rademacher((200,), 0, "key")[:count])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3)])
+def test_any_number_of_normal_numbers(shape: tuple[int, ...]) -> None:
+    values = gaussian(shape, 0, "key")
+    assert values.shape == shape
+    assert values.dtype == torch.float32
+    assert values.isfinite().all()
+
+
+def test_signs_are_fair_and_independent() -> None:
+    signs = rademacher((200, 256), 0, "key").double()
+    n = signs.numel()
+    assert abs(signs.mean().item()) < 5 / math.sqrt(n)
+    columns = signs.T @ signs / 200 - torch.eye(256)  # neighbours inside a byte, a word, between words
+    assert columns.square().mean().item() == pytest.approx(1 / 200, rel=0.05)
+
+
+def test_normal_numbers_are_normal() -> None:
+    assert kstest(gaussian((20000,), 0, "key").numpy(), "norm").pvalue > 0.01

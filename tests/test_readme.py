@@ -1,0 +1,78 @@
+"""The examples of the README run as they stand, with a module and a datamodule in place of the reader's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import QUIET, blobs, loader_of
+from lightning_attr import AttributionTrainer
+
+
+class Blobs(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader_of(blobs(40), shuffle=True)
+
+    def test_dataloader(self) -> Any:
+        return loader_of(blobs(12, seed=1))
+
+
+class YourClassifier(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class YourTagger(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+
+def token_loss(outputs: Tensor, tags: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.transpose(1, 2), tags, reduction="none").sum(1)
+
+
+@pytest.fixture
+def blocks(repository: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_first_example(blocks: list[str]) -> None:
+    code = blocks[0].replace("max_epochs=20", "max_epochs=3, **QUIET")
+    assert code != blocks[0]
+    names: dict[str, Any] = {"YourModule": YourClassifier, "dm": Blobs(), "QUIET": QUIET}
+    exec(code, names)
+    assert names["result"].scores.shape == (40, 12)
+    assert names["indices"].shape == names["scores"].shape == (12, 10)
+    assert len(names["keep"]) == 36
+
+
+def test_own_outputs(blocks: list[str]) -> None:
+    names: dict[str, Any] = {"YourTagger": YourTagger, "token_loss": token_loss}
+    exec("from lightning_attr import AttributionMixin\n" + blocks[1], names)
+    data = [{"tokens": torch.tensor([i % 5, 1, 2]), "tags": torch.tensor([0, 1, 2])} for i in range(8)]
+    loader = loader_of(data)
+    result = AttributionTrainer(**QUIET).attribute(
+        model=names["LitTagger"](), train_dataloaders=loader, target_dataloaders=loader
+    )
+    assert result.scores.shape == (8, 8)
