@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -78,14 +80,28 @@ def loader_of(dataset: Any, batch_size: int = 8, **settings: Any) -> DataLoader[
 
 @contextmanager
 def child(function: Callable[..., None], *arguments: Any) -> Iterator[Any]:
-    """Run a function in a forked process, to be killed; it is gone in the end."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    """Run a function of a test file in a process of its own, to be killed; it is gone in the end."""
+    # Not "fork": a copy of a process whose torch has started threads may wait for one of them for ever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_attr", "pytest"])
+    target = (inspect.getfile(function), function.__name__, arguments)
+    process = context.Process(target=_run_function, args=target)
     process.start()
     try:
         yield process
     finally:
         process.kill()
         process.join()
+
+
+def _run_function(file: str, name: str, arguments: tuple[Any, ...]) -> None:
+    """Test files are no modules that a new process could import by name."""
+    spec = importlib.util.spec_from_file_location("test_file", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    getattr(module, name)(*arguments)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
