@@ -103,5 +103,5 @@ $(BIN)/python:
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(if $(TORCH),$(BIN)/pip $(INSTALL_TORCH))
-	$(BIN)/pip install --editable ".[$*]"
+	$(BIN)/pip install --quiet --editable ".[$*]"
 	@touch $@ $(if $(filter dev,$*),$(EXAMPLES))

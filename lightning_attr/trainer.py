@@ -127,7 +127,8 @@ def attribute(
 
     Raises:
         ValueError: if model or data are missing, or the noise mask does not fit.
-        AttributionError: if the strategy shards parameters, or the store has no snapshots.
+        AttributionError: if the strategy shards parameters, the callback has recorded nothing, or the store has no
+            snapshots.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
@@ -161,7 +162,7 @@ def attribute(
         noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
         noise_mask = check_noise_mask(noise_mask, len(train))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
-        path = Path(store) if store is not None else record.store_path if record is not None else None
+        path = Path(store) if store is not None else _recorded_path(trainer, record)
         method = method or _default_method(path, record)
         step = AttributionStep(
             module,
@@ -255,6 +256,20 @@ def _check_store(step: AttributionStep) -> None:
                 f"{step.store_path} has no snapshots to attribute at. Fit with AttributionCallback(dirpath=...) first, "
                 "or name another `store`."
             )
+
+
+def _recorded_path(trainer: L.Trainer, record: AttributionRecord | None) -> Path | None:
+    """The store that the callback has written."""
+    if record is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # which records nothing
+        return None
+    if record.store_path is None or not FeatureStore.exists(record.store_path):
+        where = f" in {record.store_path}" if record.store_path is not None else ""
+        raise AttributionError(
+            f"The AttributionCallback of this trainer has recorded nothing yet{where}. Call `fit` before (a strategy "
+            "that spawns processes needs its `dirpath`), name a `store`, or use a trainer without the callback to "
+            "attribute at the model's current weights."
+        )
+    return record.store_path
 
 
 def _recorded_source(

@@ -137,6 +137,25 @@ def test_other_projection_is_refused(method: Any) -> None:
     assert Path("run/manifest.json").read_bytes() == before
 
 
+def test_callback_that_has_recorded_nothing_is_refused(tmp_path: Path) -> None:
+    loader = loader_of(blobs(8))
+    for callback in (AttributionCallback(), AttributionCallback(tmp_path / "store")):
+        with pytest.raises(AttributionError, match="The AttributionCallback of this trainer has recorded nothing yet"):
+            quiet_trainer(callbacks=[callback]).attribute(
+                model=BlobClassifier(), train_dataloaders=loader, targets="train"
+            )
+    assert not (tmp_path / "store").exists()
+
+
+def test_after_a_development_run_the_current_weights_are_attributed(tmp_path: Path) -> None:
+    loader = loader_of(blobs(8))
+    trainer = quiet_trainer(callbacks=[AttributionCallback(tmp_path / "store")], fast_dev_run=True)
+    trainer.fit(BlobClassifier(), loader)
+    result = trainer.attribute(targets="train")
+    assert result.scores.shape == (8, 8)
+    assert result.scores.provenance["snapshots"] == ["current"]
+
+
 def test_store_without_snapshots_is_refused() -> None:
     trainer = fitted()
     FeatureStore.create("empty", FeatureStore.open("run").fingerprint)

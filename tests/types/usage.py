@@ -22,11 +22,9 @@ from lightning_attr import (
     attribute,
 )
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
-from lightning_attr.methods import TRAK, GradCos, GradDot, TracIn
+from lightning_attr.methods import TRAK, GradCos, GradDot
 from lightning_attr.metrics import (
-    Brittleness,
     DataSelectionCurve,
-    LeaveOneOutCorrelation,
     LinearDatamodelingScore,
     NoisyLabelAUROC,
     NoisyLabelRecall,
@@ -107,7 +105,7 @@ def attributing(dm: L.LightningDataModule, model: LitClassifier, mask: Tensor) -
 
 
 def attributing_loaders(train: DataLoader[Any], test: DataLoader[Any], model: LitClassifier, path: Path) -> None:
-    for method in (TRAK(), TracIn(), GradDot(), GradCos()):
+    for method in (TRAK(), GradDot(), GradCos()):
         result = AttributionTrainer().attribute(
             model=model, train_dataloaders=train, target_dataloaders=test, method=method, store=path
         )
@@ -153,7 +151,7 @@ def metrics(result: AttributionResult, mask: Tensor, subsets: Tensor, outputs: T
     lds = LinearDatamodelingScore()
     lds.update(result.scores.values, subsets, outputs)
     assert_type(lds.compute(), Tensor)
-    for metric in (lds, LeaveOneOutCorrelation(), DataSelectionCurve(), Brittleness()):
+    for metric in (lds, DataSelectionCurve()):
         metric.plot()
 
 
