@@ -27,14 +27,14 @@ from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
 from lightning_attr.errors import NonFiniteGradientError, StoreMismatchError
-from lightning_attr.featurizer import PROBE_SIZE, Featurizer, check_module, plan
+from lightning_attr.featurizer import Featurizer, check_module
 from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
-from lightning_attr.prediction import to_device
+from lightning_attr.prediction import probe, to_device
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainer import attribute, check_noise_mask, check_strategy
@@ -161,12 +161,12 @@ class AttributionCallback(L.Callback):
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         """Go the whole way with a few samples; return how many bytes the store keeps of each."""
-        rows, batch = self.source.first(PROBE_SIZE)
-        batch = self._to_device(trainer, pl_module, batch)
-        self.plan = plan(pl_module, batch, len(rows))
+        self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
         if not self.featurize:
             return 0
-        columns = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""))(batch, rows)
+        featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""))
+        with trainer.precision_plugin.forward_context():
+            columns = featurizer(batch, rows)
         return sum(values[0].nbytes for values in columns.values())
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -24,7 +24,7 @@ from lightning_attr.scores import ScoreMatrix, zeros
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.store import FeatureStore
 
-__all__ = ["AttributionStep", "to_device"]
+__all__ = ["AttributionStep", "probe", "to_device"]
 
 
 def to_device(
@@ -56,6 +56,42 @@ def to_device(
     batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
     batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
     return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+
+
+def probe(
+    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, source: DataSource
+) -> tuple[GradientPlan, Any, list[int]]:
+    """Check the module on the first samples, in the trainer's precision and on its device.
+
+    Args:
+        trainer: the trainer.
+        module: the user's module, in eval mode.
+        datamodule: the user's datamodule, if any.
+        source: the training data.
+
+    Returns:
+        The gradient path of each parameter, and the samples as a batch with their rows.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> source = DataSource.of(DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1]))), "training")
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> probe(trainer, Classifier().eval(), None, source)[0].hooked
+        ('layer.weight', 'layer.bias')
+    """
+    rows, batch = source.first(PROBE_SIZE)
+    device, precision = trainer.strategy.root_device, trainer.precision_plugin
+    batch = to_device(precision.convert_input(batch), module, datamodule, device)
+    # The comparisons want all digits: the default dtype of the precision, but no autocast.
+    with precision.forward_context(), torch.autocast(device.type, enabled=False):
+        return plan(module, batch, len(rows)), batch, rows
 
 
 class AttributionStep(L.LightningModule):
@@ -157,17 +193,9 @@ class AttributionStep(L.LightningModule):
         return key, train, rows, to_device(inner, self.module, self.datamodule, device)
 
     def on_predict_start(self) -> None:
-        """Check the module on a few samples."""
-        self.plan = self._plan()
+        """Begin with no snapshot loaded."""
+        self.plan: GradientPlan | None = None
         self.current: str | None = None
-
-    def _plan(self) -> GradientPlan:
-        rows, batch = self.train_data.first(PROBE_SIZE)
-        precision = self.trainer.precision_plugin
-        batch = to_device(precision.convert_input(batch), self.module, self.datamodule, self.device)
-        # The comparisons want all digits: the default dtype of the precision, but no autocast.
-        with precision.forward_context(), torch.autocast(self.device.type, enabled=False):
-            return plan(self.module, batch, len(rows))
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
         """Featurize a batch at its snapshot."""
@@ -180,6 +208,8 @@ class AttributionStep(L.LightningModule):
 
     def _load(self, key: str) -> None:
         load_weights(self.module, self.store.weights(key))
+        if self.plan is None:  # a module fresh from its constructor may behave like no trained one
+            self.plan = probe(self.trainer, self.module, self.datamodule, self.train_data)[0]
         projector, snapshot = self.method.projector, self.store.snapshot(key)
         projection = projector.bind(self.layout, snapshot.projection)
         self.featurizer = Featurizer(self.module, self.plan, projection)
