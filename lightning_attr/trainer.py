@@ -240,7 +240,7 @@ def check_noise_mask(noise_mask: Any, num_rows: int) -> Tensor | None:
 
 
 def _default_method(path: Path | None, record: AttributionRecord | None) -> AttributionMethod:
-    if record is not None:
+    if record is not None and path in {None, record.store_path}:
         return record.method
     config = FeatureStore.open(path).fingerprint.projector if path is not None and FeatureStore.exists(path) else None
     return TRAK(projector=projector_from_config(config)) if config is not None else TRAK()

@@ -52,7 +52,7 @@ def run(
     )
     torch.manual_seed(3)
     loader = loader_of(blobs(ROWS), batch_size=32, shuffle=False)
-    trainer.fit(BlobClassifier(seed=seed, learning_rate=rate), loader, val, ckpt_path=ckpt, weights_only=False)
+    trainer.fit(BlobClassifier(seed=seed, learning_rate=rate), loader, val, ckpt_path=ckpt)
     return callback
 
 
