@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_attr import AttributionMixin, AttributionTrainer
+from lightning_attr.gradients import ParameterGradient, hooked_gradients, hooked_layers, materialise
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -146,3 +147,35 @@ class StandardisedConv(nn.Conv1d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def position_weighted(outputs: Tensor) -> Tensor:
+    """One value a sample, not linear in the outputs, different for every position."""
+    flat = outputs.reshape(len(outputs), -1)
+    return (flat.sin() * torch.linspace(-1, 2, flat.shape[1], dtype=flat.dtype)).sum(1)
+
+
+def check_gradients(layer: nn.Module, *inputs: Tensor, b: int = 3) -> None:
+    """Hooks against autograd, one sample after the other, in float64; inputs of one row are shared by the samples."""
+    layer = layer.double().eval()
+    rows_of = [x.double() if x.dtype.is_floating_point else x for x in inputs]
+    trainable = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: ParameterGradient) -> None:
+        found[name] = found.get(name, 0) + materialise(gradient, tuple(trainable[name].shape))
+
+    names = [name for own in hooked_layers(layer).values() for name in own.values()]
+    output = hooked_gradients(layer, lambda: position_weighted(layer(*rows_of)), b, names, add)
+    assert output.shape == (b,)
+    rows = []
+    for i in range(b):
+        one = [x[i : i + 1] if len(x) == b else x for x in rows_of]
+        value = position_weighted(layer(*one))[0]
+        torch.testing.assert_close(output[i], value.detach(), rtol=1e-12, atol=1e-12)
+        rows.append(torch.autograd.grad(value, list(trainable.values())))
+    assert found.keys() == trainable.keys()
+    for name, *expected in zip(trainable, *rows, strict=True):
+        assert all(row.abs().sum() > 0 for row in expected), name
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(found[name], torch.stack(expected), rtol=1e-10, atol=1e-12, msg=message)

@@ -1,4 +1,4 @@
-"""``check_model_output``: passes what is right, and names what is wrong."""
+"""The checks: they pass what is right, and name what is wrong."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_attr.gradients import OuterSum, ParameterGradient, gradient_rule
+from lightning_attr.gradients.rules import GradientRule
 from lightning_attr.outputs import BinaryMargin, ModelOutput, MulticlassMargin, NegativeLoss, Regression
-from lightning_attr.testing import check_model_output
+from lightning_attr.testing import check_gradient_rule, check_model_output
 
 LABELS, BITS = torch.tensor([0, 2, 1, 1, 0]), torch.tensor([0, 1, 1, 0, 1])
 
@@ -131,3 +133,136 @@ def test_outputs_without_a_float() -> None:
         ValueError, match="outputs for MulticlassMargin to hold a floating-point tensor, but found none"
     ):
         check_model_output(MulticlassMargin(), LABELS, LABELS)
+
+
+class _Affine(nn.Module):
+    """A layer of a user, with the rule that a test gives it."""
+
+    def __init__(self, rows: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows))
+        self.bias = nn.Parameter(torch.randn(rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
+def _affine(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    return {"weight": (activations * backprops).sum(1), "bias": backprops.sum(1)}
+
+
+def _other_sign(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    return {**_affine(layer, activations, backprops), "bias": -backprops.sum(1)}
+
+
+def _forgets_bias(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    return {"weight": (activations * backprops).sum(1)}
+
+
+def _forgets_positions(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    return {"weight": activations * backprops, "bias": backprops.sum(1)}
+
+
+def _factored_too_wide(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
+    return {"weight": OuterSum(backprops[..., :2], activations), "bias": backprops.sum(1)}
+
+
+def _centred(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    found = _affine(layer, activations, backprops)
+    return {**found, "bias": found["bias"] - found["bias"].mean(0)}
+
+
+def _single(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    found = _affine(layer, activations, backprops)
+    return {name: value.squeeze() if len(value) == 1 else value for name, value in found.items()}
+
+
+def _remembers(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    first = vars(layer).setdefault("first", activations)
+    seen = first if first.shape == activations.shape and first.dtype == activations.dtype else activations
+    return _affine(layer, seen, backprops)
+
+
+def _overflows(layer: _Affine, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+    found = _affine(layer, activations, backprops)
+    return {**found, "weight": found["weight"] / (layer.weight.dtype != torch.bfloat16)}
+
+
+def test_a_right_rule_passes() -> None:
+    gradient_rule(_Affine, replace=True)(_affine)
+    layer = _Affine().train()
+    before = [(p.dtype, p.clone()) for p in layer.parameters()]
+    check_gradient_rule(layer.requires_grad_(False), torch.randn(4, 5, 3))
+    assert layer.training
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert all(
+        p.dtype == dtype and torch.equal(p, old) for p, (dtype, old) in zip(layer.parameters(), before, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (nn.Linear(3, 2), (torch.randn(4, 5, 3),)),
+        (nn.ConvTranspose2d(2, 4, 3, groups=2), (torch.randn(3, 2, 4, 4),)),
+        (nn.Embedding(5, 3, padding_idx=1), (torch.tensor([[0, 1], [2, 4], [3, 3]]),)),
+        (nn.PReLU(3), (torch.randn(4, 3),)),
+        (nn.RMSNorm(3), (torch.randn(4, 3),)),
+        (nn.InstanceNorm1d(3, affine=True), (torch.randn(4, 3, 5),)),
+        (nn.MultiheadAttention(4, 2, batch_first=True), tuple(torch.randn(3, 5, 4) for _ in range(3))),
+        (nn.Sequential(nn.Linear(3, 2), nn.Dropout(), nn.LayerNorm(2)), (torch.randn(4, 3),)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_rules_of_the_package_pass(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    check_gradient_rule(layer, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (_other_sign, r"autograd's gradient of `bias` \(called once, a batch of 4\), but they differ by up to"),
+        (_forgets_bias, r"a gradient of `bias` \(called once, a batch of 4\), but it gives none"),
+        (_forgets_positions, r"a gradient of `weight` of shape \(4, 3\) .*, but got \(4, 5, 3\)"),
+        (_factored_too_wide, r"a gradient of `weight` of shape \(4, 3\) .*, but got \(4, 2, 3\)"),
+        (_centred, "autograd's gradient of `bias`"),
+        (_single, r"a gradient of `weight` of shape \(1, 3\) \(called once, a batch of 1\), but got \(3,\)"),
+        (_remembers, r"autograd's gradient of `weight` \(called twice, a batch of 4\), but they differ"),
+        (_overflows, r"finite gradients of `weight` in bfloat16, but 12 of 12 values are NaN or Inf"),
+    ],
+)
+def test_what_is_wrong_with_a_rule_is_named(rule: GradientRule, message: str) -> None:
+    gradient_rule(_Affine, replace=True)(rule)
+    with pytest.raises(AssertionError, match=f"^_Affine: expected the rule to give {message}"):
+        check_gradient_rule(_Affine(), torch.randn(4, 5, 3))
+
+
+def test_a_layer_that_does_not_run_in_half_precision_is_checked_in_double() -> None:
+    class Strict(_Affine):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.bfloat16:
+                raise NotImplementedError("not here")
+            return super().forward(x)
+
+    gradient_rule(Strict)(_affine)
+    check_gradient_rule(Strict(), torch.randn(4, 5, 3))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(3, 2), nn.ReLU()])
+def test_a_layer_without_a_rule(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"Expected {type(layer).__name__} to have parameters and a gradient rule"):
+        check_gradient_rule(layer, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ((), "none"),
+        ((torch.ones(1, 3),), r"\(1, 3\)"),
+        ((torch.ones(()),), r"\(\)"),
+        ((torch.ones(4, 3), torch.ones(3)), r"\(4, 3\), \(3,\)"),
+    ],
+)
+def test_inputs_that_are_no_batch(inputs: tuple[Tensor, ...], found: str) -> None:
+    with pytest.raises(ValueError, match=rf"shape \(b, ...\) with one b >= 2, but got {found}\."):
+        check_gradient_rule(nn.Linear(3, 2), *inputs)

@@ -1,5 +1,6 @@
 """Per-sample gradients: by hooks with a rule a layer type, by ``vmap(grad)``, or by a loop."""
 
+from lightning_attr.gradients import attention, convolution, embedding, linear, normalisation  # noqa: F401 - rules
 from lightning_attr.gradients.factored import (
     ConvSum,
     FactoredGradient,

@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_attr.batch import batched_tensors, map_tensors, replace_tensors, select_rows
+from lightning_attr.gradients.execution import plain_execution
 
 __all__ = ["FunctionalOutput", "loop_gradients", "vmap_gradients"]
 
@@ -51,7 +52,7 @@ def vmap_gradients(
     tensors = batched_tensors(batch, batch_size)
     in_dims = (None, *([0] * len(tensors)))
     # Of the kernels for attention, vmap runs only the plain one at once.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), plain_execution(), sdpa_kernel(SDPBackend.MATH):
         gradients: dict[str, Tensor] = vmap(grad(output_of_one), in_dims=in_dims, chunk_size=chunk_size)(
             dict(params), *tensors
         )
@@ -81,7 +82,7 @@ def loop_gradients(
     """
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     rows = []
-    with torch.enable_grad():
+    with torch.enable_grad(), plain_execution():
         for i in range(batch_size):
             sample = map_tensors(select_rows(batch, batch_size, [i]), Tensor.detach)
             output = functional_output(leaves, sample).sum()

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_attr.errors import UnsupportedLayerError
+from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.gradients.rules import GradientRule, check_layers, rule_for
+from lightning_attr.gradients.rules import GradientRule, check_layers, forward_for, rule_for
 
 __all__ = ["GradientSink", "frozen", "hooked_gradients", "hooked_layers"]
 
@@ -43,7 +45,7 @@ def hooked_layers(module: nn.Module) -> dict[nn.Module, dict[str, str]]:
     layers = {}
     for layer in module.modules():
         own = {local: names[p] for local, p in layer.named_parameters(recurse=False) if p in names}
-        if own and rule_for(layer) is not None:
+        if own and (rule_for(layer) is not None or forward_for(layer) is not None):
             layers[layer] = own
     return layers
 
@@ -91,10 +93,12 @@ def hooked_gradients(
     check_layers(module)
     capture = _Capture(batch_size, sink)
     handles = [
-        layer.register_forward_hook(capture.watch(layer, own), with_kwargs=True) for layer, own in layers.items() if own
+        layer.register_forward_hook(capture.watch(rule, layer, own), with_kwargs=True)
+        for layer, own in layers.items()
+        if own and (rule := rule_for(layer)) is not None
     ]
     try:
-        with torch.enable_grad(), frozen(module):
+        with torch.enable_grad(), frozen(module), plain_execution(), _explicit_forwards(module, layers, capture):
             output = forward()
             if capture.leaves and output.requires_grad:
                 torch.autograd.grad(output.sum(), capture.leaves, allow_unused=True)
@@ -142,6 +146,25 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def _explicit_forwards(module: nn.Module, layers: dict[nn.Module, dict[str, str]], capture: _Capture) -> Iterator[None]:
+    """Let layers with an explicit forward run it, where they or layers inside them have parameters wanted."""
+    changed = []
+    try:
+        for layer in module.modules():
+            forward = forward_for(layer)
+            if forward is None or "forward" in vars(layer):
+                continue  # the second: somebody else has put his own in its place
+            if any(layers.get(inner) for inner in layer.modules()):
+                attach = partial(capture.attach, layer, layers.get(layer, {}))
+                vars(layer)["forward"] = partial(forward, layer, attach)
+                changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            del vars(layer)["forward"]
+
+
 class _Capture:
     """Keeps each watched layer's input until the gradient at its output arrives."""
 
@@ -151,30 +174,34 @@ class _Capture:
         self.leaves: list[Tensor] = []
         self.skipped: set[str] = set()
 
-    def watch(self, layer: nn.Module, names: dict[str, str]) -> Callable[..., Tensor]:
+    def watch(self, rule: GradientRule, layer: nn.Module, names: dict[str, str]) -> Callable[..., Tensor]:
         """Make the forward hook of a layer."""
-        rule = rule_for(layer)
-        assert rule is not None  # hooked_layers lists only layers with a rule
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return output  # the module itself wants no gradient here
-            activations = (args[0] if args else next(iter(kwargs.values()))).detach()
-            if activations.shape[0] == 1 < self.batch_size:
-                # An input shared by the batch, such as position ids of shape (1, s): give each sample its own copy, so
-                # that its gradient arrives apart.
-                activations = activations.expand(self.batch_size, *activations.shape[1:])
-                output = output.expand(self.batch_size, *output.shape[1:])
-            if not output.requires_grad:
-                # Nothing before this layer needs a gradient: the backward pass ends here. The clone keeps an in-place
-                # activation that follows from touching the leaf.
-                leaf = output.detach().requires_grad_()
-                self.leaves.append(leaf)
-                output = leaf.clone()
-            output.register_hook(lambda backprops: self._emit(rule, layer, names, activations, backprops))
-            return output
+            return self.attach(layer, names, rule, args[0] if args else next(iter(kwargs.values())), output)
 
         return after_forward
+
+    def attach(
+        self, layer: nn.Module, names: dict[str, str], rule: GradientRule, activations: Tensor, output: Tensor
+    ) -> Tensor:
+        """Follow one use of a layer's parameters; the rest of the forward pass goes on from the output returned."""
+        if not torch.is_grad_enabled():
+            return output  # the module itself wants no gradient here
+        activations = activations.detach()
+        if activations.shape[0] == 1 < self.batch_size:
+            # An input shared by the batch, such as position ids of shape (1, s): give each sample its own copy, so
+            # that its gradient arrives apart.
+            activations = activations.expand(self.batch_size, *activations.shape[1:])
+            output = output.expand(self.batch_size, *output.shape[1:])
+        if not output.requires_grad:
+            # Nothing before this layer needs a gradient: the backward pass ends here. The clone keeps an in-place
+            # activation that follows from touching the leaf.
+            leaf = output.detach().requires_grad_()
+            self.leaves.append(leaf)
+            output = leaf.clone()
+        output.register_hook(lambda backprops: self._emit(rule, layer, names, activations, backprops))
+        return output
 
     def _emit(
         self, rule: GradientRule, layer: nn.Module, names: dict[str, str], activations: Tensor, backprops: Tensor

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_attr.batch import select_rows
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
+from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.gradients.functional import FunctionalOutput, loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import hooked_gradients, hooked_layers
@@ -157,7 +158,7 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
 def _autograd_rows(
     forward: Callable[[Any], Tensor], trainable: Mapping[str, Tensor], batch: Any, batch_size: int
 ) -> dict[str, Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), plain_execution():
         output = forward(batch)
         rows = [
             torch.autograd.grad(output[i], list(trainable.values()), retain_graph=True, materialize_grads=True)

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_attr.errors import UnsupportedLayerError
-from lightning_attr.gradients.factored import ConvSum, GatherSum, OuterSum, ParameterGradient
+from lightning_attr.gradients.factored import ParameterGradient
 
-__all__ = ["GradientRule", "check_layers", "gradient_rule", "rule_for", "supported_layers"]
+__all__ = [
+    "Attach",
+    "ExplicitForward",
+    "GradientRule",
+    "check_layers",
+    "explicit_forward",
+    "forward_for",
+    "gradient_rule",
+    "rule_for",
+    "supported_layers",
+]
 
 GradientRule: TypeAlias = Callable[[Any, Tensor, Tensor], dict[str, ParameterGradient]]
+Attach: TypeAlias = Callable[[GradientRule, Tensor, Tensor], Tensor]
+ExplicitForward: TypeAlias = Callable[..., Any]
 
-_RULES: dict[type[nn.Module], GradientRule] = {}
+_RULES: dict[type[nn.Module] | str, GradientRule] = {}
+_FORWARDS: dict[type[nn.Module], ExplicitForward] = {}
 
 
-def gradient_rule(*layer_types: type[nn.Module]) -> Callable[[GradientRule], GradientRule]:
+def gradient_rule(*layer_types: type[nn.Module] | str, replace: bool = False) -> Callable[[GradientRule], GradientRule]:
     """Register the rule of one or more layer types.
 
     A rule takes ``(layer, activations, backprops)``: the layer, its first input ``(b, ...)`` and the gradient at its
@@ -27,10 +39,12 @@ def gradient_rule(*layer_types: type[nn.Module]) -> Callable[[GradientRule], Gra
     ``(b, *parameter.shape)`` or a factored form of it.
 
     Args:
-        layer_types: the types; subclasses share the rule unless they override ``forward``.
+        layer_types: the types; subclasses share the rule unless they override ``forward``. A type of a library that is
+            not imported here goes by its qualified name, such as ``"transformers.pytorch_utils.Conv1D"``.
+        replace: put the rule in the place of the one that a type already has, on purpose.
 
     Returns:
-        A decorator that returns the rule unchanged.
+        A decorator that returns the rule unchanged. It raises ValueError if a type already has another rule.
 
     Example:
         >>> import torch
@@ -51,12 +65,14 @@ def gradient_rule(*layer_types: type[nn.Module]) -> Callable[[GradientRule], Gra
 
     def register(rule: GradientRule) -> GradientRule:
         for layer_type in layer_types:
-            known = _RULES.setdefault(layer_type, rule)
-            if known is not rule:
+            known = _RULES.get(layer_type, rule)
+            if known is not rule and not replace:
+                name = layer_type if isinstance(layer_type, str) else layer_type.__name__
                 raise ValueError(
-                    f"{layer_type.__name__} already has the gradient rule `{known.__name__}`; registering "
-                    f"`{rule.__name__}` as well would make results depend on the order of imports."
+                    f"{name} already has the gradient rule `{known.__name__}`; registering `{rule.__name__}` as well "
+                    "would make results depend on the order of imports. Pass `replace=True` to override it."
                 )
+        _RULES.update(dict.fromkeys(layer_types, rule))
         return rule
 
     return register
@@ -79,9 +95,56 @@ def rule_for(layer: nn.Module) -> GradientRule | None:
         True
     """
     for cls in type(layer).__mro__:
-        if cls in _RULES:
-            return _RULES[cls] if type(layer).forward is cls.forward else None
+        rule = _RULES.get(cls) or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+        if rule is not None:
+            return rule if _runs_forward_of(cls, layer) else None
     return None
+
+
+def explicit_forward(layer_type: type[nn.Module]) -> Callable[[ExplicitForward], ExplicitForward]:
+    """Register a forward of a layer type that shows what its parameters act on, where inputs and output do not tell.
+
+    It takes ``(layer, attach, *args, **kwargs)`` and returns what the layer's own forward would. Each use of parameters
+    goes through ``output = attach(rule, activations, output)``; what does not goes through the fallback.
+
+    Args:
+        layer_type: the type; subclasses share it unless they override ``forward``.
+
+    Returns:
+        A decorator that returns the forward unchanged.
+    """
+
+    def register(forward: ExplicitForward) -> ExplicitForward:
+        _FORWARDS[layer_type] = forward
+        return forward
+
+    return register
+
+
+def forward_for(layer: nn.Module) -> ExplicitForward | None:
+    """Find the explicit forward of a layer.
+
+    Args:
+        layer: any module.
+
+    Returns:
+        That of its type, or of the nearest base whose ``forward`` it still uses; None if there is none.
+
+    Example:
+        >>> from torch import nn
+        >>> forward_for(nn.MultiheadAttention(2, 1)).__name__
+        'multihead_attention'
+        >>> forward_for(nn.Linear(1, 1)) is None
+        True
+    """
+    for cls in type(layer).__mro__:
+        if cls in _FORWARDS:
+            return _FORWARDS[cls] if _runs_forward_of(cls, layer) else None
+    return None
+
+
+def _runs_forward_of(layer_type: Any, layer: nn.Module) -> bool:
+    return type(layer).forward is layer_type.forward
 
 
 def check_layers(module: nn.Module) -> None:
@@ -92,7 +155,7 @@ def check_layers(module: nn.Module) -> None:
 
     Raises:
         UnsupportedLayerError: if one is: BatchNorm in train mode or without running statistics, or a trainable
-            Embedding with ``max_norm`` or ``scale_grad_by_freq``.
+            Embedding or EmbeddingBag with ``max_norm`` or ``scale_grad_by_freq``.
 
     Example:
         >>> from torch import nn
@@ -110,8 +173,9 @@ def check_layers(module: nn.Module) -> None:
                 "and per-sample gradients do not exist. Put the module into eval mode (`module.eval()`) and keep "
                 "running statistics, or use GroupNorm."
             )
-        mixes = isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq)
-        if mixes and layer.weight.requires_grad:
+        if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) or not layer.weight.requires_grad:
+            continue
+        if layer.max_norm is not None or layer.scale_grad_by_freq:
             raise UnsupportedLayerError(
                 f"`{name}` ({type(layer).__name__}) with `max_norm` or `scale_grad_by_freq` has no per-sample "
                 "gradient: the first changes the weights in the forward pass, the second divides by counts over the "
@@ -119,102 +183,15 @@ def check_layers(module: nn.Module) -> None:
             )
 
 
-@gradient_rule(nn.Linear)
-def linear(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
-    """``y = x W^T + b``, over any number of positions between batch and features."""
-    delta = _positions(backprops)
-    return {"weight": OuterSum(delta, _positions(activations)), "bias": delta.sum(1)}
-
-
-@gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution(
-    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, activations: Tensor, backprops: Tensor
-) -> dict[str, ParameterGradient]:
-    """Convolutions, with every padding mode of theirs."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(activations, _padding(layer), mode=mode)
-    weight = ConvSum(padded, backprops, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
-    return {"weight": weight, "bias": backprops.flatten(2).sum(2)}
-
-
-@gradient_rule(nn.Embedding)
-def embedding(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
-    """Rows of a table; the padding row has no gradient."""
-    ids, delta = activations.flatten(1) if activations.ndim > 1 else activations.unsqueeze(1), _positions(backprops)
-    if layer.padding_idx is not None:
-        delta = delta.masked_fill((ids == layer.padding_idx).unsqueeze(2), 0)
-    return {"weight": GatherSum(ids, delta, layer.num_embeddings)}
-
-
-@gradient_rule(nn.LayerNorm)
-def layer_norm(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
-    """Scale and shift after normalising over the last dimensions."""
-    normalised = F.layer_norm(activations, layer.normalized_shape, eps=layer.eps)
-    keep = 1 + len(layer.normalized_shape)
-    return {
-        "weight": _sum_positions(normalised * backprops, keep),
-        "bias": _sum_positions(backprops, keep),
-    }
-
-
-@gradient_rule(nn.GroupNorm)
-def group_norm(layer: nn.GroupNorm, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
-    """Scale and shift a channel after normalising over groups of channels."""
-    return _scale_and_shift(F.group_norm(activations, layer.num_groups, eps=layer.eps), backprops)
-
-
-@gradient_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def batch_norm(layer: nn.BatchNorm1d, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
-    """Scale and shift a channel, with the running statistics as constants."""
-    assert layer.running_mean is not None  # `check_layers` saw to that
-    assert layer.running_var is not None
-    mean, variance = layer.running_mean.to(activations), layer.running_var.to(activations)
-    normalised = F.batch_norm(activations, mean, variance, eps=layer.eps)
-    return _scale_and_shift(normalised, backprops)
-
-
-def _positions(values: Tensor) -> Tensor:
-    """View ``(b, ..., d)`` as ``(b, s, d)``."""
-    return values.reshape(values.shape[0], -1, values.shape[-1])
-
-
-def _sum_positions(values: Tensor, keep: int) -> Tensor:
-    """Sum over all dimensions between the first and the last ``keep - 1``."""
-    between = tuple(range(1, values.ndim - keep + 1))
-    return values.sum(between) if between else values
-
-
-def _scale_and_shift(normalised: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
-    """Gradients of a weight and bias a channel, ``(b, c)``, for values ``(b, c, ...)``."""
-    return {
-        "weight": (normalised * backprops).reshape(*backprops.shape[:2], -1).sum(2),
-        "bias": backprops.reshape(*backprops.shape[:2], -1).sum(2),
-    }
-
-
-def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
-    """Padding as ``torch.nn.functional.pad`` wants it: before and after, last dimension first."""
-    if layer.padding == "valid":
-        return [0] * (2 * len(layer.kernel_size))
-    pads: list[int] = []
-    for i in reversed(range(len(layer.kernel_size))):
-        if layer.padding == "same":
-            total = layer.dilation[i] * (layer.kernel_size[i] - 1)
-            pads += [total // 2, total - total // 2]
-        else:
-            pads += [int(layer.padding[i])] * 2
-    return pads
-
-
-def supported_layers() -> tuple[type[nn.Module], ...]:
+def supported_layers() -> tuple[type[nn.Module] | str, ...]:
     """List the layer types that have a rule.
 
     Returns:
-        The types, in the order of registration.
+        The types, in the order of registration; a type that goes by its qualified name is given by it.
 
     Example:
         >>> import torch
         >>> torch.nn.Conv2d in supported_layers()
         True
     """
-    return tuple(_RULES)
+    return (*_RULES, *_FORWARDS)

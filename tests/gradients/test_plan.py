@@ -24,6 +24,7 @@ from lightning_attr.gradients import (
     plan_gradients,
     vmap_gradients,
 )
+from lightning_attr.gradients.execution import plain_execution
 
 B = 4
 
@@ -56,6 +57,11 @@ def _residual(m: nn.Module, x: Tensor) -> Tensor:
 def _attend(m: nn.Module, x: Tensor) -> Tensor:
     h = m.table(x)
     return m.attention(h, h, h, need_weights=False)[0]
+
+
+def _fused_attention(m: nn.Module, x: Tensor) -> Tensor:
+    q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in m.qkv(x).chunk(3, dim=-1))
+    return m.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
 def _overwrite(m: nn.Module, x: Tensor) -> Tensor:
@@ -127,9 +133,66 @@ HOOKED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         FLAT,
     ),
+    "attention": (
+        lambda: LayersOf(_attend, table=nn.Embedding(5, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True)),
+        IDS,
+    ),
+    "encoder layer": (
+        lambda: LayersOf(
+            lambda m, x: m.layer(m.embedding(x)),
+            embedding=nn.Embedding(5, 4),
+            layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        ),
+        IDS,
+    ),
+    "encoder layer first": (
+        lambda: LayersOf(lambda m, x: m.layer(x), layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
+        SEQUENCE,
+    ),
+    "learned slope": (
+        lambda: LayersOf(lambda m, x: m.act(m.a(x)), a=nn.Linear(3, 3), act=nn.PReLU()),
+        FLAT,
+    ),
+    "encoder": (
+        lambda: LayersOf(
+            lambda m, x: m.encoder(x, src_key_padding_mask=x[..., 0] > 1.5),
+            encoder=nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2),
+        ),
+        SEQUENCE,
+    ),
+    "scaled dot product attention": (
+        lambda: LayersOf(_fused_attention, qkv=nn.Linear(4, 12), out=nn.Linear(4, 4)),
+        SEQUENCE,
+    ),
+    "adapter of linear layers": (
+        lambda: LayersOf(
+            lambda m, x: m.base(x) + 2 * m.b(m.a(x)),
+            base=_frozen(nn.Linear(3, 4)),
+            a=nn.Linear(3, 2, bias=False),
+            b=nn.Linear(2, 4, bias=False),
+        ),
+        FLAT,
+    ),
+    "checkpointed from the first layer": (
+        lambda: LayersOf(
+            lambda m, x: m.b(checkpoint(lambda h: m.a(h).tanh(), x, use_reentrant=False)),
+            a=nn.Linear(3, 4),
+            b=nn.Linear(4, 2),
+        ),
+        FLAT,
+    ),
+    "reentrant checkpoint": (
+        lambda: LayersOf(
+            lambda m, x: m.b(checkpoint(lambda h: m.a(h).tanh(), m.c(x), use_reentrant=True)),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 2),
+            c=nn.Linear(3, 4),
+        ),
+        FLAT,
+    ),
+    "compiled": (lambda: torch.compile(LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 4)), backend="eager"), FLAT),
 }
 
-ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "overridden forward": (
         lambda: LayersOf(lambda m, x: m.b(m.a(x).tanh()), a=DoubledLinear(3, 4), b=nn.Linear(4, 2)),
@@ -150,30 +213,6 @@ FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         lambda: LayersOf(lambda m, x: F.linear(m.a(x).tanh(), m.a.weight), a=nn.Linear(3, 3)),
         FLAT,
         {"a.weight"},
-    ),
-    "attention": (
-        lambda: LayersOf(_attend, table=nn.Embedding(5, 4), attention=nn.MultiheadAttention(4, 2, batch_first=True)),
-        IDS,
-        {f"attention.{name}" for name in ATTENTION},
-    ),
-    "encoder layer": (
-        lambda: LayersOf(
-            lambda m, x: m.layer(m.embedding(x)),
-            embedding=nn.Embedding(5, 4),
-            layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
-        ),
-        IDS,
-        {f"layer.self_attn.{name}" for name in ATTENTION},
-    ),
-    "encoder layer first": (
-        lambda: LayersOf(lambda m, x: m.layer(x), layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
-        SEQUENCE,
-        {f"layer.self_attn.{name}" for name in ATTENTION},
-    ),
-    "learned slope": (
-        lambda: LayersOf(lambda m, x: m.act(m.a(x)), a=nn.Linear(3, 3), act=nn.PReLU()),
-        FLAT,
-        {"act.weight"},
     ),
     "position ids without batch": (
         lambda: LayersOf(lambda m, x: m.a(x) + m.b(torch.arange(3)), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
@@ -200,6 +239,24 @@ FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         FLAT,
         {"b.weight", "b.bias"},
     ),
+    "adapter of raw parameters": (
+        lambda: LayersOf(
+            lambda m, x: m.base(x) + x @ m.a @ m.b,
+            base=_frozen(nn.Linear(3, 4)),
+            a=nn.Parameter(torch.randn(3, 2)),
+            b=nn.Parameter(torch.randn(2, 4)),
+        ),
+        FLAT,
+        {"a", "b"},
+    ),
+    "compiled, with a parameter outside layers": (
+        lambda: torch.compile(
+            LayersOf(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))),
+            backend="eager",
+        ),
+        FLAT,
+        {"_orig_mod.scale"},
+    ),
     "parametrized": (
         lambda: LayersOf(lambda m, x: m.a(x), a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
         FLAT,
@@ -214,10 +271,24 @@ FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
 
 LOOP: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "branch on a value": (lambda: LayersOf(_branch, a=DoubledLinear(3, 4)), FLAT, {"a.weight", "a.bias"}),
-    "recurrent": (
-        lambda: LayersOf(lambda m, x: m.head(m.lstm(x)[0]), lstm=nn.LSTM(4, 3, batch_first=True), head=nn.Linear(3, 2)),
-        SEQUENCE,
-        {f"lstm.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+    **{
+        kind.__name__: (
+            lambda kind=kind: LayersOf(
+                lambda m, x: m.head(m.rnn(x)[0]), rnn=kind(4, 3, batch_first=True), head=nn.Linear(3, 2)
+            ),
+            SEQUENCE,
+            {f"rnn.{name}_l0" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")},
+        )
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+    },
+    "checkpoint around a parameter outside layers": (
+        lambda: LayersOf(
+            lambda m, x: checkpoint(lambda h: m.a(h) * m.scale, x, use_reentrant=True),
+            a=nn.Linear(3, 2),
+            scale=nn.Parameter(torch.ones(2)),
+        ),
+        FLAT,
+        {"scale"},
     ),
 }
 
@@ -247,10 +318,11 @@ def _check(make: Callable[[], nn.Module], x: Tensor) -> GradientPlan:
     assert {*plan.hooked, *plan.fallback} == trainable.keys()
     for batch in (x, x.repeat(2, *[1] * (x.ndim - 1))[1:], x[:1]):  # other batch sizes than the plan's, too
         found = _follow(module, plan, batch)
-        rows = [
-            torch.autograd.grad(module(batch[i : i + 1])[0], list(trainable.values()), materialize_grads=True)
-            for i in range(len(batch))
-        ]
+        with plain_execution():  # torch.autograd.grad refuses reentrant checkpoints
+            rows = [
+                torch.autograd.grad(module(batch[i : i + 1])[0], list(trainable.values()), materialize_grads=True)
+                for i in range(len(batch))
+            ]
         for name, column in zip(trainable, zip(*rows, strict=True), strict=True):
             torch.testing.assert_close(found[name], torch.stack(column), rtol=1e-9, atol=1e-11)
     return plan
