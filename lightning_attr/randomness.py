@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian", "hashed_seed", "rademacher"]
+__all__ = ["gaussian", "hashed_seed", "rademacher", "random_words"]
 
 
 def hashed_seed(*key: object) -> int:
@@ -49,7 +49,7 @@ def rademacher(shape: tuple[int, ...], *key: object) -> Tensor:
         (torch.int8, [-1, 1], True)
     """
     count = math.prod(shape)
-    words = _raw(-(-count // 64), key).astype("<u8", copy=False)
+    words = random_words(-(-count // 64), *key).astype("<u8", copy=False)
     bits = np.unpackbits(words.view(np.uint8), count=count)
     return torch.from_numpy(bits.view(np.int8)).mul_(2).sub_(1).reshape(shape)
 
@@ -70,12 +70,25 @@ def gaussian(shape: tuple[int, ...], *key: object) -> Tensor:
         (True, True)
     """
     count = math.prod(shape)
-    pairs = (_raw(2 * -(-count // 2), key) >> np.uint64(11)).astype(np.float64) + 0.5
+    pairs = (random_words(2 * -(-count // 2), *key) >> np.uint64(11)).astype(np.float64) + 0.5
     u, v = (pairs / 2.0**53).reshape(2, -1)
     radius = np.sqrt(-2 * np.log(u))
     values = np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:count]
     return torch.from_numpy(values.astype(np.float32)).reshape(shape)
 
 
-def _raw(words: int, key: tuple[object, ...]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    return np.random.Philox(key=hashed_seed(*key)).random_raw(words)
+def random_words(count: int, *key: object) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Draw 64-bit words.
+
+    Args:
+        count: how many; the first ones do not depend on it.
+        key: what they depend on.
+
+    Returns:
+        ``(count,)``, uint64.
+
+    Example:
+        >>> bool((random_words(9, 0, "w")[:5] == random_words(5, 0, "w")).all())
+        True
+    """
+    return np.random.Philox(key=hashed_seed(*key)).random_raw(count)

@@ -5,20 +5,37 @@ from typing import Any
 
 from lightning_attr.projectors.base import IdentityProjector, Projection, Projector
 from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
+from lightning_attr.projectors.factored_sjlt import FactoredSJLTProjector
+from lightning_attr.projectors.grass import FactGraSSProjector, GraSSProjector
 from lightning_attr.projectors.kronecker import KroneckerProjector
+from lightning_attr.projectors.sjlt import SJLTProjector
 
 __all__ = [
+    "FactGraSSProjector",
+    "FactoredSJLTProjector",
     "GaussianProjector",
+    "GraSSProjector",
     "IdentityProjector",
     "KroneckerProjector",
     "Projection",
     "Projector",
     "RademacherProjector",
+    "SJLTProjector",
     "projector_from_config",
 ]
 
 _KINDS: dict[str, type[Projector]] = {
-    cls.kind: cls for cls in (GaussianProjector, IdentityProjector, KroneckerProjector, RademacherProjector)
+    cls.kind: cls
+    for cls in (
+        FactGraSSProjector,
+        FactoredSJLTProjector,
+        GaussianProjector,
+        GraSSProjector,
+        IdentityProjector,
+        KroneckerProjector,
+        RademacherProjector,
+        SJLTProjector,
+    )
 }
 
 

@@ -105,9 +105,9 @@ class _KroneckerProjection(Projection):
         start = 0
         for block in blocks:
             stop = start + block.size(side)
-            left = _side(side, block.rows, (*key, block.weight, "rows"))
-            right = _side(side, block.columns, (*key, block.weight, "columns"))
-            two_sided = _TwoSided(slice(start, stop), block, left, right)
+            two_sided = _TwoSided(
+                slice(start, stop), block, Sides.draw(side, block.rows, block.columns, key, block.weight)
+            )
             self.maps[block.weight] = two_sided
             if block.bias is not None:
                 self.maps[block.bias] = _LastColumn(two_sided)
@@ -115,6 +115,77 @@ class _KroneckerProjection(Projection):
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         self.maps[name].accumulate(features, gradient)
+
+
+class Sides:
+    """The two matrices that project a weight's gradient from both sides, ``left @ G @ right.T``.
+
+    Args:
+        left: ``(k_rows, rows)``, or None for the identity.
+        right: ``(k_columns, columns)``, or None for the identity.
+
+    Example:
+        >>> Sides(torch.ones(1, 2), None).project(torch.eye(2).unsqueeze(0), like=torch.zeros(()))
+        tensor([[[1., 1.]]])
+    """
+
+    def __init__(self, left: Tensor | None, right: Tensor | None) -> None:
+        self.left = left
+        self.right = right
+
+    @classmethod
+    def draw(cls, side: int, rows: int, columns: int, key: tuple[object, ...], name: str) -> Sides:
+        """Draw both, each to ``side`` dimensions; one that has no more is kept as it is.
+
+        Args:
+            side: dimensions to project to.
+            rows: of the weight.
+            columns: of the weight.
+            key: what the signs depend on, besides the name.
+            name: of the weight.
+
+        Returns:
+            Matrices of signs over ``sqrt(side)``.
+
+        Example:
+            >>> sides = Sides.draw(4, 3, 10, (0, "final"), "weight")
+            >>> sides.left is None, sides.right.shape
+            (True, torch.Size([4, 10]))
+        """
+        return cls(_side(side, rows, (*key, name, "rows")), _side(side, columns, (*key, name, "columns")))
+
+    def on(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Put both on a device and into a dtype; moved once, then kept.
+
+        Args:
+            like: a tensor there.
+
+        Returns:
+            Left and right.
+        """
+        for name in ("left", "right"):
+            side = getattr(self, name)
+            if side is not None and (side.device != like.device or side.dtype != like.dtype):
+                setattr(self, name, side.to(like))
+        return self.left, self.right
+
+    def project(self, gradient: ParameterGradient, like: Tensor, columns: int | None = None) -> Tensor:
+        """Project the gradients of a batch.
+
+        Args:
+            gradient: factored, or ``(b, rows, columns)``.
+            like: a tensor of the device and dtype of the result.
+            columns: columns of the gradient, where ``right`` has more: the first ones are used.
+
+        Returns:
+            ``(b, k_rows, k_columns)``.
+        """
+        left, right = self.on(like)
+        right = right if right is None else right[:, :columns]
+        if isinstance(gradient, FactoredGradient):
+            return gradient.project(left, right)
+        gradient = gradient if left is None else left @ gradient
+        return gradient if right is None else gradient @ right.T
 
 
 def _side(side: int, size: int, key: tuple[object, ...]) -> Tensor | None:
@@ -127,35 +198,21 @@ def _side(side: int, size: int, key: tuple[object, ...]) -> Tensor | None:
 class _TwoSided:
     """The map of a block's weight."""
 
-    def __init__(self, slot: slice, block: _Block, left: Tensor | None, right: Tensor | None) -> None:
+    def __init__(self, slot: slice, block: _Block, sides: Sides) -> None:
         self.slot = slot
         self.block = block
-        self.left = left
-        self.right = right
+        self.sides = sides
 
     def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
-        left, right = self.on(features)
         columns = self.block.columns - (self.block.bias is not None)
-        right = right if right is None else right[:, :columns]
-        if isinstance(gradient, FactoredGradient):
-            projected = gradient.project(left, right)  # (b, k_rows, k_columns)
-        else:
-            projected = gradient.reshape(-1, self.block.rows, columns)
-            projected = projected if left is None else left @ projected
-            projected = projected if right is None else projected @ right.T
+        if isinstance(gradient, Tensor):
+            gradient = gradient.reshape(-1, self.block.rows, columns)
+        projected = self.sides.project(gradient, features, columns)
         self.view(features)[:, :, : projected.shape[2]] += projected
-
-    def on(self, features: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Both sides on the device and in the dtype of the features; moved once, then kept."""
-        for name in ("left", "right"):
-            side = getattr(self, name)
-            if side is not None and (side.device != features.device or side.dtype != features.dtype):
-                setattr(self, name, side.to(features))
-        return self.left, self.right
 
     def view(self, features: Tensor) -> Tensor:
         """The block's features as matrices, ``(b, k_rows, k_columns)``."""
-        rows = self.block.rows if self.left is None else self.left.shape[0]
+        rows = self.block.rows if self.sides.left is None else self.sides.left.shape[0]
         matrices: Tensor = features[:, self.slot].unflatten(1, (rows, -1))
         return matrices
 
@@ -167,7 +224,7 @@ class _LastColumn:
         self.weight = weight
 
     def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
-        left, right = self.weight.on(features)
+        left, right = self.weight.sides.on(features)
         if isinstance(gradient, FactoredGradient):
             gradient = gradient.materialise()
         column = gradient.reshape(len(features), -1)  # (b, rows)

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from lightning_attr.gradients import ConvSum, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors import (
+    FactGraSSProjector,
+    FactoredSJLTProjector,
     GaussianProjector,
+    GraSSProjector,
     IdentityProjector,
     KroneckerProjector,
     Projection,
     Projector,
     RademacherProjector,
+    SJLTProjector,
     projector_from_config,
 )
 from lightning_attr.projectors.base import flat_slots
@@ -34,8 +38,12 @@ PROJECTORS: dict[str, Projector] = {
     "kronecker": KroneckerProjector(40),
     "rademacher": RademacherProjector(24),
     "gaussian": GaussianProjector(24),
+    "sjlt": SJLTProjector(24, nonzeros=3),
+    "factored_sjlt": FactoredSJLTProjector(24, side=3),
+    "grass": GraSSProjector(24, mask_factor=3),
+    "factgrass": FactGraSSProjector(24, mask_factor=3),
 }
-RANDOM = ["kronecker", "rademacher", "gaussian"]
+RANDOM = [kind for kind in PROJECTORS if kind != "identity"]
 
 
 def _gradients(b: int, seed: int = 0) -> tuple[dict[str, ParameterGradient], dict[str, Tensor]]:
@@ -159,8 +167,8 @@ def test_config_round_trip(kind: str) -> None:
 
 
 def test_config_of_an_unknown_projector() -> None:
-    with pytest.raises(ValueError, match=r"Expected a projector among \['gaussian', .*'rademacher'\], but .* 'sjlt'"):
-        projector_from_config({"kind": "sjlt", "proj_dim": 3})
+    with pytest.raises(ValueError, match=r"Expected a projector among \['fact.*'gaussian', .*'sjlt'\], but .* 'fft'"):
+        projector_from_config({"kind": "fft", "proj_dim": 3})
 
 
 @pytest.mark.parametrize("kind", RANDOM)
