@@ -80,6 +80,7 @@ def test_accuracy(data: NoisyDigits, keep: torch.Tensor, seed: int) -> float:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # on matrices as small as these, threads only wait for each other
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     shutil.rmtree(OUT, ignore_errors=True)

@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+torch.set_num_threads(1)  # on matrices as small as the tests', threads only wait for each other
+
 REPOSITORY = Path(__file__).parents[1]
 
 
