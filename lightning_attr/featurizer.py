@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,10 @@ from lightning_attr.outputs import ModelOutput
 from lightning_attr.projectors import Projection
 from lightning_attr.testing import check_model_output
 
-__all__ = ["AttributableModule", "Featurizer", "plan"]
+__all__ = ["Featurizer", "plan"]
 
 PROBE_SIZE = 4
 """Samples with which a module is checked before anything is featurized."""
-
-
-class AttributableModule(Protocol):
-    """What featurizing needs of a module: an ``nn.Module`` with :class:`lightning_attr.AttributionMixin`."""
-
-    model_output: ModelOutput
-
-    def attribution_step(self, batch: Any) -> tuple[Any, Any]:
-        """As :meth:`lightning_attr.AttributionMixin.attribution_step`."""
-
-    def functional_output(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """As :meth:`lightning_attr.AttributionMixin.functional_output`."""
 
 
 def plan(module: Any, batch: Any, batch_size: int) -> GradientPlan:
