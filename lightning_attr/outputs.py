@@ -87,8 +87,51 @@ class ModelOutput(ABC):
         """
         return torch.ones_like(self.out_to_loss(outputs, targets))
 
+    def values(self, outputs: Any, targets: Any, output: Tensor) -> dict[str, Tensor]:
+        """Compute all that the store keeps beside the output; an output of its own may do it at once.
 
-class MulticlassMargin(ModelOutput):
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+            output: what :meth:`output` returned for them, ``(b,)``.
+
+        Returns:
+            ``loss``, ``out_to_loss`` and ``newton_weight``, each ``(b,)``.
+        """
+        return {
+            "loss": self.loss(outputs, targets),
+            "out_to_loss": self.out_to_loss(outputs, targets),
+            "newton_weight": self.newton_weight(outputs, targets),
+        }
+
+
+class _Margin(ModelOutput):
+    """Margins: the loss is ``log(1 + exp(-f))``, from which all else follows."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats, ``(b,)``; arguments as in :meth:`output`."""
+        return -F.logsigmoid(self.output(outputs, targets))
+
+    def out_to_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Probability of the other classes, in ``[0, 1]``, ``(b,)``; arguments as in :meth:`output`."""
+        return torch.sigmoid(-self.output(outputs, targets))
+
+    def newton_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``p (1 - p)``, ``(b,)``; arguments as in :meth:`output`."""
+        return _bernoulli_variance(self.out_to_loss(outputs, targets))
+
+    def values(self, outputs: Any, targets: Any, output: Tensor) -> dict[str, Tensor]:
+        """All of them from the margin, unless a subclass has another loss; arguments as in the base class."""
+        if any(getattr(type(self), name) is not getattr(_Margin, name) for name in _DERIVED):
+            return super().values(outputs, targets, output)
+        q = torch.sigmoid(-output)
+        return {"loss": -F.logsigmoid(output), "out_to_loss": q, "newton_weight": _bernoulli_variance(q)}
+
+
+_DERIVED = ("loss", "out_to_loss", "newton_weight")
+
+
+class MulticlassMargin(_Margin):
     r"""Margin of the right class, :math:`f = s_y - \log\sum_{j \neq y} e^{s_j} = \log\frac{p_y}{1-p_y}`.
 
     With it, the cross-entropy is :math:`\ell = \log(1 + e^{-f})` and :math:`q = 1 - p_y`
@@ -128,26 +171,15 @@ class MulticlassMargin(ModelOutput):
             ValueError: if the shapes or dtypes do not fit.
         """
         _check_class_logits(outputs, targets)
-        logits = _at_least_float32(outputs) / self.temperature
+        logits = _at_least_float32(outputs)
+        if self.temperature != 1:
+            logits = logits / self.temperature
         labels = targets.long().unsqueeze(1)
         right = logits.gather(1, labels).squeeze(1)
         return right - logits.scatter(1, labels, float("-inf")).logsumexp(1)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats, ``(b,)``; arguments as in :meth:`output`."""
-        _check_class_logits(outputs, targets)
-        return F.cross_entropy(_at_least_float32(outputs) / self.temperature, targets.long(), reduction="none")
 
-    def out_to_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Probability of the other classes, ``1 - p_y`` in ``[0, 1]``, ``(b,)``; arguments as in :meth:`output`."""
-        return torch.sigmoid(-self.output(outputs, targets))
-
-    def newton_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``p_y (1 - p_y)``, ``(b,)``; arguments as in :meth:`output`."""
-        return _bernoulli_variance(self.out_to_loss(outputs, targets))
-
-
-class BinaryMargin(ModelOutput):
+class BinaryMargin(_Margin):
     r"""Signed logit of a binary classifier with one output: :math:`f = (2y - 1) s`, :math:`\ell = \log(1 + e^{-f})`.
 
     Example:
@@ -171,18 +203,6 @@ class BinaryMargin(ModelOutput):
         """
         logits = _one_column("BinaryMargin", outputs)
         return (2 * _one_column("BinaryMargin", targets).to(logits.dtype) - 1) * logits
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Binary cross-entropy in nats, ``(b,)``; arguments as in :meth:`output`."""
-        return F.softplus(-self.output(outputs, targets))
-
-    def out_to_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Probability of the wrong label, in ``[0, 1]``, ``(b,)``; arguments as in :meth:`output`."""
-        return torch.sigmoid(-self.output(outputs, targets))
-
-    def newton_weight(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """``p (1 - p)``, ``(b,)``; arguments as in :meth:`output`."""
-        return _bernoulli_variance(self.out_to_loss(outputs, targets))
 
 
 class Regression(ModelOutput):

@@ -7,10 +7,11 @@ from lightning_attr.gradients.factored import (
     GatherSum,
     OuterSum,
     ParameterGradient,
+    RowSum,
     materialise,
 )
 from lightning_attr.gradients.functional import loop_gradients, vmap_gradients
-from lightning_attr.gradients.hooks import hooked_gradients, hooked_layers
+from lightning_attr.gradients.hooks import HookedGradients, hooked_gradients, hooked_layers
 from lightning_attr.gradients.plan import GradientPlan, check_batch_independence, plan_gradients
 from lightning_attr.gradients.rules import gradient_rule, rule_for, supported_layers
 
@@ -19,8 +20,10 @@ __all__ = [
     "FactoredGradient",
     "GatherSum",
     "GradientPlan",
+    "HookedGradients",
     "OuterSum",
     "ParameterGradient",
+    "RowSum",
     "check_batch_independence",
     "gradient_rule",
     "hooked_gradients",

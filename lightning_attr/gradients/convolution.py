@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attr.gradients.factored import ConvSum, ParameterGradient
+from lightning_attr.gradients.factored import ConvSum, ParameterGradient, RowSum
 from lightning_attr.gradients.rules import gradient_rule
 
 __all__ = ["convolution", "transposed_convolution"]
@@ -19,7 +19,7 @@ def convolution(
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(activations, _padding(layer), mode=mode)
     weight = ConvSum(padded, backprops, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
-    return {"weight": weight, "bias": backprops.flatten(2).sum(2)}
+    return {"weight": weight, "bias": RowSum(weight)}
 
 
 @gradient_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

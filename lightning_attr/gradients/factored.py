@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ConvSum", "FactoredGradient", "GatherSum", "OuterSum", "ParameterGradient", "materialise"]
+__all__ = [
+    "ConvSum",
+    "FactoredGradient",
+    "GatherSum",
+    "OuterSum",
+    "ParameterGradient",
+    "RowSum",
+    "materialise",
+    "materialising_is_cheaper",
+]
 
 
 class FactoredGradient(ABC):
@@ -47,6 +56,18 @@ class FactoredGradient(ABC):
             ``left @ G_i @ right.T`` for each sample, ``(b, k_rows, k_columns)``.
         """
 
+    def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:
+        """Whether :meth:`project` forms the gradients first, because that costs less.
+
+        Args:
+            left: as in :meth:`project`.
+            right: as in :meth:`project`.
+
+        Returns:
+            False unless a form says otherwise.
+        """
+        return False
+
     def materialise(self) -> Tensor:
         """Form the gradients.
 
@@ -75,7 +96,39 @@ class OuterSum(FactoredGradient):
         self.columns = columns
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
+        if self.materialises(left, right):
+            return _two_sided(torch.bmm(self.rows.mT, self.columns), left, right)
         return _sum_of_outer(_apply(left, self.rows), _apply(right, self.columns))
+
+    def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:  # noqa: D102 - inherited
+        return materialising_is_cheaper(self.rows.shape[1], self.rows.shape[2], self.columns.shape[2], left, right)
+
+    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor) -> None:
+        """Add the projection of the gradients with a bias as their last column; see :class:`RowSum`.
+
+        Args:
+            target: ``(b, k_rows, k_columns)``, changed in place.
+            left: as in :meth:`project`.
+            right: ``(k_columns, columns)``.
+            shift: the column of the bias, ``(k_columns,)``.
+        """
+        if self.rows.shape[1] == 1:  # in as few calls as can be: small models spend their time on these
+            rows = self.rows[:, 0] if left is None else torch.mm(self.rows[:, 0], left.T)
+            columns = torch.addmm(shift, self.columns[:, 0], right.T)
+            target.addcmul_(rows.unsqueeze(2), columns.unsqueeze(1))
+        elif self.materialises(left, right):
+            total = _apply(left, self.row_sum().unsqueeze(1)).mT  # (b, k_rows, 1)
+            target += self.project(left, right).addcmul_(total, shift)
+        else:
+            target += torch.bmm(_apply(left, self.rows).mT, _apply(right, self.columns) + shift)
+
+    def row_sum(self) -> Tensor:
+        """Sum the factors on the side of the rows.
+
+        Returns:
+            ``(b, rows)``.
+        """
+        return self.rows.sum(1)
 
 
 class GatherSum(FactoredGradient):
@@ -143,14 +196,42 @@ class ConvSum(FactoredGradient):
         self.groups = groups
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
+        if self.materialises(left, right):
+            return _two_sided(self._combine(None, self._patches()), left, right)
+        return self._combine(left, self._patches() if right is None else self._project_patches(right))
+
+    def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:  # noqa: D102 - inherited
+        rows, columns = self.backprops.shape[1], self.inputs.shape[1] // self.groups * math.prod(self.kernel_size)
+        return materialising_is_cheaper(math.prod(self.backprops.shape[2:]), rows, columns, left, right)
+
+    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor) -> None:
+        """Add the projection of the gradients with a bias as their last column; see :meth:`OuterSum.accumulate`.
+
+        Args:
+            target: ``(b, k_rows, k_columns)``, changed in place.
+            left: as in :meth:`project`.
+            right: ``(k_columns, columns)``.
+            shift: the column of the bias, ``(k_columns,)``.
+        """
+        target += self._combine(left, self._project_patches(right) + shift[:, None])
+
+    def row_sum(self) -> Tensor:
+        """Sum the gradient at the output over positions.
+
+        Returns:
+            ``(b, c_out)``.
+        """
+        return self.backprops.flatten(2).sum(2)
+
+    def _combine(self, left: Tensor | None, columns: Tensor) -> Tensor:
+        """Sum the outer products over positions; ``columns`` are ``(b, g, k_columns, l)``."""
         b, groups = self.backprops.shape[0], self.groups
-        columns = self._patches() if right is None else self._project_patches(right)  # (b, g, k_columns, l)
         rows = self.backprops.reshape(b, groups, -1, columns.shape[-1])  # (b, g, c_out / g, l)
         if left is None:  # each row belongs to one group
             return (rows @ columns.mT).reshape(b, -1, columns.shape[2])
         weights = left.reshape(left.shape[0], groups, -1).transpose(0, 1)  # (g, k_rows, c_out / g)
         rows = weights @ rows  # (b, g, k_rows, l)
-        return _sum_of_outer(rows.transpose(1, 2).flatten(2).mT, columns.transpose(1, 2).flatten(2).mT)
+        return torch.bmm(rows.transpose(1, 2).flatten(2), columns.transpose(1, 2).flatten(2).mT)
 
     def _project_patches(self, right: Tensor) -> Tensor:
         kernel = right.reshape(right.shape[0], -1, *self.kernel_size).repeat(self.groups, *[1] * (self.inputs.ndim - 1))
@@ -166,6 +247,28 @@ class ConvSum(FactoredGradient):
         b, c_in = x.shape[:2]
         x = x.reshape(b, self.groups, c_in // self.groups, math.prod(x.shape[2 : 2 + dims]), -1)  # (b, g, c, l, window)
         return x.transpose(3, 4).flatten(2, 3)  # (b, g, c * window, l)
+
+
+class RowSum(FactoredGradient):
+    """Gradients of a bias: what the weight's would be for a column of ones, the sum of its factors over positions.
+
+    A projector that treats a bias as the last column of its weight adds both at once, at the price of the weight.
+
+    Args:
+        weight: gradients of the weight, of whose use the bias is a part.
+
+    Example:
+        >>> import torch
+        >>> weight = OuterSum(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]]))
+        >>> materialise(RowSum(weight), (2,))
+        tensor([[1., 2.]])
+    """
+
+    def __init__(self, weight: OuterSum | ConvSum) -> None:
+        self.weight = weight
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
+        return _two_sided(self.weight.row_sum().unsqueeze(2), left, right)
 
 
 ParameterGradient: TypeAlias = Tensor | FactoredGradient
@@ -190,8 +293,56 @@ def materialise(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
     return tensor.reshape(tensor.shape[0], *shape)
 
 
+def materialising_is_cheaper(
+    positions: int, rows: int, columns: int, left: Tensor | None, right: Tensor | None
+) -> bool:
+    r"""Compare the floating point operations of projecting the factors with those of projecting the gradient.
+
+    For ``s`` positions and a weight ``(r, c)`` projected to ``(k_r, k_c)``, up to a factor of two and for one sample:
+    :math:`s (r k_r + c k_c + k_r k_c)` against :math:`s r c + r c k_c + r k_r k_c`; a side without projection costs
+    nothing.
+
+    Args:
+        positions: ``s``.
+        rows: ``r``.
+        columns: ``c``.
+        left: ``(k_r, r)`` or None.
+        right: ``(k_c, c)`` or None.
+
+    Returns:
+        True if forming the gradient first takes fewer operations.
+
+    Example:
+        >>> import torch
+        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(48, 64), torch.ones(48, 64))
+        True
+        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(8, 64), torch.ones(8, 64))
+        False
+    """
+    if left is None and right is None:
+        return False
+    k_rows, k_columns = (side if p is None else p.shape[0] for p, side in ((left, rows), (right, columns)))
+    to_left = 0 if left is None else rows * k_rows
+    to_right = 0 if right is None else columns * k_columns
+    factored = positions * (to_left + to_right + k_rows * k_columns)
+    return factored > positions * rows * columns + rows * to_right + k_columns * to_left
+
+
+def _two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    gradient = gradient if right is None else gradient @ right.T
+    return gradient if left is None else left @ gradient
+
+
 def _apply(matrix: Tensor | None, factors: Tensor) -> Tensor:
-    return factors if matrix is None else factors @ matrix.T
+    """Project factors, ``(k, d), (b, s, d) -> (b, s, k)``."""
+    if matrix is None:
+        return factors
+    if factors.shape[1] == 1:
+        return factors @ matrix.T
+    # This way around a matrix product of few rows is up to twice as fast.
+    projected = matrix @ factors.reshape(-1, factors.shape[2]).T  # (k, b * s)
+    result: Tensor = projected.unflatten(1, factors.shape[:2]).permute(1, 2, 0)
+    return result
 
 
 def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:

@@ -6,16 +6,59 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.func import grad, vmap
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_attr.batch import batched_tensors, map_tensors, replace_tensors, select_rows
 from lightning_attr.gradients.execution import plain_execution
 
-__all__ = ["FunctionalOutput", "loop_gradients", "vmap_gradients"]
+__all__ = ["FunctionalOutput", "call_with", "loop_gradients", "vmap_gradients"]
 
 FunctionalOutput: TypeAlias = Callable[[Mapping[str, Tensor], Any], Tensor]
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], function: Callable[[Any], Any], batch: Any) -> Any:
+    """Call a function of a module while other tensors are in the places of its parameters and buffers.
+
+    Args:
+        module: the module; it is left as it was, also where several names lead to one layer or one parameter.
+        tensors: name of a parameter or buffer -> tensor; the others keep their values.
+        function: what to call; it runs the module.
+        batch: its argument.
+
+    Returns:
+        What the function returns.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> call_with(layer, {"weight": torch.tensor([[3.0]])}, layer, torch.ones(1, 1))
+        tensor([[3.]])
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    given = {id(own[name]): tensor for name, tensor in tensors.items()}
+    # `functional_call` would swap a layer of two names twice and leave the second tensor in it for good: each place is
+    # named once, and so it must not look for ties itself.
+    places = {
+        f"module.{prefix}.{local}".replace("..", "."): given[id(tensor)]
+        for prefix, layer in module.named_modules()
+        for local, tensor in (*layer._parameters.items(), *layer._buffers.items())
+        if id(tensor) in given
+    }
+    return functional_call(_Call(module, function), places, (batch,), tie_weights=False)
+
+
+class _Call(nn.Module):
+    """``functional_call`` reaches a module through a ``forward``."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.functions = (function,)  # not registered where it is the module itself
+
+    def forward(self, batch: Any) -> Any:
+        return self.functions[0](batch)
 
 
 def vmap_gradients(

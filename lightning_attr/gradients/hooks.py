@@ -1,28 +1,31 @@
 """Per-sample gradients of a whole batch from one forward and one backward pass, layer by layer, by hooks.
 
-All parameters are frozen while the hooks run, so that no weight gradient of the batch is ever formed: the backward pass
-carries only the gradients of activations. Each layer's per-sample gradients leave through a sink as soon as its output
-gradient is known, so that those of the whole model never exist at once.
+Parameters are frozen or stood in for while the hooks run, so that no weight gradient of the batch is ever formed: the
+backward pass carries only the gradients of activations. Each layer's per-sample gradients leave through a sink as soon
+as its output gradient is known, so that those of the whole model never exist at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.gradients.rules import GradientRule, check_layers, forward_for, rule_for
+from lightning_attr.gradients.parameters import DirectUses
+from lightning_attr.gradients.rules import CHECKED_LAYERS, GradientRule, check_layer, forward_for, rule_for
 
-__all__ = ["GradientSink", "frozen", "hooked_gradients", "hooked_layers"]
+__all__ = ["GradientSink", "HookedGradients", "LayerSink", "frozen", "hooked_gradients", "hooked_layers"]
 
 GradientSink: TypeAlias = Callable[[str, ParameterGradient], None]
+LayerSink: TypeAlias = Callable[[Mapping[str, ParameterGradient]], None]
 
 
 def hooked_layers(module: nn.Module) -> dict[nn.Module, dict[str, str]]:
@@ -58,22 +61,22 @@ def hooked_gradients(
     sink: GradientSink,
     skipped: set[str] | None = None,
 ) -> Tensor:
-    """Stream the per-sample gradients of the parameters that rules cover.
+    """Stream the per-sample gradients of parameters in one pass; :class:`HookedGradients` does it batch after batch.
 
     Args:
         module: the module, in eval mode.
         forward: runs it on a batch and returns the model output of each sample, ``(b,)``.
         batch_size: ``b``.
-        names: parameters wanted, among those that :func:`hooked_layers` lists.
+        names: parameters wanted.
         sink: called with ``(name, gradient)``, more than once for a parameter that is used more than once: the gradient
-            of a sample is the sum.
-        skipped: gathers the parameters of layers that do not see one row a sample; without it, these are an error.
+            of a sample is the sum. One that has no part in the output never comes.
+        skipped: gathers the parameters of which some use shows no row a sample; without it, these are an error.
 
     Returns:
         The model output, detached, ``(b,)``.
 
     Raises:
-        UnsupportedLayerError: if a layer mixes samples, or does not see one row a sample.
+        UnsupportedLayerError: if a layer mixes samples, or a parameter is used in a way that shows no row a sample.
 
     Example:
         >>> import torch
@@ -86,43 +89,148 @@ def hooked_gradients(
                 [[3., 4.]]])
         tensor([...])
     """
-    layers = {
-        layer: {local: name for local, name in own.items() if name in names}
-        for layer, own in hooked_layers(module).items()
-    }
-    check_layers(module)
-    capture = _Capture(batch_size, sink)
-    handles = [
-        layer.register_forward_hook(capture.watch(rule, layer, own), with_kwargs=True)
-        for layer, own in layers.items()
-        if own and (rule := rule_for(layer)) is not None
-    ]
-    try:
-        with torch.enable_grad(), frozen(module), plain_execution(), _explicit_forwards(module, layers, capture):
+
+    def each(gradients: Mapping[str, ParameterGradient]) -> None:
+        for name, gradient in gradients.items():
+            sink(name, gradient)
+
+    return HookedGradients(module, names)(forward, batch_size, each, skipped)
+
+
+class HookedGradients:
+    """Streams the per-sample gradients of parameters, batch after batch; the module is looked through once.
+
+    Args:
+        module: the module, in eval mode. Layers and parameters are not replaced afterwards.
+        names: parameters wanted. Those that no layer with a rule owns are followed through the functions that use them.
+        direct: those among the others that are also used outside their layers, and so are followed as well; None
+            follows all, which is slower.
+
+    Attributes:
+        used: names whose direct uses the last call has seen.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer, x = nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> gradients = HookedGradients(layer, ["bias"], direct=())
+        >>> output = gradients(lambda: layer(x).squeeze(1), 2, lambda gradients: print(*gradients))
+        bias
+    """
+
+    def __init__(self, module: nn.Module, names: Collection[str], direct: Collection[str] | None = None) -> None:
+        self.module = module
+        self.used: set[str] = set()
+        self._direct = direct
+        wanted = set(names)
+        owned = hooked_layers(module)
+        self._layers = {
+            layer: kept
+            for layer, own in owned.items()
+            if (kept := {local: name for local, name in own.items() if name in wanted})
+        }
+        self._rules = {layer: rule for layer in self._layers if (rule := rule_for(layer)) is not None}
+        self._forwards = {
+            layer: forward
+            for layer in module.modules()
+            if (forward := forward_for(layer)) is not None and any(inner in self._layers for inner in layer.modules())
+        }
+        self._checked = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, CHECKED_LAYERS)]
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        ruled = {name for own in owned.values() for name in own.values()}
+        self._followed = {
+            name: p
+            for name, p in trainable.items()
+            if name in wanted and (direct is None or name in direct or name not in ruled)
+        }
+        self._frozen = [p for name, p in trainable.items() if name not in self._followed]
+
+    def __call__(
+        self, forward: Callable[[], Tensor], batch_size: int, sink: LayerSink, skipped: set[str] | None = None
+    ) -> Tensor:
+        """Stream the gradients of one batch; arguments, result and errors are those of :func:`hooked_gradients`."""
+        for name, layer in self._checked:
+            check_layer(name, layer)
+        capture = _Capture(batch_size, sink)
+        uses = None
+        if self._followed:
+            uses = DirectUses(
+                self.module,
+                self._followed,
+                batch_size,
+                capture.attach,
+                capture.leaves,
+                sink,
+                self._direct,
+                checking=skipped is not None,
+            )
+            capture.uses = uses
+        # The mode is around the backward pass, too: checkpoints run parts of the forward pass again in it.
+        mode = nullcontext() if uses is None else uses
+        with torch.enable_grad(), frozen(self._frozen), plain_execution(), self._hooks(capture, uses), mode:
             output = forward()
-            if capture.leaves and output.requires_grad:
-                torch.autograd.grad(output.sum(), capture.leaves, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if skipped is None and capture.skipped:
-        raise UnsupportedLayerError(
-            f"The layer of {', '.join(f'`{name}`' for name in sorted(capture.skipped))} was called with other rows "
-            f"than the {batch_size} samples of the batch, one each, although it was not when the module was checked. "
-            "Where samples are routed through the module depending on their values, per-sample gradients by hooks do "
-            "not exist: freeze these parameters."
-        )
-    if skipped is not None:
-        skipped |= capture.skipped
-    return output.detach()
+            if output.requires_grad and (capture.leaves or uses is not None):
+                self._backward(output, capture, uses)
+        if uses is not None:
+            self.used = uses.used
+            capture.skipped |= uses.skipped
+        if skipped is None and capture.skipped:
+            raise UnsupportedLayerError(
+                f"The layer of {', '.join(f'`{name}`' for name in sorted(capture.skipped))} was called with other rows "
+                f"than the {batch_size} samples of the batch, one each, or the parameter was used in a function that "
+                "does not show them, although it was not when the module was checked. Where samples are routed through "
+                "the module depending on their values, per-sample gradients by hooks do not exist: freeze these "
+                "parameters."
+            )
+        if skipped is not None:
+            skipped |= capture.skipped
+        return output.detach()
+
+    def _backward(self, output: Tensor, capture: _Capture, uses: DirectUses | None) -> None:
+        if uses is None:
+            torch.autograd.grad(output.sum(), capture.leaves, allow_unused=True)
+            return
+        leaves = len(capture.leaves)  # checkpoints run again find more
+        inputs = (*capture.leaves, *self._followed.values())
+        # `torch.autograd.grad` takes the mode away, and what checkpoints run again needs it.
+        total = output.sum()
+        run_backward = torch.autograd.Variable._execution_engine.run_backward
+        rows = run_backward((total,), (torch.ones_like(total),), False, False, inputs, True, accumulate_grad=False)
+        # A parameter that the backward pass reaches itself was used where nobody saw it.
+        reached = zip(self._followed, rows[leaves:], strict=True)
+        capture.skipped.update(name for name, row in reached if row is not None)
+
+    @contextmanager
+    def _hooks(self, capture: _Capture, uses: DirectUses | None) -> Iterator[None]:
+        """Watch the layers with a rule; let those with an explicit forward run it."""
+        handles, changed = [], []
+        try:
+            for layer, own in self._layers.items():
+                if uses is not None:
+                    handles += _bracket(uses, layer, own, layer in self._rules)
+                rule = self._rules.get(layer)
+                if rule is not None:
+                    hook = capture.watch(rule, layer, own)
+                    handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            for layer, forward in self._forwards.items():
+                if "forward" not in vars(layer):  # else somebody else has put his own in its place
+                    attach = partial(capture.attach, layer, self._layers.get(layer, {}))
+                    vars(layer)["forward"] = partial(forward, layer, attach)
+                    changed.append(layer)
+            yield
+        finally:
+            for layer in changed:
+                del vars(layer)["forward"]
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Freeze all parameters; put their ``requires_grad`` flags back in the end.
+def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Freeze parameters; put their ``requires_grad`` flags back in the end.
 
     Args:
-        module: any module.
+        parameters: any.
 
     Yields:
         Nothing.
@@ -130,13 +238,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Example:
         >>> from torch import nn
         >>> layer = nn.Linear(1, 1)
-        >>> with frozen(layer):
+        >>> with frozen(layer.parameters()):
         ...     layer.weight.requires_grad
         False
         >>> layer.weight.requires_grad
         True
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     try:
@@ -146,39 +254,48 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-@contextmanager
-def _explicit_forwards(module: nn.Module, layers: dict[nn.Module, dict[str, str]], capture: _Capture) -> Iterator[None]:
-    """Let layers with an explicit forward run it, where they or layers inside them have parameters wanted."""
-    changed = []
-    try:
-        for layer in module.modules():
-            forward = forward_for(layer)
-            if forward is None or "forward" in vars(layer):
-                continue  # the second: somebody else has put his own in its place
-            if any(layers.get(inner) for inner in layer.modules()):
-                attach = partial(capture.attach, layer, layers.get(layer, {}))
-                vars(layer)["forward"] = partial(forward, layer, attach)
-                changed.append(layer)
-        yield
-    finally:
-        for layer in changed:
-            del vars(layer)["forward"]
+def _bracket(uses: DirectUses, layer: nn.Module, own: dict[str, str], has_rule: bool) -> list[RemovableHandle]:
+    """Say when a layer begins and ends, in which its rule and not the mode covers its own parameters."""
+    parameters = {name: layer.get_parameter(local) for local, name in own.items()}
+
+    def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        uses.enter(_first(args, kwargs) if has_rule else None, parameters)
+
+    def after_forward(*_: Any) -> None:
+        uses.leave()
+
+    # A checkpoint that has seen enough leaves in the middle of a layer, by an exception.
+    return [
+        layer.register_forward_pre_hook(before_forward, with_kwargs=True),
+        layer.register_forward_hook(after_forward, always_call=True),
+    ]
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class _Capture:
     """Keeps each watched layer's input until the gradient at its output arrives."""
 
-    def __init__(self, batch_size: int, sink: GradientSink) -> None:
+    def __init__(self, batch_size: int, sink: LayerSink) -> None:
         self.batch_size = batch_size
         self.sink = sink
         self.leaves: list[Tensor] = []
         self.skipped: set[str] = set()
+        self.uses: DirectUses | None = None
 
     def watch(self, rule: GradientRule, layer: nn.Module, names: dict[str, str]) -> Callable[..., Tensor]:
         """Make the forward hook of a layer."""
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return self.attach(layer, names, rule, args[0] if args else next(iter(kwargs.values())), output)
+            if self.uses is not None and self.uses.left_shared:
+                return output
+            return self.attach(layer, names, rule, _first(args, kwargs), output)
 
         return after_forward
 
@@ -188,15 +305,24 @@ class _Capture:
         """Follow one use of a layer's parameters; the rest of the forward pass goes on from the output returned."""
         if not torch.is_grad_enabled():
             return output  # the module itself wants no gradient here
+        if self.uses is not None and self.uses.is_derived(output):
+            self.skipped.update(names.values())  # no sample has a part in it yet
+            return output
+        with torch._C.DisableTorchFunction():
+            return self._attach(layer, names, rule, activations, output)
+
+    def _attach(
+        self, layer: nn.Module, names: dict[str, str], rule: GradientRule, activations: Tensor, output: Tensor
+    ) -> Tensor:
         activations = activations.detach()
         if activations.shape[0] == 1 < self.batch_size:
             # An input shared by the batch, such as position ids of shape (1, s): give each sample its own copy, so
             # that its gradient arrives apart.
             activations = activations.expand(self.batch_size, *activations.shape[1:])
             output = output.expand(self.batch_size, *output.shape[1:])
-        if not output.requires_grad:
-            # Nothing before this layer needs a gradient: the backward pass ends here. The clone keeps an in-place
-            # activation that follows from touching the leaf.
+        if not output.requires_grad or output.is_leaf or not self.leaves:
+            # Nothing before this layer needs a gradient, or only a tensor that is not ours: the backward pass ends
+            # here. The clone keeps an in-place activation that follows from touching the leaf.
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
             output = leaf.clone()
@@ -210,11 +336,10 @@ class _Capture:
             self.skipped.update(names.values())
             return
         # Half-precision factors would lose the small products; autocast must not put them back.
-        with torch.no_grad(), torch.autocast(backprops.device.type, enabled=False):
+        with torch._C.DisableTorchFunction(), torch.no_grad(), _without_autocast(backprops.device.type):
             dtype = torch.promote_types(backprops.dtype, torch.float32)
             if activations.dtype.is_floating_point:
                 activations = activations.to(dtype)
             gradients = rule(layer, activations, backprops.to(dtype))
-            for local, name in names.items():
-                if local in gradients:  # a layer may own parameters that its rule does not know
-                    self.sink(name, gradients[local])
+            # A layer may own parameters that its rule does not know.
+            self.sink({name: gradients[local] for local, name in names.items() if local in gradients})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_attr.gradients.factored import OuterSum, ParameterGradient
+from lightning_attr.gradients.factored import OuterSum, ParameterGradient, RowSum
 from lightning_attr.gradients.rules import gradient_rule
 
 __all__ = ["linear", "positions", "prelu", "transposed_linear"]
@@ -13,8 +13,8 @@ __all__ = ["linear", "positions", "prelu", "transposed_linear"]
 @gradient_rule(nn.Linear)
 def linear(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """``y = x W^T + b``, over any number of positions between batch and features."""
-    delta = positions(backprops)
-    return {"weight": OuterSum(delta, positions(activations)), "bias": delta.sum(1)}
+    weight = OuterSum(positions(backprops), positions(activations))
+    return {"weight": weight, "bias": RowSum(weight)}
 
 
 # Before transformers 4.22 it lived in `modeling_utils`.

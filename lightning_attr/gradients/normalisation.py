@@ -17,7 +17,7 @@ def layer_norm(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> d
     normalised = F.layer_norm(activations, layer.normalized_shape, eps=layer.eps)
     keep = 1 + len(layer.normalized_shape)
     return {
-        "weight": _sum_positions(normalised * backprops, keep),
+        "weight": _sum_positions(normalised.mul_(backprops), keep),
         "bias": _sum_positions(backprops, keep),
     }
 
@@ -27,7 +27,7 @@ def rms_norm(layer: nn.RMSNorm, activations: Tensor, backprops: Tensor) -> dict[
     """Scale after dividing by the root mean square over the last dimensions."""
     shape = list(layer.normalized_shape)
     normalised = F.rms_norm(activations, shape, eps=layer.eps)
-    return {"weight": _sum_positions(normalised * backprops, 1 + len(shape))}
+    return {"weight": _sum_positions(normalised.mul_(backprops), 1 + len(shape))}
 
 
 @gradient_rule(nn.GroupNorm)
@@ -67,6 +67,6 @@ def _sum_positions(values: Tensor, keep: int) -> Tensor:
 def _scale_and_shift(normalised: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
     """Gradients of a weight and bias a channel, ``(b, c)``, for values ``(b, c, ...)``."""
     return {
-        "weight": (normalised * backprops).reshape(*backprops.shape[:2], -1).sum(2),
+        "weight": normalised.mul_(backprops).reshape(*backprops.shape[:2], -1).sum(2),
         "bias": backprops.reshape(*backprops.shape[:2], -1).sum(2),
     }

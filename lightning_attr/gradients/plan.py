@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.gradients.functional import FunctionalOutput, loop_gradients, vmap_gradients
-from lightning_attr.gradients.hooks import hooked_gradients, hooked_layers
+from lightning_attr.gradients.hooks import HookedGradients, hooked_layers
 
 __all__ = ["GradientPlan", "check_batch_independence", "plan_gradients"]
 
@@ -27,9 +28,11 @@ class GradientPlan:
     """The path of each trainable parameter.
 
     Args:
-        hooked: names covered by a layer's rule.
-        fallback: names without a rule, or whose rule does not see every use of them.
+        hooked: names whose every use is seen in the pass of the hooks, by a layer's rule or a function that is known;
+            also those that have no part in the output, as long as a later use could not go unseen.
+        fallback: the other names.
         vectorised: whether the fallback is ``vmap(grad)``; a loop over samples otherwise.
+        direct: names among ``hooked`` that layers with a rule own and other code uses as well, or may come to use.
 
     Example:
         >>> GradientPlan(hooked=("weight",), fallback=(), vectorised=True).hooked
@@ -39,6 +42,7 @@ class GradientPlan:
     hooked: tuple[str, ...]
     fallback: tuple[str, ...]
     vectorised: bool
+    direct: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 def plan_gradients(
@@ -47,6 +51,7 @@ def plan_gradients(
     functional_output: FunctionalOutput,
     batch: Any,
     batch_size: int,
+    sample_outputs: Callable[[Any], Tensor] | None = None,
 ) -> GradientPlan:
     """Choose the path of each trainable parameter; every choice is checked against autograd, sample by sample.
 
@@ -56,6 +61,8 @@ def plan_gradients(
         functional_output: the same at given parameters.
         batch: a few samples; two to four are enough to tell.
         batch_size: number of samples in it.
+        sample_outputs: the model output of each sample with its own gradient, where only the sum of ``forward`` has
+            one; ``forward`` itself by default.
 
     Returns:
         The plan. A log line names the parameters that go through the fallback, and their share.
@@ -70,21 +77,21 @@ def plan_gradients(
         >>> from torch.func import functional_call
         >>> layer, x = nn.Linear(2, 1), torch.randn(3, 2)
         >>> plan_gradients(layer, lambda x: layer(x)[:, 0], lambda p, x: functional_call(layer, dict(p), x)[:, 0], x, 3)
-        GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True)
+        GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True, direct=())
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    reference = _autograd_rows(forward, trainable, batch, batch_size)
+    reference, unused = _autograd_rows(sample_outputs or forward, trainable, batch, batch_size)
     if not all(rows.isfinite().all() for rows in reference.values()):
         _raise_not_finite(reference, loop_gradients(functional_output, trainable, batch, batch_size))
-    hooked = _hooked_rows(module, forward, trainable, batch, batch_size)
-    covered = {name for name, rows in hooked.items() if _agree(rows, reference[name])}
+    covered, direct = _covered(module, forward, trainable, batch, batch_size, reference, unused)
     fallback = {name: p for name, p in trainable.items() if name not in covered}
     vectorised = True
     if fallback:
         vectorised = _vmap_agrees(functional_output, fallback, batch, batch_size, reference)
         if not vectorised:
             rows = loop_gradients(functional_output, fallback, batch, batch_size)
-            wrong = [name for name in fallback if not _agree(rows[name], reference[name])]
+            noise = 8 * torch.finfo(next(iter(trainable.values())).dtype).eps * _norm(reference)
+            wrong = [name for name in fallback if not _agree(rows[name], reference[name], noise)]
             if wrong:
                 raise BatchDependenceError(
                     f"The gradient of a sample's model output in {_some(wrong)} changes with the samples beside it in "
@@ -93,7 +100,7 @@ def plan_gradients(
                 )
         _log_fallback(module, trainable, fallback, vectorised)
     names = tuple(name for name in trainable if name in covered)
-    return GradientPlan(names, tuple(fallback), vectorised)
+    return GradientPlan(names, tuple(fallback), vectorised, direct=tuple(name for name in names if name in direct))
 
 
 def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch_size: int) -> None:
@@ -157,14 +164,25 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
 
 def _autograd_rows(
     forward: Callable[[Any], Tensor], trainable: Mapping[str, Tensor], batch: Any, batch_size: int
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Each sample's gradients, and the names that have no part in the output."""
     with torch.enable_grad(), plain_execution():
         output = forward(batch)
-        rows = [
-            torch.autograd.grad(output[i], list(trainable.values()), retain_graph=True, materialize_grads=True)
-            for i in range(batch_size)
-        ]
-    return {name: torch.stack(gradients) for name, gradients in zip(trainable, zip(*rows, strict=True), strict=True)}
+        columns = list(
+            zip(
+                *(
+                    torch.autograd.grad(output[i], list(trainable.values()), retain_graph=True, allow_unused=True)
+                    for i in range(batch_size)
+                ),
+                strict=True,
+            )
+        )
+    rows = {
+        name: torch.stack([torch.zeros_like(p) if row is None else row for row in column])
+        for (name, p), column in zip(trainable.items(), columns, strict=True)
+    }
+    unused = {name for name, column in zip(trainable, columns, strict=True) if all(row is None for row in column)}
+    return rows, unused
 
 
 def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor]) -> None:
@@ -174,27 +192,59 @@ def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor
     raise NonFiniteGradientError(
         f"The gradient of the first samples' model output in {_some(names)} is NaN or Inf (positions "
         f"{(~finite).nonzero().flatten().tolist()} of the first batch). Look for an infinite slope in "
-        "`attribution_step` and `model_output`, such as that of a root or a norm at zero."
+        "the model output or the loss, such as that of a root or a norm at zero."
     )
 
 
-def _hooked_rows(
+def _covered(
     module: nn.Module,
     forward: Callable[[Any], Tensor],
     trainable: Mapping[str, Tensor],
     batch: Any,
     batch_size: int,
-) -> dict[str, Tensor]:
+    reference: Mapping[str, Tensor],
+    unused: set[str],
+) -> tuple[set[str], set[str]]:
+    """The names that hooks get right, and those among them to be followed outside their layers.
+
+    A name without gradients is right only if it has no part in the output, not if its gradient happens to be zero.
+
+    Returns:
+        Both sets of names.
+    """
+    noise = _noise(reference)
+
+    def right(hooked: HookedGradients) -> set[str]:
+        rows, skipped = _hooked_rows(hooked, forward, trainable, batch, batch_size)
+        agree = {name for name, row in rows.items() if _agree(row, reference[name], noise)}
+        return (agree | (unused - rows.keys())) - skipped
+
+    hooked = HookedGradients(module, list(trainable))
+    covered = right(hooked)
+    ruled = {name for own in hooked_layers(module).values() for name in own.values()}
+    direct = (hooked.used | unused) & covered & ruled
+    if hooked.used & covered:  # once more, as it will be done
+        covered &= right(HookedGradients(module, covered, direct))
+    return covered, direct & covered
+
+
+def _hooked_rows(
+    hooked: HookedGradients,
+    forward: Callable[[Any], Tensor],
+    trainable: Mapping[str, Tensor],
+    batch: Any,
+    batch_size: int,
+) -> tuple[dict[str, Tensor], set[str]]:
     rows: dict[str, Tensor] = {}
 
-    def add(name: str, gradient: ParameterGradient) -> None:
-        tensor = materialise(gradient, tuple(trainable[name].shape))
-        rows[name] = rows[name] + tensor if name in rows else tensor
+    def add(gradients: Mapping[str, ParameterGradient]) -> None:
+        for name, gradient in gradients.items():
+            tensor = materialise(gradient, tuple(trainable[name].shape))
+            rows[name] = rows[name] + tensor if name in rows else tensor
 
-    names = {name for own in hooked_layers(module).values() for name in own.values()}
     skipped: set[str] = set()
-    hooked_gradients(module, lambda: forward(batch), batch_size, names, add, skipped)
-    return {name: row for name, row in rows.items() if name not in skipped}
+    hooked(lambda: forward(batch), batch_size, add, skipped)
+    return rows, skipped
 
 
 def _vmap_agrees(
@@ -210,12 +260,23 @@ def _vmap_agrees(
         # That is what vmap says of models that it cannot trace.
         log.info("vmap(grad) does not work for this module, falling back to a loop over samples: %s", error)
         return False
-    return all(_agree(rows[name], reference[name]) for name in params)
+    noise = _noise(reference)
+    return all(_agree(rows[name], reference[name], noise) for name in params)
 
 
-def _agree(rows: Tensor, reference: Tensor) -> bool:
+def _agree(rows: Tensor, reference: Tensor, noise: float) -> bool:
     difference = (rows - reference.to(rows.dtype)).norm()
-    return bool(difference <= _tolerance(reference.dtype) * reference.norm() + 1e-12)
+    return bool(difference <= _tolerance(reference.dtype) * reference.norm() + noise + 1e-12)
+
+
+def _noise(reference: Mapping[str, Tensor]) -> float:
+    """What rounding leaves of gradients that are zero in exact arithmetic, such as those of the bias of keys."""
+    eps = max(torch.finfo(rows.dtype).eps for rows in reference.values())
+    return min(8 * eps, 1e-5) * _norm(reference)
+
+
+def _norm(reference: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(rows.double().norm().item() ** 2 for rows in reference.values()))
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -12,9 +12,11 @@ from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.factored import ParameterGradient
 
 __all__ = [
+    "CHECKED_LAYERS",
     "Attach",
     "ExplicitForward",
     "GradientRule",
+    "check_layer",
     "check_layers",
     "explicit_forward",
     "forward_for",
@@ -26,6 +28,8 @@ __all__ = [
 GradientRule: TypeAlias = Callable[[Any, Tensor, Tensor], dict[str, ParameterGradient]]
 Attach: TypeAlias = Callable[[GradientRule, Tensor, Tensor], Tensor]
 ExplicitForward: TypeAlias = Callable[..., Any]
+
+CHECKED_LAYERS = (_BatchNorm, nn.Embedding, nn.EmbeddingBag)
 
 _RULES: dict[type[nn.Module] | str, GradientRule] = {}
 _FORWARDS: dict[type[nn.Module], ExplicitForward] = {}
@@ -166,21 +170,26 @@ def check_layers(module: nn.Module) -> None:
         lightning_attr.errors.UnsupportedLayerError: `0` (BatchNorm1d) is in train mode...
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
-            state = "is in train mode" if layer.training else "has no running statistics (track_running_stats=False)"
-            raise UnsupportedLayerError(
-                f"`{name}` ({type(layer).__name__}) {state}, so that each sample's output depends on the whole batch "
-                "and per-sample gradients do not exist. Put the module into eval mode (`module.eval()`) and keep "
-                "running statistics, or use GroupNorm."
-            )
-        if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) or not layer.weight.requires_grad:
-            continue
-        if layer.max_norm is not None or layer.scale_grad_by_freq:
-            raise UnsupportedLayerError(
-                f"`{name}` ({type(layer).__name__}) with `max_norm` or `scale_grad_by_freq` has no per-sample "
-                "gradient: the first changes the weights in the forward pass, the second divides by counts over the "
-                "batch. Build the layer without them, or freeze it."
-            )
+        check_layer(name, layer)
+
+
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Check one layer as :func:`check_layers` does; only those of ``CHECKED_LAYERS`` can fail."""
+    if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+        state = "is in train mode" if layer.training else "has no running statistics (track_running_stats=False)"
+        raise UnsupportedLayerError(
+            f"`{name}` ({type(layer).__name__}) {state}, so that each sample's output depends on the whole batch "
+            "and per-sample gradients do not exist. Put the module into eval mode (`module.eval()`) and keep "
+            "running statistics, or use GroupNorm."
+        )
+    if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) or not layer.weight.requires_grad:
+        return
+    if layer.max_norm is not None or layer.scale_grad_by_freq:
+        raise UnsupportedLayerError(
+            f"`{name}` ({type(layer).__name__}) with `max_norm` or `scale_grad_by_freq` has no per-sample "
+            "gradient: the first changes the weights in the forward pass, the second divides by counts over the "
+            "batch. Build the layer without them, or freeze it."
+        )
 
 
 def supported_layers() -> tuple[type[nn.Module] | str, ...]:

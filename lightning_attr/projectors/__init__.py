@@ -6,6 +6,7 @@ from typing import Any
 from lightning_attr.projectors.base import IdentityProjector, Projection, Projector
 from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
 from lightning_attr.projectors.factored_sjlt import FactoredSJLTProjector
+from lightning_attr.projectors.fast_jl import FastJLProjector
 from lightning_attr.projectors.grass import FactGraSSProjector, GraSSProjector
 from lightning_attr.projectors.kronecker import KroneckerProjector
 from lightning_attr.projectors.sjlt import SJLTProjector
@@ -13,6 +14,7 @@ from lightning_attr.projectors.sjlt import SJLTProjector
 __all__ = [
     "FactGraSSProjector",
     "FactoredSJLTProjector",
+    "FastJLProjector",
     "GaussianProjector",
     "GraSSProjector",
     "IdentityProjector",
@@ -29,6 +31,7 @@ _KINDS: dict[str, type[Projector]] = {
     for cls in (
         FactGraSSProjector,
         FactoredSJLTProjector,
+        FastJLProjector,
         GaussianProjector,
         GraSSProjector,
         IdentityProjector,

@@ -7,6 +7,7 @@ A :class:`Projector` says which family and how many dimensions; bound to a layou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,16 @@ class Projection(ABC):
             name: the parameter.
             gradient: its per-sample gradients, ``(b, *shape)`` or factored.
         """
+
+    def accumulate_layer(self, features: Tensor, gradients: Mapping[str, ParameterGradient]) -> None:
+        """Add the projection of the gradients from one use of a layer; they may share work.
+
+        Args:
+            features: ``(b, dim)``, float32 or float64, changed in place.
+            gradients: parameter name -> per-sample gradients.
+        """
+        for name, gradient in gradients.items():
+            self.accumulate(features, name, gradient)
 
 
 class Projector(ABC):

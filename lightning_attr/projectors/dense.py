@@ -14,8 +14,8 @@ from lightning_attr.randomness import gaussian, rademacher
 
 __all__ = ["GaussianProjector", "RademacherProjector"]
 
-_TILE = 4096
-"""Parameters a tile; each tile of each parameter has a key of its own."""
+_TILE = 1024
+"""Parameters a tile: as floats it stays in the cache of a core. Each tile of each parameter has a key of its own."""
 
 
 class RademacherProjector(Projector):
@@ -37,7 +37,7 @@ class RademacherProjector(Projector):
 
     kind: ClassVar[str] = "rademacher"
 
-    def __init__(self, proj_dim: int = 2048, seed: int = 0, cache_bytes: int = 2**29) -> None:
+    def __init__(self, proj_dim: int = 2048, seed: int = 0, cache_bytes: int = 2**30) -> None:
         super().__init__(proj_dim, seed)
         self.cache_bytes = cache_bytes
 

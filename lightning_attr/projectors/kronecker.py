@@ -6,18 +6,22 @@ that of projecting the layer's activations and output gradients.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient
+from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient, RowSum
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector
 from lightning_attr.randomness import rademacher
 
 __all__ = ["KroneckerProjector"]
+
+log = logging.getLogger(__name__)
 
 
 class KroneckerProjector(Projector):
@@ -101,7 +105,9 @@ def _total(blocks: list[_Block], side: int) -> int:
 class _KroneckerProjection(Projection):
     def __init__(self, blocks: list[_Block], side: int, key: tuple[object, ...]) -> None:
         super().__init__(_total(blocks, side))
-        self.maps: dict[str, _TwoSided | _LastColumn] = {}
+        self.maps: dict[str, _TwoSided] = {}
+        self.last_columns: dict[str, _LastColumn] = {}
+        self.biases = {block.weight: block.bias for block in blocks if block.bias is not None}
         start = 0
         for block in blocks:
             stop = start + block.size(side)
@@ -110,11 +116,19 @@ class _KroneckerProjection(Projection):
             )
             self.maps[block.weight] = two_sided
             if block.bias is not None:
-                self.maps[block.bias] = _LastColumn(two_sided)
+                self.last_columns[block.bias] = _LastColumn(two_sided)
             start = stop
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
-        self.maps[name].accumulate(features, gradient)
+        (self.maps.get(name) or self.last_columns[name]).accumulate(features, gradient)
+
+    def accumulate_layer(self, features: Tensor, gradients: Mapping[str, ParameterGradient]) -> None:
+        rest = dict(gradients)
+        for name, gradient in gradients.items():
+            bias = gradients.get(self.biases.get(name, ""))
+            if isinstance(bias, RowSum) and bias.weight is gradient and self.maps[name].accumulate_both(features, bias):
+                del rest[name], rest[self.biases[name]]
+        super().accumulate_layer(features, rest)
 
 
 class Sides:
@@ -123,15 +137,19 @@ class Sides:
     Args:
         left: ``(k_rows, rows)``, or None for the identity.
         right: ``(k_columns, columns)``, or None for the identity.
+        name: of the weight, for the log.
 
     Example:
         >>> Sides(torch.ones(1, 2), None).project(torch.eye(2).unsqueeze(0), like=torch.zeros(()))
         tensor([[[1., 1.]]])
     """
 
-    def __init__(self, left: Tensor | None, right: Tensor | None) -> None:
+    def __init__(self, left: Tensor | None, right: Tensor | None, name: str = "weight") -> None:
         self.left = left
         self.right = right
+        self.name = name
+        self._noted = False
+        self._place: tuple[torch.device, torch.dtype] | None = None
 
     @classmethod
     def draw(cls, side: int, rows: int, columns: int, key: tuple[object, ...], name: str) -> Sides:
@@ -152,7 +170,20 @@ class Sides:
             >>> sides.left is None, sides.right.shape
             (True, torch.Size([4, 10]))
         """
-        return cls(_side(side, rows, (*key, name, "rows")), _side(side, columns, (*key, name, "columns")))
+        return cls(_side(side, rows, (*key, name, "rows")), _side(side, columns, (*key, name, "columns")), name)
+
+    def note(self, gradient: FactoredGradient, left: Tensor | None, right: Tensor | None) -> None:
+        """Log, once, which way is taken.
+
+        Args:
+            gradient: what is to be projected.
+            left: as in the constructor.
+            right: as in the constructor.
+        """
+        if not self._noted:
+            way = "materialised, then projected" if gradient.materialises(left, right) else "projected factor by factor"
+            log.debug("%s: gradients are %s.", self.name, way)
+            self._noted = True
 
     def on(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Put both on a device and into a dtype; moved once, then kept.
@@ -163,10 +194,9 @@ class Sides:
         Returns:
             Left and right.
         """
-        for name in ("left", "right"):
-            side = getattr(self, name)
-            if side is not None and (side.device != like.device or side.dtype != like.dtype):
-                setattr(self, name, side.to(like))
+        if self._place != (like.device, like.dtype):
+            self.left, self.right = (None if side is None else side.to(like) for side in (self.left, self.right))
+            self._place = (like.device, like.dtype)
         return self.left, self.right
 
     def project(self, gradient: ParameterGradient, like: Tensor, columns: int | None = None) -> Tensor:
@@ -183,6 +213,7 @@ class Sides:
         left, right = self.on(like)
         right = right if right is None else right[:, :columns]
         if isinstance(gradient, FactoredGradient):
+            self.note(gradient, left, right)
             return gradient.project(left, right)
         gradient = gradient if left is None else left @ gradient
         return gradient if right is None else gradient @ right.T
@@ -210,11 +241,20 @@ class _TwoSided:
         projected = self.sides.project(gradient, features, columns)
         self.view(features)[:, :, : projected.shape[2]] += projected
 
+    def accumulate_both(self, features: Tensor, bias: RowSum) -> bool:
+        """Add weight and bias at once; where the columns are kept as they are there is nothing to gain."""
+        left, right = self.sides.on(features)
+        if right is None:
+            return False
+        columns, last = right[:, :-1], right[:, -1]
+        self.sides.note(bias.weight, left, columns)
+        bias.weight.accumulate(self.view(features), left, columns, last)
+        return True
+
     def view(self, features: Tensor) -> Tensor:
         """The block's features as matrices, ``(b, k_rows, k_columns)``."""
         rows = self.block.rows if self.sides.left is None else self.sides.left.shape[0]
-        matrices: Tensor = features[:, self.slot].unflatten(1, (rows, -1))
-        return matrices
+        return features[:, self.slot].view(len(features), rows, -1)
 
 
 class _LastColumn:

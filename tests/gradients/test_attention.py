@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import check_gradients
-from lightning_attr.gradients import hooked_gradients
+from lightning_attr.gradients import hooked_gradients, materialise
 
 B = 3
 
@@ -123,8 +123,10 @@ def test_what_the_explicit_forward_does_not_cover_is_left_to_the_fallback(settin
     module, x = Attention(batch_first=True, **settings), _x()
     seen: list[str] = []
     names = [name for name, _ in module.named_parameters()]
-    output = hooked_gradients(module, lambda: module(x).sum(1), B, names, lambda name, g: seen.append(name))
+    skipped: set[str] = set()
+    output = hooked_gradients(module, lambda: module(x).sum(1), B, names, lambda name, g: seen.append(name), skipped)
     assert seen == ["first.weight", "first.bias"]
+    assert skipped == {"attention.out_proj.weight", "attention.out_proj.bias"}  # the others are seen not to come
     torch.testing.assert_close(output, module(x).sum(1).detach())
 
 
@@ -163,7 +165,7 @@ def test_lower_precision(dtype: torch.dtype) -> None:
     names = [name for name, _ in module.named_parameters()]
 
     def keep(name: str, gradient: Any) -> None:
-        found[name] = gradient if isinstance(gradient, Tensor) else gradient.materialise()
+        found[name] = materialise(gradient, tuple(module.get_parameter(name).shape))
 
     hooked_gradients(module, lambda: module(x).float().sum(1), B, names, keep)
     module, x = module.double(), x.double()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_attr.gradients import ConvSum, FactoredGradient, GatherSum, OuterSum, materialise
+from lightning_attr.gradients import ConvSum, FactoredGradient, GatherSum, OuterSum, RowSum, materialise
+from lightning_attr.gradients.factored import materialising_is_cheaper
 
 B = 3
 
@@ -75,3 +76,77 @@ def test_materialise_takes_the_shape_of_the_parameter() -> None:
     torch.testing.assert_close(materialise(factored, shape), dense.reshape(B, *shape))
     torch.testing.assert_close(materialise(dense, shape), dense.reshape(B, *shape))
     assert materialise(torch.ones(B, 1), ()).shape == (B,)
+
+
+@pytest.mark.parametrize("case", ["outer, one position", "outer, several positions", "conv1d, groups", "conv2d"])
+@pytest.mark.parametrize("sizes", [(2, 3), (None, 3), (3, 4)])
+def test_bias_as_last_column_equals_weight_and_bias_apart(case: str, sizes: tuple[int | None, int]) -> None:
+    weight, dense = CASES[case]()
+    assert isinstance(weight, OuterSum | ConvSum)
+    bias = RowSum(weight).materialise()  # (b, rows, 1)
+    rows, columns = dense.shape[1:]
+    left = None if sizes[0] is None else torch.randn(sizes[0], rows).double()
+    right, shift = torch.randn(sizes[1], columns).double(), torch.randn(sizes[1]).double()
+    target = torch.ones(B, rows if left is None else len(left), len(right)).double()
+    weight.accumulate(target, left, right, shift)
+    augmented, full = torch.cat([dense, bias], dim=2), torch.cat([right, shift[:, None]], dim=1)
+    expected = augmented @ full.T
+    torch.testing.assert_close(target - 1, expected if left is None else left @ expected, rtol=1e-12, atol=1e-12)
+
+
+def test_row_sum_is_the_gradient_of_the_bias() -> None:
+    rows, columns = torch.randn(B, 6, 4).double(), torch.randn(B, 6, 5).double()
+    bias = RowSum(OuterSum(rows, columns))
+    torch.testing.assert_close(materialise(bias, (4,)), rows.sum(1))
+    left, right = torch.randn(2, 4).double(), torch.randn(3, 1).double()
+    torch.testing.assert_close(bias.project(left, right), left @ rows.sum(1)[:, :, None] @ right.T)
+
+
+@pytest.mark.parametrize(
+    ("positions", "rows", "columns", "k_rows", "k_columns"),
+    [
+        (1, 64, 64, 8, 8),
+        (1024, 64, 27, 20, None),
+        (1024, 64, 64, 48, 48),
+        (400, 128, 128, 64, 64),
+        (300, 9, 90, None, 8),
+    ],
+)
+def test_cheaper_way_is_found_by_counting_multiplications(
+    positions: int, rows: int, columns: int, k_rows: int | None, k_columns: int | None
+) -> None:
+    def times(a: tuple[int, int], b: tuple[int, int]) -> tuple[tuple[int, int], int]:
+        assert a[1] == b[0]
+        return (a[0], b[1]), a[0] * a[1] * b[1]
+
+    u, v = (rows, positions), (positions, columns)
+    gradient, formed = times(u, v)
+    factored = 0
+    if k_columns is not None:
+        v, cost = times(v, (columns, k_columns))
+        factored += cost
+        gradient, cost = times(gradient, (columns, k_columns))
+        formed += cost
+    if k_rows is not None:
+        u, cost = times((k_rows, rows), u)
+        factored += cost
+        gradient, cost = times((k_rows, rows), gradient)
+        formed += cost
+    factored += times(u, v)[1]
+    left = None if k_rows is None else torch.ones(k_rows, rows)
+    right = None if k_columns is None else torch.ones(k_columns, columns)
+    assert materialising_is_cheaper(positions, rows, columns, left, right) == (formed < factored)
+    outer = OuterSum(torch.ones(1, positions, rows), torch.ones(1, positions, columns))
+    assert outer.materialises(left, right) == (formed < factored)
+
+
+def test_both_ways_are_taken_and_agree() -> None:
+    rows, columns = torch.randn(B, 200, 8).double(), torch.randn(B, 200, 8).double()
+    image, delta = torch.randn(B, 4, 12, 12).double(), torch.randn(B, 8, 11, 11).double()
+    conv = ConvSum(image, delta, (2, 2), (1, 1), (1, 1), 1)
+    for factored in (OuterSum(rows, columns), conv):
+        dense = factored.materialise()
+        for k in (1, 7):
+            left, right = torch.randn(k, 8).double(), torch.randn(k, dense.shape[2]).double()
+            assert factored.materialises(left, right) == (k == 7)
+            torch.testing.assert_close(factored.project(left, right), left @ dense @ right.T)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_attr.gradients import ParameterGradient, hooked_gradients, hooked_layers
+from lightning_attr.gradients import ParameterGradient, hooked_gradients, hooked_layers, materialise
 from lightning_attr.gradients.hooks import frozen
 
 B = 3
@@ -73,9 +73,9 @@ def test_everything_is_as_before_when_the_sink_raises() -> None:
 def test_frozen_restores_only_what_it_froze() -> None:
     net = _net()
     before = [p.requires_grad for p in net.parameters()]
-    with frozen(net):
+    with frozen(net.parameters()):
         assert not any(p.requires_grad for p in net.parameters())
-    with pytest.raises(KeyError, match="planted"), frozen(net):
+    with pytest.raises(KeyError, match="planted"), frozen(net.parameters()):
         _raise()
     assert [p.requires_grad for p in net.parameters()] == before == [True, False, True, True, True, True]
 
@@ -144,7 +144,7 @@ def test_half_precision_gradients_are_summed_in_float32(dtype: torch.dtype) -> N
     found: dict[str, Tensor] = {}
 
     def keep(name: str, gradient: ParameterGradient) -> None:
-        found[name] = gradient if isinstance(gradient, Tensor) else gradient.materialise()
+        found[name] = materialise(gradient, tuple(layer.get_parameter(name).shape))
 
     with torch.autocast("cpu", torch.bfloat16):  # must not put the sums back into half precision
         hooked_gradients(layer, lambda: layer(x).flatten(1).float().sum(1), B, ["weight", "bias"], keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from cases import DoubledLinear, LayersOf, LinearWithGain, StandardisedConv
+from cases import LayersOf, StandardisedConv
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError, UnsupportedLayerError
 from lightning_attr.gradients import (
     GradientPlan,
+    HookedGradients,
     ParameterGradient,
     check_batch_independence,
-    hooked_gradients,
+    gradient_rule,
     loop_gradients,
     materialise,
     plan_gradients,
@@ -72,8 +74,31 @@ def _overwrite(m: nn.Module, x: Tensor) -> Tensor:
 
 
 def _branch(m: nn.Module, x: Tensor) -> Tensor:
-    h = m.a(x)
+    h = _Product.apply(m.a(x), m.scale)
     return torch.cat([h[i : i + 1] * (2 if h[i].sum().item() > 0 else 1) for i in range(len(h))])
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+class _Product(torch.autograd.Function):
+    """What no mode sees."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return gradient * y, (gradient * x).sum_to_size(y.shape)
 
 
 IDS = torch.tensor([[0, 1, 2], [3, 3, 4], [4, 0, 1], [2, 2, 2]])
@@ -190,34 +215,15 @@ HOOKED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         ),
         FLAT,
     ),
+    "without gradient": (lambda: LayersOf(_no_grad, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), FLAT),
     "compiled": (lambda: torch.compile(LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 4)), backend="eager"), FLAT),
 }
 
 FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
-    "overridden forward": (
-        lambda: LayersOf(lambda m, x: m.b(m.a(x).tanh()), a=DoubledLinear(3, 4), b=nn.Linear(4, 2)),
-        FLAT,
-        {"a.weight", "a.bias"},
-    ),
     "overridden convolution": (
         lambda: LayersOf(lambda m, x: m.a(x), a=StandardisedConv(5, 2, 3)),
         SEQUENCE,
         {"a.weight"},
-    ),
-    "parameter outside layers": (
-        lambda: LayersOf(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))),
-        FLAT,
-        {"scale"},
-    ),
-    "weight used outside its layer": (
-        lambda: LayersOf(lambda m, x: F.linear(m.a(x).tanh(), m.a.weight), a=nn.Linear(3, 3)),
-        FLAT,
-        {"a.weight"},
-    ),
-    "position ids without batch": (
-        lambda: LayersOf(lambda m, x: m.a(x) + m.b(torch.arange(3)), a=nn.Embedding(5, 4), b=nn.Embedding(3, 4)),
-        IDS,
-        {"b.weight"},
     ),
     "as many positions as samples": (
         lambda: LayersOf(lambda m, x: m.a(x[:, :4].transpose(0, 1)).transpose(0, 1), a=nn.Linear(4, 2)),
@@ -229,48 +235,35 @@ FALLBACK: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         SEQUENCE,
         {"a.weight", "a.bias"},
     ),
-    "without gradient": (
-        lambda: LayersOf(_no_grad, a=nn.Linear(3, 4), b=nn.Linear(4, 2)),
+    "parameter in an unknown function": (
+        lambda: LayersOf(lambda m, x: m.a(torch.cdist(x, m.centres)), a=nn.Linear(5, 2), centres=_parameter(5, 3)),
         FLAT,
-        {"a.weight", "a.bias"},
+        {"centres"},
     ),
-    "never used": (
-        lambda: LayersOf(lambda m, x: m.a(x), a=nn.Linear(3, 2), b=nn.Linear(3, 2)),
+    "parameter in a function of its own": (
+        lambda: LayersOf(lambda m, x: _Product.apply(m.a(x), m.scale.exp()), a=nn.Linear(3, 2), scale=_parameter(2)),
         FLAT,
-        {"b.weight", "b.bias"},
+        {"scale"},
     ),
-    "adapter of raw parameters": (
-        lambda: LayersOf(
-            lambda m, x: m.base(x) + x @ m.a @ m.b,
-            base=_frozen(nn.Linear(3, 4)),
-            a=nn.Parameter(torch.randn(3, 2)),
-            b=nn.Parameter(torch.randn(2, 4)),
-        ),
-        FLAT,
-        {"a", "b"},
+    "parameter on positions merged into the batch": (
+        lambda: LayersOf(lambda m, x: (x.reshape(-1, 4) * m.scale).reshape(len(x), -1), scale=_parameter(4)),
+        SEQUENCE,
+        {"scale"},
     ),
-    "compiled, with a parameter outside layers": (
-        lambda: torch.compile(
-            LayersOf(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))),
-            backend="eager",
-        ),
-        FLAT,
-        {"_orig_mod.scale"},
+    "parameter on transposed activations": (
+        lambda: LayersOf(lambda m, x: (x.transpose(0, 1) * m.scale).transpose(0, 1), scale=_parameter(4)),
+        SEQUENCE,
+        {"scale"},
     ),
-    "parametrized": (
-        lambda: LayersOf(lambda m, x: m.a(x), a=nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))),
-        FLAT,
-        {"a.parametrizations.weight.original0", "a.parametrizations.weight.original1"},
-    ),
-    "parameter that the rule does not know": (
-        lambda: LayersOf(lambda m, x: m.a(x) * m.a.gain, a=LinearWithGain(3, 2)),
-        FLAT,
-        {"a.gain"},
+    "parameter on as many positions as samples": (
+        lambda: LayersOf(lambda m, x: (x[:, :4].transpose(0, 1) * m.scale).transpose(0, 1), scale=_parameter(4)),
+        SEQUENCE,
+        {"scale"},
     ),
 }
 
 LOOP: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
-    "branch on a value": (lambda: LayersOf(_branch, a=DoubledLinear(3, 4)), FLAT, {"a.weight", "a.bias"}),
+    "branch on a value": (lambda: LayersOf(_branch, a=nn.Linear(3, 4), scale=_parameter(4)), FLAT, {"scale"}),
     **{
         kind.__name__: (
             lambda kind=kind: LayersOf(
@@ -281,15 +274,6 @@ LOOP: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
         )
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
     },
-    "checkpoint around a parameter outside layers": (
-        lambda: LayersOf(
-            lambda m, x: checkpoint(lambda h: m.a(h) * m.scale, x, use_reentrant=True),
-            a=nn.Linear(3, 2),
-            scale=nn.Parameter(torch.ones(2)),
-        ),
-        FLAT,
-        {"scale"},
-    ),
 }
 
 
@@ -298,12 +282,13 @@ def _plan(module: nn.Module, x: Tensor) -> GradientPlan:
 
 
 def _follow(module: nn.Module, plan: GradientPlan, x: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    found = {name: torch.zeros(len(x), *module.get_parameter(name).shape).to(x) for name in plan.hooked}
 
-    def add(name: str, gradient: ParameterGradient) -> None:
-        found[name] = found.get(name, 0) + materialise(gradient, tuple(module.get_parameter(name).shape))
+    def add(gradients: Mapping[str, ParameterGradient]) -> None:
+        for name, gradient in gradients.items():
+            found[name] = found[name] + materialise(gradient, tuple(module.get_parameter(name).shape))
 
-    hooked_gradients(module, lambda: module(x), len(x), plan.hooked, add)
+    HookedGradients(module, plan.hooked, plan.direct)(lambda: module(x), len(x), add)
     if plan.fallback:
         per_sample = vmap_gradients if plan.vectorised else loop_gradients
         params = {name: module.get_parameter(name) for name in plan.fallback}
@@ -354,7 +339,9 @@ def test_what_vmap_cannot_trace_goes_through_the_loop(case: str, caplog: pytest.
 
 
 def test_the_log_names_the_fallback_and_its_share(caplog: pytest.LogCaptureFixture) -> None:
-    module = LayersOf(lambda m, x: m.a(x) * m.scale, a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))).double()
+    module = LayersOf(
+        lambda m, x: _Product.apply(m.a(x), m.scale), a=nn.Linear(3, 2), scale=nn.Parameter(torch.ones(2))
+    ).double()
     with caplog.at_level(logging.WARNING, "lightning_attr"):
         _plan(module, FLAT)
     assert caplog.messages == [
@@ -366,7 +353,7 @@ def test_the_log_names_the_fallback_and_its_share(caplog: pytest.LogCaptureFixtu
 def test_the_log_cuts_a_long_list(caplog: pytest.LogCaptureFixture) -> None:
     names = "abcdef"
     scales = {name: nn.Parameter(torch.ones(3)) for name in names}
-    module = LayersOf(lambda m, x: x * sum(getattr(m, name) for name in names), **scales).double()
+    module = LayersOf(lambda m, x: _Product.apply(x, sum(getattr(m, name) for name in names)), **scales).double()
     _plan(module, FLAT)
     assert "`a`, `b`, `c`, `d` and 2 more parameters (100.0% of" in caplog.text
 
@@ -418,7 +405,32 @@ def test_a_use_that_the_rule_cannot_see_counts_even_while_its_gradient_is_zero()
         return m.a(x[:, 0]) + m.gate * m.a(x.reshape(-1, 4)).reshape(len(x), 5, -1).sum(1)  # closed at first
 
     module = LayersOf(gated, a=nn.Linear(4, 2), gate=nn.Parameter(torch.zeros(()))).double()
-    assert set(_plan(module, SEQUENCE).fallback) == {"gate", "a.weight", "a.bias"}
+    assert set(_plan(module, SEQUENCE).fallback) == {"a.weight", "a.bias"}
+
+
+def test_a_rule_that_is_wrong_is_found_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    @gradient_rule(Scaled)
+    def scaled(layer: nn.Module, activations: Tensor, backprops: Tensor) -> dict[str, Tensor]:
+        return {"weight": backprops[:, :, None] * activations[:, None] * 1.01, "bias": backprops}
+
+    module = LayersOf(lambda m, x: m.a(x), a=Scaled(3, 2)).double()
+    assert _plan(module, FLAT) == GradientPlan(("a.bias",), ("a.weight",), vectorised=True)
+    assert caplog.messages == [
+        "LayersOf: `a.weight` (75.0% of the trainable parameters) have no gradient rule and go through vmap(grad), "
+        "which is slower."
+    ]
+
+
+def test_a_gradient_that_is_only_rounding_is_no_reason_to_fall_back() -> None:
+    def attend(m: nn.Module, x: Tensor) -> Tensor:
+        return (m.q(x) @ m.k(x).mT).softmax(-1) @ x  # the bias of the keys cancels
+
+    module = LayersOf(attend, q=nn.Linear(4, 4), k=nn.Linear(4, 4))
+    assert _plan(module, SEQUENCE.float()).fallback == ()
 
 
 def test_samples_routed_by_their_values_are_refused() -> None:

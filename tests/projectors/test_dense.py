@@ -51,10 +51,10 @@ def test_later_batches_see_the_same_projection(kind: type[RademacherProjector]) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_of_several_tiles(kind: type[RademacherProjector]) -> None:
-    layout = ParameterLayout({"w": (2, 5000)})
+    layout = ParameterLayout({"w": (2, 1250)})
     projection = kind(4).bind(layout, "final")
-    gradient = torch.zeros(3, 2, 5000)
-    gradient[0, 0, 0] = gradient[1, 0, 4096] = gradient[2, 1, 4999] = 1  # one entry in each of the tiles
+    gradient = torch.zeros(3, 2, 1250)
+    gradient[0, 0, 0] = gradient[1, 0, 1024] = gradient[2, 1, 1249] = 1  # one entry in each of the tiles
     features = torch.zeros(3, 4)
     projection.accumulate(features, "w", gradient)
     assert len(projection.cache) == 3

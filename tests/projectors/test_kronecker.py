@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_attr.gradients import OuterSum
+from lightning_attr.gradients import OuterSum, RowSum
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors import KroneckerProjector
 from lightning_attr.randomness import rademacher
@@ -107,3 +108,33 @@ def test_a_vector_that_is_no_bias_stays_apart(shapes: dict[str, tuple[int, ...]]
     size = math.prod(shapes[first])
     assert not features[:, :size].any()
     assert features[:, size:].all()
+
+
+@pytest.mark.parametrize("proj_dim", [16, 36, 10_000])
+def test_layer_at_once_equals_its_parameters_one_by_one(proj_dim: int) -> None:
+    layout = ParameterLayout({"a.weight": (8, 10), "a.bias": (8,), "b.weight": (6, 8)})
+    projection = KroneckerProjector(proj_dim).bind(layout, "final")
+    first = OuterSum(torch.randn(3, 5, 8).double(), torch.randn(3, 5, 10).double())
+    other = OuterSum(torch.randn(3, 5, 8).double(), torch.randn(3, 5, 10).double())
+    for bias in (RowSum(first), RowSum(other), torch.randn(3, 8).double()):
+        gradients = {"a.weight": first, "a.bias": bias}
+        together, apart = (torch.zeros(3, projection.dim).double() for _ in range(2))
+        projection.accumulate_layer(together, gradients)
+        for name, gradient in gradients.items():
+            projection.accumulate(apart, name, gradient)
+        torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
+        assert together.any()
+
+
+def test_way_of_each_layer_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    layout = ParameterLayout({"short": (8, 10), "long": (8, 10)})
+    projection = KroneckerProjector(98).bind(layout, "final")  # 7 x 7 each
+    features = torch.zeros(1, projection.dim)
+    with caplog.at_level(logging.DEBUG, logger="lightning_attr"):
+        for _ in range(2):
+            projection.accumulate(features, "short", OuterSum(torch.ones(1, 1, 8), torch.ones(1, 1, 10)))
+            projection.accumulate(features, "long", OuterSum(torch.ones(1, 500, 8), torch.ones(1, 500, 10)))
+    assert caplog.messages == [
+        "short: gradients are projected factor by factor.",
+        "long: gradients are materialised, then projected.",
+    ]

@@ -1,0 +1,257 @@
+"""Per-sample gradients of parameters that code uses directly, outside layers with a rule, in the pass of the hooks.
+
+A mode sees every function that the module calls on tensors. It tells apart the values that do not depend on the batch
+(parameters, buffers, new tensors, and what is computed from them alone) from all others. Where a value derived from a
+parameter meets a value of the batch, each sample gets its own copy of it, or the rule of a layer that computes the same
+gives the gradient; from there it is pulled back to the parameter. A use of any other kind is reported, never guessed.
+
+What a use means follows from how its operands are aligned, not from sizes that happen to agree: the batch is the first
+dimension of what depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from lightning_attr.gradients.factored import ParameterGradient, materialise
+from lightning_attr.gradients.rules import GradientRule
+from lightning_attr.gradients.uses import USES, WITHOUT_VALUES, Use, is_in_place, repeats_rows, replace, tensors_in
+
+__all__ = ["DirectUses"]
+
+Attach: TypeAlias = Callable[[Any, dict[str, str], GradientRule, Tensor, Tensor], Tensor]
+
+
+class DirectUses(TorchFunctionMode):
+    """Follows the direct uses of some parameters through a forward pass, and through what checkpoints run again of it.
+
+    Args:
+        module: the module; its parameters and buffers do not depend on the batch, and neither do tensors made inside
+            the forward pass. Every other tensor from outside counts as the batch's.
+        followed: the parameters, by name; they alone require gradients.
+        batch_size: ``b``.
+        attach: follows one use of a layer's parameters.
+        leaves: gathers what the backward pass has to reach.
+        sink: called with ``{name: gradient}``.
+        known: names that were used directly when the module was checked; None if that is not known.
+        checking: whether what is seen now decides for all batches to come.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        followed: Mapping[str, Tensor],
+        batch_size: int,
+        attach: Attach,
+        leaves: list[Tensor],
+        sink: Callable[[Mapping[str, ParameterGradient]], None],
+        known: Collection[str] | None,
+        checking: bool,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.followed = followed
+        self.used: set[str] = set()
+        self.skipped: set[str] = set()
+        self._names = {id(p): name for name, p in followed.items()}
+        self._attach = attach
+        self._leaves = leaves
+        self._sink = sink
+        self._known = known
+        self._single = batch_size == 1 and not checking  # then there is nothing to tell apart
+        # Held until the end, so that no id comes to stand for another tensor.
+        self._free: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self._overwritten: set[int] = set()  # storages into which values of the batch were written
+        self._sources: dict[int, dict[str, Tensor]] = {}
+        self._constants: dict[int, Tensor] = {}  # what stands for the parameters that rules cover
+        # Of each layer being run: the constants in the place of parameters, and whether no sample has a part in its
+        # input.
+        self._layers: list[tuple[dict[int, Tensor], bool]] = [({}, False)]
+        self.left_shared = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function that the module calls, in a form that shows each sample's part in its parameters."""
+        kwargs = kwargs or {}
+        covered = self._layers[-1][0]
+        if covered:
+            args, kwargs = replace((args, kwargs), lambda t: covered.get(id(t), t))
+        tensors = tensors_in((args, kwargs))
+        derived = [t for t in tensors if t.requires_grad and self.is_derived(t)] if torch.is_grad_enabled() else []
+        rows = [t for t in tensors if not self.is_free(t)]
+        if func.__name__ in WITHOUT_VALUES and tensors:
+            result = func(*args, **kwargs)
+            return self._mark_free(result) if self.is_free(tensors[0]) else result
+        if rows and not derived:
+            if is_in_place(func):
+                self._mark_overwritten(tensors[0])
+            return func(*args, **kwargs)
+        if not derived:
+            return self._mark_free(func(*args, **kwargs))
+        if not rows and not repeats_rows(func, args, kwargs, self._single):
+            # Kept by checkpoints, so that pulling back runs nothing again.
+            with saved_tensors_hooks(_itself, _itself):
+                return self._mark_free(func(*args, **kwargs))
+        handler = USES.get(func) or USES.get(func.__name__)
+        result = NotImplemented if handler is None else handler(Use(self, func, args, kwargs, derived, rows))
+        return self._give_up(func, args, kwargs, derived) if result is NotImplemented else result
+
+    def is_free(self, tensor: Tensor) -> bool:
+        """Tell whether a value does not depend on the batch."""
+        if id(tensor) not in self._free:
+            return False
+        return not self._overwritten or tensor.untyped_storage()._cdata not in self._overwritten
+
+    def is_derived(self, tensor: Tensor) -> bool:
+        """Tell whether a value depends on parameters that are followed, and not on the batch."""
+        return self.is_free(tensor) and bool(self._sources_of(tensor))
+
+    def copy(self, value: Tensor, ndim: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Give each sample its own copy of a value, as a view, aligned to tensors of ``ndim`` dimensions.
+
+        Args:
+            value: derived from a parameter.
+            ndim: how many dimensions the copies have, the batch among them.
+            dtype: that of the copies.
+
+        Returns:
+            ``(b, 1, ..., *value.shape)``; None if the first dimension of the value stands where the batch does.
+        """
+        if value.ndim >= ndim and not (value.ndim == ndim and value.shape[0] == 1):
+            return None
+        shape = value.shape[1:] if value.ndim == ndim else (*[1] * (ndim - 1 - value.ndim), *value.shape)
+        leaf = value.detach().reshape(1, *shape).expand(self.batch_size, *shape).requires_grad_()
+        self._leaves.append(leaf)
+        copies = leaf.view_as(leaf) if dtype is None else leaf.to(dtype).view_as(leaf)
+
+        def arrive(gradient: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                self.give(value, gradient.reshape(self.batch_size, *value.shape))
+                return gradient.new_zeros(()).expand_as(gradient)  # so that it is not kept until the end
+
+        copies.register_hook(arrive)
+        self.used.update(self._sources_of(value))
+        return copies
+
+    def attach(self, values: Mapping[str, Tensor], rule: GradientRule, layer: Any, x: Tensor, output: Tensor) -> Tensor:
+        """Follow one use of values, by the local names that a rule gives their gradients."""
+        names = {name: name for value in values.values() for name in self._sources_of(value)}
+        self.used.update(names)
+
+        def give(_: Any, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
+            gradients = rule(layer, activations, backprops)
+            for local, value in values.items():
+                self.give(value, gradients[local])
+            return {}
+
+        return self._attach(None, names, give, x, output)
+
+    def give(self, value: Tensor, gradient: ParameterGradient) -> None:
+        """Pass a value's per-sample gradients on to the parameters that it is derived from."""
+        sources = self._sources_of(value)
+        if id(value) in self._names:
+            if isinstance(gradient, Tensor):
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            self._sink({self._names[id(value)]: gradient})
+            return
+        rows = materialise(gradient, tuple(value.shape)).to(value.dtype)
+        pulled = _pull_back(value, list(sources.values()), rows)
+        dtypes = (torch.promote_types(tensor.dtype, torch.float32) for tensor in pulled)
+        self._sink({name: tensor.to(dtype) for name, tensor, dtype in zip(sources, pulled, dtypes, strict=True)})
+
+    def enter(self, x: Any, parameters: Mapping[str, Tensor]) -> None:
+        """Begin a layer whose own rule covers some parameters, unless its input is the same for all samples.
+
+        Args:
+            x: its first input.
+            parameters: the parameters, by name.
+        """
+        with torch._C.DisableTorchFunction():
+            shared = isinstance(x, Tensor) and self.is_free(x) and self._is_shared(x, parameters)
+            if shared:
+                self.skipped.update(parameters.keys() - self.followed.keys())
+                self._layers.append((self._layers[-1][0], True))
+                return
+            for p in parameters.values():
+                if id(p) not in self._constants:
+                    self._constants[id(p)] = p.detach()
+                    self._mark_free(self._constants[id(p)])
+            self._layers.append((
+                self._layers[-1][0] | {id(p): self._constants[id(p)] for p in parameters.values()},
+                False,
+            ))
+
+    def leave(self) -> None:
+        """End a layer; ``left_shared`` tells whether its rule has to leave it alone."""
+        self.left_shared = self._layers.pop()[1]
+
+    def _is_shared(self, x: Tensor, parameters: Mapping[str, Tensor]) -> bool:
+        if self.is_derived(x) or x.ndim == 1:
+            return True
+        if x.shape[0] == 1:
+            return False  # each sample gets a copy of the one row
+        # Rows for all samples, such as token types, may be as free of values of the batch as a table of distances.
+        # Sizes tell them apart while the module is checked; afterwards nothing may depend on the batch size.
+        return x.shape[0] != self.batch_size if self._known is None else not parameters.keys().isdisjoint(self._known)
+
+    def _mark_free(self, result: Any) -> Any:
+        for tensor in tensors_in((result,)):
+            self._free[id(tensor)] = tensor
+        return result
+
+    def _mark_overwritten(self, tensor: Tensor) -> None:
+        if self.is_free(tensor):
+            self._overwritten.add(tensor.untyped_storage()._cdata)
+
+    def _give_up(self, func: Any, args: Any, kwargs: Any, derived: list[Tensor]) -> Any:
+        """Run a function that nothing is known about; its parameters are left to others if a gradient comes of it."""
+        instead = {id(t): self.copy(t, t.ndim + 1)[0] if self._single else t.detach() for t in derived}  # type: ignore[index]
+        args, kwargs = replace((args, kwargs), lambda t: instead.get(id(t), t))
+        result = func(*args, **kwargs)
+        if self._single:
+            return result
+        outputs = tensors_in((result,))
+        if is_in_place(func):
+            self._mark_overwritten(tensors_in((args, kwargs))[0])
+        elif not any(t.is_floating_point() or t.is_complex() for t in outputs):
+            return result
+        for value in derived:
+            self.skipped.update(self._sources_of(value))
+        return result
+
+    def _sources_of(self, value: Tensor) -> dict[str, Tensor]:
+        """The followed parameters that a value is derived from, by name."""
+        if id(value) in self._names:
+            return {self._names[id(value)]: value}
+        known = self._sources.get(id(value))
+        if known is None:
+            found: set[int] = set()
+            nodes, seen = [value.grad_fn], {value.grad_fn}
+            while nodes:
+                node = nodes.pop()
+                if node is not None:  # else a tensor that needs gradients by itself, or by nothing
+                    found.add(id(getattr(node, "variable", None)))
+                    new = {following for following, _ in node.next_functions} - seen
+                    seen |= new
+                    nodes += new
+            known = {name: p for name, p in self.followed.items() if id(p) in found}
+            self._sources[id(value)] = known
+        return known
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _pull_back(value: Tensor, parameters: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """Vector-Jacobian products with each sample's row, ``(b, *shape)`` of each parameter."""
+    try:
+        return list(torch.autograd.grad(value, parameters, rows, retain_graph=True, is_grads_batched=True))
+    except (RuntimeError, NotImplementedError):  # a backward formula that vmap cannot run
+        columns = [torch.autograd.grad(value, parameters, row, retain_graph=True) for row in rows]
+        return [torch.stack(column) for column in zip(*columns, strict=True)]
