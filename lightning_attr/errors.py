@@ -5,6 +5,7 @@ __all__ = [
     "BatchDependenceError",
     "CorruptedStoreError",
     "IncompleteFeaturesError",
+    "MemoryBudgetError",
     "MissingDependencyError",
     "NonFiniteGradientError",
     "StoreMismatchError",
@@ -44,6 +45,10 @@ class BatchDependenceError(AttributionError):
 
 class NonFiniteGradientError(AttributionError):
     """A per-sample gradient holds NaN or Inf; the message names the samples."""
+
+
+class MemoryBudgetError(AttributionError):
+    """The memory budget is too small for one sample; the message says how much it needs."""
 
 
 class MissingDependencyError(AttributionError, ImportError):

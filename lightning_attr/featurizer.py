@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_attr.attributed import Attributed, attributed, check_module
 from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.gradients import (
     GradientPlan,
+    HookedGradients,
     ParameterGradient,
-    check_batch_independence,
-    hooked_gradients,
     loop_gradients,
     plan_gradients,
     vmap_gradients,
 )
 from lightning_attr.gradients.rules import check_layers
-from lightning_attr.outputs import ModelOutput
+from lightning_attr.memory import MemoryBudget
 from lightning_attr.projectors import Projection
-from lightning_attr.testing import check_model_output
 
-__all__ = ["Featurizer", "plan"]
+__all__ = ["AttributionPlan", "Featurizer", "plan"]
 
 PROBE_SIZE = 4
 """Samples with which a module is checked before anything is featurized."""
 
 
-def plan(module: Any, batch: Any, batch_size: int) -> GradientPlan:
+@dataclass(frozen=True)
+class AttributionPlan(GradientPlan):
+    """What is attributed, and the gradient path of each parameter.
+
+    Args:
+        attributed: the model output or the training loss.
+
+    Example:
+        >>> from lightning_attr.attributed import TrainingLoss
+        >>> AttributionPlan(("weight",), (), True, TrainingLoss("mean", captured=True)).attributed
+        TrainingLoss(reduction='mean', captured=True)
+    """
+
+    attributed: Attributed
+
+
+def plan(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
     """Check a module on a few samples and choose the gradient path of each parameter.
 
     Args:
-        module: an ``nn.Module`` with :class:`lightning_attr.AttributionMixin`, in eval mode.
+        module: an ``nn.Module`` with :class:`lightning_attr.AttributionMixin`, or a ``LightningModule`` whose training
+            loss is the mean or the sum of one term a sample, in eval mode.
         batch: a few samples, on the module's device.
         batch_size: number of samples in it.
 
@@ -44,7 +61,7 @@ def plan(module: Any, batch: Any, batch_size: int) -> GradientPlan:
         AssertionError: if the functions of its model output do not belong together.
         BatchDependenceError: if samples of a batch affect each other.
         NonFiniteGradientError: if an output or a gradient is NaN or Inf.
-        TypeError: if the module has no attribution step.
+        TypeError: if the module has neither an attribution step nor a training step that returns its loss.
         UnsupportedLayerError: if a layer has no per-sample gradients in its state, such as BatchNorm in train mode.
         ValueError: if the model output has not one value a sample.
 
@@ -58,49 +75,26 @@ def plan(module: Any, batch: Any, batch_size: int) -> GradientPlan:
     """
     check_module(module)
     check_layers(module)
-
-    def forward(batch: Any) -> Tensor:
-        output: Tensor = module.model_output.output(*module.attribution_step(batch))
-        return output
-
-    check_batch_independence(forward, batch, batch_size)
-    with torch.no_grad():
-        outputs, targets = module.attribution_step(batch)
-    check_model_output(module.model_output, outputs, targets, dtype=None)
-    return plan_gradients(module, forward, lambda p, b: module.functional_output(p, {}, b), batch, batch_size)
-
-
-def check_module(module: Any) -> None:
-    """Check that a module can be attributed at all.
-
-    Args:
-        module: any object.
-
-    Raises:
-        TypeError: if it has no attribution step.
-
-    Example:
-        >>> from torch import nn
-        >>> check_module(nn.Linear(1, 1))
-        Traceback (most recent call last):
-        ...
-        TypeError: Expected Linear to have lightning_attr.AttributionMixin among its bases...
-    """
-    if not (isinstance(module, nn.Module) and hasattr(module, "attribution_step") and hasattr(module, "model_output")):
-        name = type(module).__name__
-        raise TypeError(
-            f"Expected {name} to have lightning_attr.AttributionMixin among its bases, but it has no "
-            f"`attribution_step`. Write `class {name}(AttributionMixin, LightningModule)`."
-        )
+    subject = attributed(module, batch, batch_size)
+    gradients = plan_gradients(
+        module,
+        lambda batch: subject.forward(module, batch, batch_size)[0],
+        lambda params, batch: subject.functional_output(module, params, batch),
+        batch,
+        batch_size,
+        lambda batch: subject.sample_outputs(module, batch, batch_size),
+    )
+    return AttributionPlan(**vars(gradients), attributed=subject)
 
 
 class Featurizer:
     r"""Computes the rows of one snapshot, :math:`\phi = P \nabla f` and the values beside it.
 
     Args:
-        module: an ``nn.Module`` with :class:`lightning_attr.AttributionMixin`, in eval mode, at the snapshot's weights.
+        module: a module that can be attributed, in eval mode, at the snapshot's weights.
         plan: from :func:`plan`, made once for all snapshots.
         projection: the snapshot's.
+        memory: what a batch may take before it goes through in parts; without it, nothing is split.
 
     Example:
         >>> import torch
@@ -116,10 +110,14 @@ class Featurizer:
         {'features': (4, 9), 'output': (4,), 'loss': (4,), 'out_to_loss': (4,), 'newton_weight': (4,), 'label': (4,)}
     """
 
-    def __init__(self, module: Any, plan: GradientPlan, projection: Projection) -> None:
+    def __init__(
+        self, module: Any, plan: AttributionPlan, projection: Projection, memory: MemoryBudget | None = None
+    ) -> None:
         self.module = module
         self.plan = plan
         self.projection = projection
+        self.memory = memory
+        self.gradients = HookedGradients(module, plan.hooked, plan.direct)
         trainable = next(p for p in module.parameters() if p.requires_grad)
         self.dtype = torch.promote_types(trainable.dtype, torch.float32)
         self.fallback = {name: p for name, p in module.named_parameters() if name in plan.fallback}
@@ -137,48 +135,38 @@ class Featurizer:
             targets are class labels.
 
         Raises:
+            MemoryBudgetError: if not even one sample fits into the memory budget.
             NonFiniteGradientError: if a row holds NaN or Inf.
         """
-        b, device = len(rows), next(self.module.parameters()).device
-        features = torch.zeros(b, self.projection.dim, dtype=self.dtype, device=device)
-        seen: dict[str, Any] = {}
+        if self.memory is None:
+            return self._featurize(batch, rows)
+        return self.memory.run(self._featurize, batch, rows)
 
-        def add(name: str, gradient: ParameterGradient) -> None:
-            self.projection.accumulate(features, name, gradient)
+    def _featurize(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        b, device, subject = len(rows), next(self.module.parameters()).device, self.plan.attributed
+        features = torch.zeros(b, self.projection.dim, dtype=self.dtype, device=device)
+        seen: list[Any] = []
+
+        def add(gradients: Mapping[str, ParameterGradient]) -> None:
+            self.projection.accumulate_layer(features, gradients)
 
         def forward() -> Tensor:
-            seen["outputs"], seen["targets"] = self.module.attribution_step(batch)
-            output: Tensor = self.module.model_output.output(seen["outputs"], seen["targets"])
+            output, behind = subject.forward(self.module, batch, b)
+            seen.append(behind)
             return output
 
-        output = hooked_gradients(self.module, forward, b, self.plan.hooked, add)
-        for name, gradient in self._fallback_gradients(batch, b).items():
-            add(name, gradient.to(self.dtype))
-        columns = {"features": features, "output": output, **self._values(**seen)}
+        output = self.gradients(forward, b, add)
+        add({name: gradient.to(self.dtype) for name, gradient in self._fallback_gradients(batch, b).items()})
+        columns = {"features": features, **subject.columns(self.module, batch, output, seen[0])}
         _check_finite(columns, rows)
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
-
-    def _values(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """What the model output says of each sample, without gradients."""
-        model_output: ModelOutput = self.module.model_output
-        with torch.no_grad():
-            values = {
-                "loss": model_output.loss(outputs, targets),
-                "out_to_loss": model_output.out_to_loss(outputs, targets),
-                "newton_weight": model_output.newton_weight(outputs, targets),
-            }
-        integral = isinstance(targets, Tensor) and not (targets.dtype.is_floating_point or targets.dtype.is_complex)
-        if integral and targets.shape == values["loss"].shape:
-            values["label"] = targets.long()
-        return values
 
     def _fallback_gradients(self, batch: Any, batch_size: int) -> dict[str, Tensor]:
         if not self.fallback:
             return {}
 
         def functional_output(params: Mapping[str, Tensor], batch: Any) -> Tensor:
-            output: Tensor = self.module.functional_output(params, {}, batch)
-            return output
+            return self.plan.attributed.functional_output(self.module, params, batch)
 
         per_sample = vmap_gradients if self.plan.vectorised else loop_gradients
         # The plan was checked outside autocast, and vmap cannot run all layers inside it (BatchNorm mixes dtypes).

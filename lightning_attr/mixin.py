@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from lightning_attr.gradients.functional import call_with
 from lightning_attr.outputs import ModelOutput, MulticlassMargin
 
 __all__ = ["AttributionMixin"]
@@ -89,19 +89,8 @@ class AttributionMixin:
         return self.model_output.loss(outputs, targets)
 
     def _call_step(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any) -> tuple[Any, Any]:
-        state = {f"module.{name}": value for name, value in {**params, **buffers}.items()}
-        return cast("tuple[Any, Any]", functional_call(_Step(self), state, (batch,)))
-
-
-class _Step(nn.Module):
-    """``functional_call`` reaches a module through its ``forward``; here that is the attribution step."""
-
-    def __init__(self, module: AttributionMixin) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Any) -> tuple[Any, Any]:
-        return self.module.attribution_step(batch)
+        called = call_with(cast(nn.Module, self), {**params, **buffers}, self.attribution_step, batch)
+        return cast("tuple[Any, Any]", called)
 
 
 def _describe(batch: Any) -> str:

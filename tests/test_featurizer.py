@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError, UnsupportedLayerError
-from lightning_attr.featurizer import Featurizer, check_module, plan
+from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.layout import ParameterLayout
+from lightning_attr.memory import MemoryBudget, peak_bytes
 from lightning_attr.outputs import BinaryMargin, ModelOutput, NegativeLoss, Regression
 from lightning_attr.projectors import (
     GaussianProjector,
@@ -40,7 +41,7 @@ class Net(AttributionMixin, nn.Module):
         out = self.network(x)
         if not self.trace:
             assert out.sum().item() < 1e9  # vmap cannot read values
-        return out if self.scale is None else out * self.scale
+        return out if self.scale is None else torch.kron(out, self.scale)  # of which no rule is known
 
 
 def _net(dtype: torch.dtype = torch.float64, **arguments: bool) -> Net:
@@ -284,11 +285,18 @@ def test_a_refused_module_is_left_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("candidate", [nn.Linear(1, 1), AttributionMixin(), object()])
-def test_check_module(candidate: object) -> None:
-    with pytest.raises(TypeError, match=f"Expected {type(candidate).__name__} to have lightning_attr.AttributionMixin"):
-        check_module(candidate)
-
-
-def test_check_module_passes_a_module_with_the_mixin() -> None:
-    check_module(_net())
+@pytest.mark.parametrize("arguments", [{"scale": False}, {}, {"trace": False}], ids=["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("projector", [IdentityProjector(), KroneckerProjector(40), RademacherProjector(24)])
+def test_memory_stays_within_the_budget(projector: Projector, arguments: dict[str, bool]) -> None:
+    module, (x, y) = _net(**arguments), _data()
+    free = _featurizer(module, (x[:4], y[:4]), projector)
+    whole = free((x, y), range(N))
+    limit = 40_000
+    assert peak_bytes(lambda: free((x, y), range(N))) > 1.5 * limit
+    bounded = Featurizer(module, free.plan, free.projection, MemoryBudget(limit))
+    bounded((x, y), range(N))  # measures
+    rows = bounded((x, y), range(N))
+    for name, values in whole.items():
+        torch.testing.assert_close(rows[name], values, rtol=1e-10, atol=1e-12)
+    kept = sum(values.nbytes for values in rows.values())
+    assert peak_bytes(lambda: bounded((x, y), range(N))) <= limit + 2 * kept  # the rows found, and their joining

@@ -158,3 +158,32 @@ def test_the_module_keeps_its_state_dict() -> None:
     names = list(module.state_dict())
     module.functional_output({}, {}, (X, Y))
     assert list(module.state_dict()) == names
+
+
+class Shared(AttributionMixin, nn.Module):
+    """One layer of two names, and one parameter in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.GRU(3, 3, batch_first=True)
+        self.second = self.first
+        self.head, self.tied = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.second(self.first(x[:, None])[0].tanh())[0][:, -1]
+        return self.tied(self.head(states).tanh())
+
+
+def test_shared_layers_and_tied_parameters_are_swapped_everywhere_and_put_back() -> None:
+    module = Shared().double().eval()
+    slots = [p for layer in module.modules() for p in layer._parameters.values()]
+    params, _ = _other_weights(module)
+    other = deepcopy(module)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(params[name])
+    expected = other.model_output.output(other(X), Y)
+    torch.testing.assert_close(module.functional_output(params, {}, (X, Y)), expected, rtol=0, atol=0)
+    after = [p for layer in module.modules() for p in layer._parameters.values()]
+    assert all(p is before for p, before in zip(after, slots, strict=True))

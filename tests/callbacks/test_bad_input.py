@@ -80,7 +80,7 @@ class Plain(L.LightningModule):
         self.layer = nn.Linear(4, 3)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.layer(batch[0]).square().mean()
+        return self.layer(batch[0]).square().mean().sqrt()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -132,7 +132,7 @@ class Records(TensorDataset):
         ({"data": Stream()}, TypeError, r"map-style data set for the training data, but Stream is an IterableDataset"),
         ({"data": Empty()}, ValueError, r"Expected the training data set to have samples, but Empty is empty"),
         ({"data": "two loaders"}, TypeError, r"Expected one torch DataLoader for the training data, but got 2 loaders"),
-        ({"module": Plain()}, TypeError, r"Expected Plain to have lightning_attr.AttributionMixin among its bases"),
+        ({"module": Plain()}, BatchDependenceError, r"neither the mean nor the sum of one term a sample"),
         (
             {"module": BatchStatistics()},
             UnsupportedLayerError,

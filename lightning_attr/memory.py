@@ -1,0 +1,231 @@
+"""Bounded memory: a batch goes through in parts, when the whole would need more than there is to spend."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_attr.batch import batched_tensors, select_rows
+from lightning_attr.errors import MemoryBudgetError
+
+__all__ = ["MemoryBudget", "free_bytes", "peak_bytes"]
+
+log = logging.getLogger(__name__)
+
+Rows: TypeAlias = "dict[str, Tensor]"
+
+_SHARE = 0.5
+"""Of the free memory, by default: the loader, the shard being written and the user's own code want some, too."""
+
+
+class MemoryBudget:
+    """Splits batches into parts whose tensors stay within a limit; features do not depend on the split.
+
+    How much a sample takes is measured, once and again when larger samples come: one sample goes through, then two,
+    while every tensor that comes to life is counted. Memory inside library calls is not seen.
+
+    Args:
+        limit: bytes that the tensors of a pass may take; by default half of what is free on the device.
+
+    Raises:
+        ValueError: if the limit is not positive.
+
+    Example:
+        >>> import torch
+        >>> def doubled(batch, rows):
+        ...     print(len(rows), "samples")
+        ...     return {"x": batch * 2}
+        >>> MemoryBudget(limit=3 * 4000).run(doubled, torch.ones(5, 1000), range(5))["x"].shape
+        1 samples
+        2 samples
+        3 samples
+        2 samples
+        torch.Size([5, 1000])
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and limit <= 0:
+            raise ValueError(f"Expected argument `memory_budget` to be a positive number of bytes, but got {limit}.")
+        self.limit = limit
+        self._demanded = limit is not None
+        self._measured = 0  # bytes of a sample's inputs
+        self._fixed = 0
+        self._per_sample = 0
+        self._said = False
+
+    def run(self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int]) -> Rows:
+        """Call a function on a batch, or on its parts.
+
+        Args:
+            function: ``(batch, rows) -> columns``, each ``(b, ...)``; each sample on its own.
+            batch: ``b`` samples, on their device.
+            rows: their row numbers.
+
+        Returns:
+            The columns of the whole batch.
+
+        Raises:
+            MemoryBudgetError: if not even one sample fits.
+        """
+        b = len(rows)
+        tensors = batched_tensors(batch, b)
+        inputs = sum(tensor.nbytes for tensor in tensors) // b
+        if inputs > self._measured:
+            self._measure(function, batch, rows, tensors[0].device)
+            self._measured = inputs
+        size = self._fitting(b)
+        if size >= b:
+            return function(batch, rows)
+        parts = []
+        for start in range(0, b, size):
+            part = range(start, min(start + size, b))
+            parts.append(function(select_rows(batch, b, part), [rows[i] for i in part]))
+        return {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+
+    def _measure(
+        self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], device: torch.device
+    ) -> None:
+        b = len(rows)
+        peaks = []
+        for count in range(1, min(b, 2) + 1):
+            part = select_rows(batch, b, range(count))
+            peaks.append(peak_bytes(lambda part=part, count=count: function(part, rows[:count])))  # type: ignore[misc]
+        self._per_sample = max(self._per_sample, peaks[-1] - peaks[0] if b > 1 else peaks[0])
+        self._fixed = max(self._fixed, peaks[0] - self._per_sample)
+        if self.limit is None:
+            free = free_bytes(device)
+            self.limit = int(_SHARE * free) if free is not None else None
+
+    def _fitting(self, batch_size: int) -> int:
+        """How many samples may go through at once."""
+        if self.limit is None or self._fixed + batch_size * self._per_sample <= self.limit:
+            return batch_size
+        size = (self.limit - self._fixed) // max(1, self._per_sample)
+        if size < 1 and not self._demanded:
+            size = 1  # what is free is a guess: try
+        if size < 1:
+            raise MemoryBudgetError(
+                f"One sample needs about {_readable(self._fixed + self._per_sample)}, but the memory budget is "
+                f"{_readable(self.limit)}. Raise `memory_budget` to at least {self._fixed + self._per_sample:,} bytes, "
+                "use a smaller `proj_dim`, or freeze parameters that should not be attributed."
+            )
+        if not self._said:
+            log.warning(
+                "Featurizing in parts of %d samples: a batch of %d needs about %s, more than the memory budget of %s.",
+                size,
+                batch_size,
+                _readable(self._fixed + batch_size * self._per_sample),
+                _readable(self.limit),
+            )
+            self._said = True
+        return size
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Measure the most memory that the tensors made by a function take at one time.
+
+    Args:
+        function: what to run.
+
+    Returns:
+        Bytes, on all devices together; tensors from before do not count.
+
+    Example:
+        >>> import torch
+        >>> peak_bytes(lambda: torch.ones(1000).add(1))
+        8000
+        >>> peak_bytes(lambda: [torch.ones(1000).sum() for _ in range(5)])
+        4020
+    """
+    meter = _Meter()
+    with meter:
+        function()
+    return meter.peak
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of storages that live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.current = 0
+        self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in given and storage not in self.seen:
+                self.seen.add(storage)
+                weakref.finalize(storage, self._release, storage.nbytes())
+                self.current += storage.nbytes()
+        self.peak = max(self.peak, self.current)
+        return result
+
+    def _release(self, size: int) -> None:
+        self.current -= size
+
+
+def _storages(structure: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Read how much memory is free on a device.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        Bytes; None where the system does not tell.
+
+    Example:
+        >>> free = free_bytes(torch.device("cpu"))
+        >>> free is None or free > 0
+        True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = [size for size in (_available(), _left_in_group()) if size is not None]
+    return min(known) if known else None
+
+
+def _available() -> int | None:
+    table = Path("/proc/meminfo")
+    if table.exists():
+        entries = dict(line.split(":", 1) for line in table.read_text().splitlines() if ":" in line)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS tells only what it has in all
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _left_in_group() -> int | None:
+    """What the memory limit of a container leaves; file caches that give way do not count as used."""
+    groups = Path("/sys/fs/cgroup")
+    for folder, limit, used in (
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        if (folder / limit).exists() and (most := (folder / limit).read_text().strip()).isdigit():
+            statistics = dict(line.split(maxsplit=1) for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", "0")))
+            return max(0, int(most) - int((folder / used).read_text()) + cache)
+    return None
+
+
+def _readable(size: int) -> str:
+    unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
+    return f"{size / unit:,.2f} {name}"
