@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported with its logger set up
-    rank_zero_info,
-    rank_zero_warn,
-)
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.batch import batched_tensors
 from lightning_attr.callbacks.progress import progress
+from lightning_attr.callbacks.recording import Recording, announce, give_up
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
-from lightning_attr.errors import NonFiniteGradientError, StoreMismatchError
-from lightning_attr.featurizer import Featurizer, check_module
+from lightning_attr.encoding import check_feature_dtype, row_bytes
+from lightning_attr.errors import NonFiniteGradientError
+from lightning_attr.featurizer import Featurizer
 from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
+from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
 from lightning_attr.prediction import probe, to_device
+from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainer import attribute, check_noise_mask, check_strategy
@@ -60,6 +61,13 @@ class AttributionCallback(L.Callback):
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
         log: log self-influence statistics at every snapshot to the Trainer's loggers.
         batch_size: samples a batch while featurizing; by default the training loader's.
+        feature_dtype: how features are stored: "float16" with a scale for each shard, "bfloat16" or "float32". A
+            float64 module's stay float64.
+        memory_budget: bytes that the tensors of a featurized batch may take: a larger batch goes through in parts. By
+            default half of what is free on the device.
+
+    Raises:
+        ValueError: if an argument is none of these.
 
     Example:
         >>> import lightning as L, tempfile, torch
@@ -96,7 +104,11 @@ class AttributionCallback(L.Callback):
         noise_mask: Tensor | Sequence[bool] | None = None,
         log: bool = True,
         batch_size: int | None = None,
+        feature_dtype: str = "float16",
+        memory_budget: int | None = None,
     ) -> None:
+        check_feature_dtype(feature_dtype)
+        self.memory = MemoryBudget(memory_budget)
         self.dirpath = Path(dirpath) if dirpath is not None else None
         self.method = method or TRAK()
         self.schedule = SnapshotSchedule(snapshots)
@@ -104,6 +116,8 @@ class AttributionCallback(L.Callback):
         self.noise_mask = None if noise_mask is None else torch.as_tensor(noise_mask)
         self._log = log  # `log` itself is what Lightning sets to the module's method of this name
         self.batch_size = batch_size
+        self.feature_dtype = feature_dtype
+        self.memory_budget = memory_budget
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
         self._path: Path | None = None
@@ -112,7 +126,7 @@ class AttributionCallback(L.Callback):
     def _forget(self) -> None:
         self._learning_rate = 0.0
         self._integrated_step = -1
-        self._recorded = (-1, -1, "")  # epoch, global step and weights' digest of the last snapshot
+        self._recorded = Recording()
         self.self_influence = None
 
     @property
@@ -136,10 +150,11 @@ class AttributionCallback(L.Callback):
         """Check the module on a few samples and open the store: fail now rather than after an hour."""
         self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
         self.noise_mask = check_noise_mask(self.noise_mask, len(self.source))
+        self.memory = MemoryBudget(self.memory_budget)  # another run may have larger samples
         self.layout = ParameterLayout.of(pl_module)
         self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
         with self._beside_training(trainer, pl_module):
-            row_bytes = self._probe(trainer, pl_module)
+            bytes_a_row = self._probe(trainer, pl_module)
         self._rehearsal = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's connectors
         if self._rehearsal:
             return  # a store of it would only be in the way of the run itself
@@ -148,9 +163,11 @@ class AttributionCallback(L.Callback):
             self._forget()
         resumed = self._path is not None
         self._open_store(trainer, pl_module)
-        self._announce(trainer, row_bytes, sum(tensor.nbytes for tensor in weights_of(pl_module).values()))
+        weight_bytes = sum(tensor.nbytes for tensor in weights_of(pl_module).values())
+        snapshots = self.schedule.count(epoch_limit(trainer))
+        announce(self.store, bytes_a_row=bytes_a_row, weight_bytes=weight_bytes, snapshots=snapshots)
         epoch = trainer.current_epoch - 1
-        if resumed and epoch > self._recorded[0] and self.schedule.due(epoch):
+        if resumed and epoch > self._recorded.epoch and self.schedule.due(epoch):
             self._record(trainer, pl_module, epoch)  # the checkpoint was written just before this epoch's snapshot
 
     @override
@@ -164,10 +181,10 @@ class AttributionCallback(L.Callback):
         self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
         if not self.featurize:
             return 0
-        featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""))
+        featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""), self.memory)
         with trainer.precision_plugin.forward_context():
             columns = featurizer(batch, rows)
-        return sum(values[0].nbytes for values in columns.values())
+        return row_bytes(columns, self.feature_dtype)
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution"
@@ -177,55 +194,21 @@ class AttributionCallback(L.Callback):
             self.source.digest(),
             self.layout.shapes,
             self.method.projector.config if self.featurize else None,
+            describe_output(pl_module),
         )
         if trainer.is_global_zero:
             started = digest(weights_of(pl_module)) if trainer.global_step == 0 else None
-            if FeatureStore.exists(self._path):
-                self._continue(FeatureStore.open(self._path), fingerprint, started, trainer.global_step)
-            else:
-                FeatureStore.create(self._path, fingerprint, batch_size=self.source.batch_size, run=started)
+            self._recorded.begin(
+                self._path,
+                fingerprint,
+                batch_size=self.source.batch_size,
+                started=started,
+                step=trainer.global_step,
+                feature_dtype=self.feature_dtype,
+            )
         trainer.strategy.barrier("attribution store")
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
         self.store.check(fingerprint)
-
-    def _continue(self, store: FeatureStore, fingerprint: Fingerprint, started: str | None, step: int) -> None:
-        """Go on with a store of this run; refuse that of another."""
-        store.fingerprint.check(fingerprint, str(store.path))
-        _, last, weights = self._recorded
-        remedy = (
-            "Choose another `dirpath` (one for each run; FeatureStore.merge joins them), or delete this one; nothing "
-            "in it was changed."
-        )
-        if started is not None:
-            if store.manifest.run not in {None, started}:
-                raise StoreMismatchError(
-                    f"{store.path} holds another training run: it started from other weights. To run the same one "
-                    f"again, seed it. {remedy}"
-                )
-            return  # its snapshots are compared one by one when training comes to them
-        if weights and all(snapshot.weights != weights for snapshot in store.snapshots):
-            raise StoreMismatchError(
-                f"{store.path} holds another training run: the snapshot of step {last}, after which this checkpoint "
-                f"was written, is not in it. {remedy}"
-            )
-        # That of this very step is compared before training goes on.
-        self._give_up(store, [snapshot for snapshot in self._ahead(store) if snapshot.global_step != step])
-
-    def _announce(self, trainer: L.Trainer, row_bytes: int, weight_bytes: int) -> None:
-        """Say what will be written, before anything is."""
-        snapshots = self.schedule.count(epoch_limit(trainer))
-        total = (len(self.source) * row_bytes + weight_bytes) * (snapshots or 1)
-        free = shutil.disk_usage(self.store.path).free
-        what = f"features of {len(self.source):,} training samples" if row_bytes else "weights"
-        rank_zero_info(
-            f"Attribution keeps the {what} at {f'{snapshots} snapshots, together' if snapshots else 'each snapshot,'} "
-            f"about {total / 1e6:,.2f} MB, in {self.store.path} ({free / 1e9:,.1f} GB free)."
-        )
-        if total > free:
-            rank_zero_warn(
-                f"The attribution store needs about {total / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free in "
-                f"{self.store.path}. Use fewer `snapshots` or a smaller `proj_dim`."
-            )
 
     # While training ---------------------------------------------------------------------------------------------
 
@@ -254,25 +237,28 @@ class AttributionCallback(L.Callback):
         if self._rehearsal:
             return
         if trainer.is_global_zero:
-            self._give_up(self.store, self._ahead(self.store))
+            give_up(self.store, self._recorded.ahead(self.store))
         trainer.strategy.barrier("attribution end")
         self.store.reload()
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
-        if self._rehearsal or trainer.global_step == self._recorded[1]:
+        if self._rehearsal or trainer.global_step == self._recorded.global_step:
             return
         key = f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         with self._beside_training(trainer, pl_module):
             self._check_weights(pl_module, epoch)
             if trainer.is_global_zero:
-                self._store_snapshot(key, pl_module, epoch, trainer.global_step)
+                step, rate = trainer.global_step, self._learning_rate
+                self._recorded.add(
+                    self.store, key, weights_of(pl_module), epoch=epoch, global_step=step, learning_rate=rate
+                )
             self._synchronise(trainer, key)
             if self.featurize:
                 self._featurize(trainer, pl_module, key)
                 self._synchronise(trainer, key)
                 if trainer.is_global_zero and ((self._log and trainer.loggers) or self.listeners):
                     self._report(trainer, pl_module, self.store.snapshot(key))
-        self._recorded = (epoch, trainer.global_step, self.store.snapshot(key).weights)
+        self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
         self._learning_rate = 0.0
 
     def _check_weights(self, pl_module: L.LightningModule, epoch: int) -> None:
@@ -292,38 +278,16 @@ class AttributionCallback(L.Callback):
             f"diverged model has no attribution. {cause} The snapshots before are intact."
         )
 
-    def _store_snapshot(self, key: str, pl_module: L.LightningModule, epoch: int, step: int) -> None:
-        weights = weights_of(pl_module)
-        ahead = self._ahead(self.store)
-        for expected in ahead[:1]:
-            same = expected.key == key and expected.learning_rate == self._learning_rate
-            if same and expected.weights == digest(weights):
-                return  # this run again, after it was killed
-        self._give_up(self.store, ahead)
-        self.store.add_snapshot(key, weights, epoch=epoch, global_step=step, learning_rate=self._learning_rate)
-
-    def _ahead(self, store: FeatureStore) -> list[Snapshot]:
-        """Snapshots of an earlier run through here that this one has not come to."""
-        return [snapshot for snapshot in store.snapshots if snapshot.global_step > self._recorded[1]]
-
-    def _give_up(self, store: FeatureStore, gone: Sequence[Snapshot]) -> None:
-        """Set snapshots aside: here the run takes a course of its own."""
-        if gone:
-            rank_zero_warn(
-                f"{store.path} is written anew from step {gone[0].global_step} on; moved "
-                f"{', '.join(snapshot.key for snapshot in gone)} to {store.path / 'abandoned'}."
-            )
-            store.set_aside(snapshot.key for snapshot in gone)
-
     def _featurize(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]
         if not batches:
             return
         snapshot = self.store.snapshot(key)
-        featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, snapshot.projection))
-        writer = ShardWriter(self.store, key)
-        with progress(trainer, f"Featurizing epoch {snapshot.epoch}", len(batches)) as advance:
+        projection = self.method.projector.bind(self.layout, snapshot.projection)
+        featurizer = Featurizer(pl_module, self.plan, projection, self.memory)
+        title = f"Featurizing epoch {snapshot.epoch}"
+        with ShardWriter(self.store, key) as writer, progress(trainer, title, len(batches)) as advance:
             for rows, batch in OrderedLoader(self.source, batches):
                 on_device = self._to_device(trainer, pl_module, batch)
                 with trainer.precision_plugin.forward_context():
@@ -366,13 +330,10 @@ class AttributionCallback(L.Callback):
             listener(trainer, pl_module, snapshot, self.self_influence)
 
     def _self_influence(self, snapshot: Snapshot) -> Tensor:
-        n = len(self.source)
         dim = self.store.shard(snapshot.key, 0)["features"].shape[1]
         no_targets = {"features": torch.zeros(0, dim)}
         features = SnapshotFeatures(lambda: self.store.blocks(snapshot.key), no_targets, snapshot.learning_rate)
-        self_influence = torch.zeros(n)
-        self.method.score([features], torch.zeros(n, 0), self_influence)
-        return self_influence
+        return score_self_influence(self.method, features, len(self.source))
 
     # Resuming ---------------------------------------------------------------------------------------------------
 
@@ -380,14 +341,14 @@ class AttributionCallback(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: where the store is, its last snapshot, and the learning rate integrated since."""
         path = str(self._path) if self._path else None
-        return {"path": path, "learning_rate": self._learning_rate, "recorded": self._recorded}
+        return {"path": path, "learning_rate": self._learning_rate, "recorded": astuple(self._recorded)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
         self._learning_rate = state_dict["learning_rate"]
-        self._recorded = tuple(state_dict["recorded"])
+        self._recorded = Recording(*state_dict["recorded"])
 
 
 def _nonfinite_samples(loader: OrderedLoader) -> Iterator[int]:

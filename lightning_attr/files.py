@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 
-__all__ = ["digest", "read_tensors", "remains", "write_bytes", "write_tensors"]
+__all__ = ["digest", "link_tree", "move_aside", "read_tensors", "remains", "write_bytes", "write_tensors"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -89,13 +89,14 @@ def _whole(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def read_tensors(path: Path, expected: str | None = None, remedy: str = "") -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: str | None = None, remedy: str = "", hashed: bool = True) -> dict[str, Tensor]:
     """Read tensors and check them against their digest.
 
     Args:
         path: a file of :func:`write_tensors`.
         expected: the digest on record; by default the one in the file's own header.
         remedy: what to do about a damaged file, for the message.
+        hashed: compare the content; otherwise only the digest that the file says it has.
 
     Returns:
         Name -> tensor, on the CPU, mapped from the file where the platform allows.
@@ -111,7 +112,7 @@ def read_tensors(path: Path, expected: str | None = None, remedy: str = "") -> d
         raise CorruptedStoreError(f"{path} is missing. {remedy}".strip()) from error
     except (SafetensorError, OSError) as error:
         raise CorruptedStoreError(f"{path} is truncated or damaged ({error}). {remedy}".strip()) from error
-    if digest(tensors) != (expected or recorded):
+    if (digest(tensors) if hashed else recorded) != (expected or recorded):
         raise CorruptedStoreError(f"{path} is damaged: its content does not match its checksum. {remedy}".strip())
     return tensors
 
@@ -134,6 +135,54 @@ def remains(folder: Path) -> list[Path]:
         ['.a.123.tmp']
     """
     return sorted([*folder.rglob(".*.[0-9]*.tmp"), *folder.rglob(".tmp??????")])
+
+
+def move_aside(path: Path, target: Path) -> None:
+    """Move a file or folder, if it is there, to a place that nothing occupies.
+
+    Args:
+        path: what to move.
+        target: where to; a name that is taken gets a ``+``.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(Path(folder) / "a", b"text")
+        ...     write_bytes(Path(folder) / "b", b"other")
+        ...     move_aside(Path(folder) / "a", Path(folder) / "b")
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['b', 'b+']
+    """
+    if path.exists():
+        while target.exists():
+            target = target.with_name(target.name + "+")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Repeat a folder elsewhere; its files are linked where the file system allows, else copied.
+
+    Args:
+        source: the folder.
+        target: where; not there yet.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(Path(folder) / "a" / "file", b"text")
+        ...     link_tree(Path(folder) / "a", Path(folder) / "b")
+        ...     (Path(folder) / "b" / "file").read_bytes()
+        b'text'
+    """
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

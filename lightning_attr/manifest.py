@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_attr.encoding import check_feature_dtype
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
 from lightning_attr.files import write_bytes
 
@@ -27,6 +28,7 @@ class Fingerprint:
         data: hash of a few of its samples, None if they differ each time they are read.
         layout: parameter name -> shape.
         projector: the projector's ``config``, None as long as nothing was featurized.
+        output: what of the module is attributed, in words; None if it was not recorded.
 
     Example:
         >>> a = Fingerprint(10, None, {"w": (2,)}, None)
@@ -40,6 +42,7 @@ class Fingerprint:
     data: str | None
     layout: Mapping[str, tuple[int, ...]]
     projector: Mapping[str, Any] | None
+    output: str | None = None
 
     def check(self, found: Fingerprint, where: str) -> None:
         """Compare the fingerprint on record with the one at hand.
@@ -81,6 +84,8 @@ class Fingerprint:
                 f"was featurized with the projection {dict(self.projector)}, but here it is {dict(found.projector)}: "
                 "give the method the store's projection"
             )
+        if self.output is not None and found.output is not None and self.output != found.output:
+            return f"attributes {self.output}, but here it would be {found.output}"
         return None
 
 
@@ -122,6 +127,7 @@ class Manifest:
         shard_rows: rows a shard; shard ``s`` holds the rows from ``s * shard_rows``.
         run: digest of the weights that the run started from, None if it was not recorded.
         snapshots: in the order of training.
+        feature_dtype: how features are stored, "float16", "bfloat16" or "float32"; see :mod:`lightning_attr.encoding`.
 
     Example:
         >>> Manifest(Fingerprint(10, None, {"w": (2,)}, None), shard_rows=4, run=None).num_shards
@@ -132,6 +138,10 @@ class Manifest:
     shard_rows: int
     run: str | None
     snapshots: tuple[Snapshot, ...] = ()
+    feature_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_feature_dtype(self.feature_dtype)
 
     @property
     def num_shards(self) -> int:
@@ -190,9 +200,9 @@ class Manifest:
             del item["rows"]  # follows from the shards
             item["shards"] = {int(shard): content for shard, content in item["shards"].items()}
             snapshots.append(Snapshot(**item))
-        return cls(
-            Fingerprint(**{**fingerprint, "layout": layout}), record["shard_rows"], record["run"], tuple(snapshots)
-        )
+        feature_dtype = record.get("feature_dtype", "float32")  # stores were float32 before they could be less
+        fingerprint = Fingerprint(**{**fingerprint, "layout": layout})
+        return cls(fingerprint, record["shard_rows"], record["run"], tuple(snapshots), feature_dtype)
 
     @classmethod
     def joined(cls, manifests: Sequence[tuple[Path, Manifest]]) -> Manifest:
@@ -202,11 +212,15 @@ class Manifest:
             manifests: path and manifest of each store.
 
         Returns:
-            One manifest; the snapshots of store ``i`` are named and placed ``run<i>/<key>``.
+            One manifest; the snapshots of store ``i`` are named and placed ``run<i>/<key>``. Each shard tells its own
+            dtype; new ones take the first store's.
 
         Raises:
             StoreMismatchError: if data, parameters, projection or shards differ.
+            ValueError: if there are none.
         """
+        if not manifests:
+            raise ValueError("Expected argument `stores` to name at least one store, but got none.")
         (path, first), *others = manifests
         fingerprint = first.fingerprint
         for other_path, other in others:
@@ -222,13 +236,14 @@ class Manifest:
                 fingerprint,
                 data=fingerprint.data or other.fingerprint.data,
                 projector=fingerprint.projector or other.fingerprint.projector,
+                output=fingerprint.output or other.fingerprint.output,
             )
         snapshots = [
             dataclasses.replace(snapshot, key=f"run{i}/{snapshot.key}", folder=f"snapshots/run{i}/{snapshot.key}")
             for i, (_, manifest) in enumerate(manifests)
             for snapshot in manifest.snapshots
         ]
-        return cls(fingerprint, first.shard_rows, None, tuple(snapshots))
+        return cls(fingerprint, first.shard_rows, None, tuple(snapshots), first.feature_dtype)
 
 
 def _layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

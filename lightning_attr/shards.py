@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_attr.store import FeatureStore
 
@@ -13,7 +17,11 @@ __all__ = ["RowTable", "ShardWriter"]
 
 
 class ShardWriter:
-    """Writes a shard as soon as all of its rows are there.
+    """Writes a shard as soon as all of its rows are there, in a thread beside the one that computes them.
+
+    One shard is on its way at a time: :meth:`add` waits for the shard before, so that two are in memory at most.
+    Encoding, hashing, flushing to the disk and the manifest are the thread's. From the first full shard to
+    :meth:`close`, nothing else changes the store: it has one writer at a time.
 
     Args:
         store: where to.
@@ -25,11 +33,9 @@ class ShardWriter:
         >>> folder = tempfile.TemporaryDirectory()
         >>> store = FeatureStore.create(folder.name, Fingerprint(3, None, {"w": (2,)}, None))
         >>> _ = store.add_snapshot("final", {"w": torch.ones(2)}, epoch=0, global_step=1, learning_rate=0.1)
-        >>> writer = ShardWriter(store, "final")
-        >>> writer.add([0, 1], {"loss": torch.tensor([1.0, 2.0])})
-        >>> store.missing("final")
-        [0]
-        >>> writer.add([2], {"loss": torch.tensor([3.0])})
+        >>> with ShardWriter(store, "final") as writer:
+        ...     writer.add([0, 1], {"loss": torch.tensor([1.0, 2.0])})
+        ...     writer.add([2], {"loss": torch.tensor([3.0])})
         >>> store.column("final", "loss")
         tensor([1., 2., 3.])
         >>> folder.cleanup()
@@ -40,6 +46,8 @@ class ShardWriter:
         self.key = key
         self.parts: list[Mapping[str, Tensor]] = []
         self.rows: list[int] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def add(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Add a batch; the batches of a shard come one after the other, in order.
@@ -47,14 +55,48 @@ class ShardWriter:
         Args:
             rows: its row numbers, all of one shard.
             columns: column name -> values ``(b, ...)``, on any device.
+
+        Raises:
+            AttributionError: if the shard before could not be written.
         """
         self.parts.append({name: values.detach().cpu() for name, values in columns.items()})
         self.rows += rows
         shard = rows[0] // self.store.manifest.shard_rows
         if self.rows == list(self.store.rows(shard)):
             whole = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
-            self.store.write_shard(self.key, shard, whole)
             self.parts, self.rows = [], []
+            self._wait()
+            # Started this late, it is seldom there when a loader forks its workers.
+            self._thread = self._thread or ThreadPoolExecutor(1, "attribution-shards")
+            self._writing = self._thread.submit(self.store.write_shard, self.key, shard, whole)
+
+    def close(self) -> None:
+        """Wait until everything is written; the thread is gone then, and more can be added all the same.
+
+        Raises:
+            AttributionError: if the last shard could not be written.
+        """
+        try:
+            self._wait()
+        finally:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                thread.shutdown()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None  # an error is raised once
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+            return
+        with suppress(Exception):  # what went wrong first is what matters
+            self.close()
 
 
 class RowTable:

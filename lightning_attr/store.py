@@ -10,13 +10,17 @@
         features/00001.safetensors                  ...
 
 A shard holds for each of its rows ``features`` ``(rows, dim)`` and ``output``, ``loss``, ``out_to_loss``,
-``newton_weight`` ``(rows,)``; row ``i`` of the store belongs to ``dataset[i]``.
+``newton_weight`` ``(rows,)``; row ``i`` of the store belongs to ``dataset[i]``. Features are in half precision by
+default, see :mod:`lightning_attr.encoding`; without this package they are read by
+
+>>> from safetensors.torch import load_file
+>>> def read_features(path):
+...     shard = load_file(path)
+...     return shard["features"].float() * shard.get("features_scale", 1.0)
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,8 +29,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_attr.encoding import check_columns, decode, decode_features, encode
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
-from lightning_attr.files import digest, read_tensors, remains, write_tensors
+from lightning_attr.files import digest, link_tree, move_aside, read_tensors, remains, write_tensors
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot
 
 __all__ = ["FeatureStore"]
@@ -60,11 +65,17 @@ class FeatureStore:
         self.path = Path(path)
         self.manifest = manifest
         self.writer = writer
-        self._verified: dict[str, dict[str, Tensor]] = {}  # by digest: a name may come to mean another shard
+        self._verified: set[str] = set()  # digests: a name may come to mean another shard
 
     @classmethod
     def create(
-        cls, path: str | Path, fingerprint: Fingerprint, *, batch_size: int = 1, run: str | None = None
+        cls,
+        path: str | Path,
+        fingerprint: Fingerprint,
+        *,
+        batch_size: int = 1,
+        run: str | None = None,
+        feature_dtype: str = "float16",
     ) -> FeatureStore:
         """Start an empty store.
 
@@ -74,18 +85,20 @@ class FeatureStore:
             batch_size: samples a batch while featurizing; shards hold whole batches, so that a resumed run computes the
                 same batches as an unbroken one.
             run: digest of the weights that the run starts from.
+            feature_dtype: "float16", "bfloat16" or "float32", for float32 features; those of a float64 module stay so.
 
         Returns:
             The store.
 
         Raises:
             StoreMismatchError: if the directory holds a store already.
+            ValueError: if the dtype is none of these.
         """
-        folder = Path(path)
-        if cls.exists(folder):
-            raise StoreMismatchError(f"{folder} already holds an attribution store. Open it, or use another directory.")
+        if cls.exists(path):
+            raise StoreMismatchError(f"{path} already holds an attribution store. Open it, or use another directory.")
         rows = max(_SHARD_ROWS, -(-fingerprint.length // _MOST_SHARDS))
-        store = cls(folder, Manifest(fingerprint, -(-rows // batch_size) * batch_size, run))
+        shard_rows = -(-rows // batch_size) * batch_size
+        store = cls(path, Manifest(fingerprint, shard_rows, run, feature_dtype=feature_dtype))
         store._save(store.manifest)
         return store
 
@@ -209,12 +222,7 @@ class FeatureStore:
             self._abandon(snapshot.folder)
 
     def _abandon(self, folder: str) -> None:
-        if (self.path / folder).exists():
-            target = self.path / "abandoned" / Path(folder).relative_to("snapshots")
-            while target.exists():
-                target = target.with_name(target.name + "+")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (self.path / folder).rename(target)
+        move_aside(self.path / folder, self.path / "abandoned" / Path(folder).relative_to("snapshots"))
 
     # Features -------------------------------------------------------------------------------------------------------
 
@@ -247,16 +255,13 @@ class FeatureStore:
         Args:
             key: the snapshot.
             shard: its number.
-            columns: column name -> values of the rows, ``(rows, ...)``.
+            columns: column name -> values of the rows, ``(rows, ...)``, finite.
 
         Raises:
-            ValueError: if a column has another number of rows than the shard.
+            ValueError: if a column has another number of rows than the shard, or holds NaN or Inf.
         """
-        rows = len(self.rows(shard))
-        for name, values in columns.items():
-            if len(values) != rows:
-                raise ValueError(f"Expected {rows} rows in column {name!r} of shard {shard}, but got {len(values)}.")
-        content = write_tensors(self._shard_path(key, shard), columns)
+        check_columns(columns, self.rows(shard))
+        content = write_tensors(self._shard_path(key, shard), encode(columns, self.manifest.feature_dtype))
         self._enter(key, {**self.snapshot(key).shards, shard: content})
 
     def adopt(self, key: str) -> None:
@@ -270,7 +275,7 @@ class FeatureStore:
             with suppress(CorruptedStoreError):  # not there, or damaged: still to be computed
                 columns = read_tensors(self._shard_path(key, shard))
                 found[shard] = digest(columns)
-                self._verified[found[shard]] = columns
+                self._verified.add(found[shard])
         if found:
             self._enter(key, {**self.snapshot(key).shards, **found})
 
@@ -282,32 +287,22 @@ class FeatureStore:
             shard: its number.
 
         Returns:
-            Column name -> values, mapped from the file.
+            Column name -> values, mapped from the file; features in half precision are copied to float32.
 
         Raises:
             IncompleteFeaturesError: if it was not computed yet.
         """
-        content = self.snapshot(key).shards.get(shard)
-        if content is None:
-            rows = self.rows(shard)
-            raise IncompleteFeaturesError(
-                f"The rows {rows.start} to {rows.stop - 1} of snapshot {key!r} in {self.path} have no features yet. "
-                "`trainer.attribute` computes them."
-            )
-        if content not in self._verified:
-            remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` adds it anew."
-            self._verified[content] = read_tensors(self._shard_path(key, shard), content, remedy)
-        return self._verified[content]
+        return decode(self._stored(key, shard))
 
     def blocks(self, key: str, shards: Sequence[int] | None = None) -> Iterator[tuple[range, dict[str, Tensor]]]:
-        """Read shard after shard.
+        """Read shard after shard; only the one at hand is in memory.
 
         Args:
             key: the snapshot.
             shards: their numbers; all by default.
 
         Yields:
-            ``(rows, columns)``.
+            ``(rows, columns)``, as :meth:`shard` gives them.
         """
         for shard in range(self.manifest.num_shards) if shards is None else shards:
             yield self.rows(shard), self.shard(key, shard)
@@ -322,7 +317,22 @@ class FeatureStore:
         Returns:
             Values ``(n, ...)``.
         """
-        return torch.cat([columns[name] for _, columns in self.blocks(key)])
+        stored = (self._stored(key, shard) for shard in range(self.manifest.num_shards))
+        return torch.cat([decode_features(columns) if name == "features" else columns[name] for columns in stored])
+
+    def _stored(self, key: str, shard: int) -> dict[str, Tensor]:
+        content = self.snapshot(key).shards.get(shard)
+        if content is None:
+            rows = self.rows(shard)
+            raise IncompleteFeaturesError(
+                f"The rows {rows.start} to {rows.stop - 1} of snapshot {key!r} in {self.path} have no features yet. "
+                "`trainer.attribute` computes them."
+            )
+        remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` adds it anew."
+        # Opened each time: small tensors kept in between would scatter the memory that decoding frees.
+        columns = read_tensors(self._shard_path(key, shard), content, remedy, hashed=content not in self._verified)
+        self._verified.add(content)
+        return columns
 
     # Upkeep ---------------------------------------------------------------------------------------------------------
 
@@ -341,7 +351,7 @@ class FeatureStore:
                     read_tensors(path, content)
                     intact[shard] = content
                 except CorruptedStoreError:
-                    self._verified.pop(content, None)
+                    self._verified.discard(content)
                     path.unlink(missing_ok=True)
                     dropped.append(path)
             self._enter(snapshot.key, intact)
@@ -366,14 +376,12 @@ class FeatureStore:
             ValueError: if no store is given.
         """
         sources = [store if isinstance(store, FeatureStore) else cls.open(store) for store in stores]
-        if not sources:
-            raise ValueError("Expected argument `stores` to name at least one store, but got none.")
         merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
         if merged.path.exists() and any(merged.path.iterdir()):
             raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
         folders = [source.path / snapshot.folder for source in sources for snapshot in source.snapshots]
         for folder, snapshot in zip(folders, merged.snapshots, strict=True):
-            shutil.copytree(folder, merged.path / snapshot.folder, copy_function=_link_or_copy)
+            link_tree(folder, merged.path / snapshot.folder)
         merged._save(merged.manifest)
         return merged
 
@@ -389,10 +397,3 @@ class FeatureStore:
 
     def _shard_path(self, key: str, shard: int) -> Path:
         return self.path / self.snapshot(key).folder / "features" / f"{shard:05d}.safetensors"
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)

@@ -31,6 +31,29 @@ def test_round_trip_of_what_is_not_known_yet(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "manifest.json") == empty
 
 
+@pytest.mark.parametrize("feature_dtype", ["float16", "bfloat16", "float32"])
+def test_the_dtype_of_features_is_on_record(tmp_path: Path, feature_dtype: str) -> None:
+    replace(MANIFEST, feature_dtype=feature_dtype).write(tmp_path / "manifest.json")
+    assert Manifest.read(tmp_path / "manifest.json").feature_dtype == feature_dtype
+
+
+def test_without_a_dtype_on_record_features_are_float32_and_an_unknown_one_is_damage(tmp_path: Path) -> None:
+    replace(MANIFEST, feature_dtype="float16").write(tmp_path / "manifest.json")
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**record, "feature_dtype": "float8"}))
+    with pytest.raises(CorruptedStoreError, match=r"manifest\.json is damaged: .*`feature_dtype`.* but got 'float8'"):
+        Manifest.read(tmp_path / "manifest.json")
+    del record["feature_dtype"]
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    assert Manifest.read(tmp_path / "manifest.json") == replace(MANIFEST, feature_dtype="float32")
+
+
+def test_joined_takes_the_dtype_of_the_first(tmp_path: Path) -> None:
+    half = replace(MANIFEST, feature_dtype="float16")
+    assert Manifest.joined([(Path("a"), half), (Path("b"), MANIFEST)]).feature_dtype == "float16"
+    assert Manifest.joined([(Path("a"), MANIFEST), (Path("b"), half)]).feature_dtype == "float32"
+
+
 @pytest.mark.parametrize("shards", [[], [0], [1], [2], [0, 2], [2, 1], [0, 1, 2]])
 def test_the_bitmap_has_a_bit_for_each_row_with_features(tmp_path: Path, shards: list[int]) -> None:
     snapshot = replace(SNAPSHOT, shards=dict.fromkeys(shards, "aa"))
@@ -154,3 +177,10 @@ def test_a_record_that_lacks_a_part_is_damaged(tmp_path: Path, part: str) -> Non
     (tmp_path / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(CorruptedStoreError, match=r"manifest\.json is damaged"):
         Manifest.read(tmp_path / "manifest.json")
+
+
+def test_another_model_output_is_refused() -> None:
+    margin, loss = (replace(Fingerprint(3, None, {"w": (2,)}, None), output=text) for text in ("a", "b"))
+    with pytest.raises(StoreMismatchError, match=r"store attributes a, but here it would be b\. Use another directory"):
+        margin.check(loss, "store")
+    margin.check(replace(loss, output=None), "store")  # written before it was recorded

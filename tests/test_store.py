@@ -8,15 +8,18 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cases import child, wait_for
-from lightning_attr import FeatureStore
+from lightning_attr import FeatureStore, files
 from lightning_attr import store as store_module
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
+from lightning_attr.files import read_tensors
 from lightning_attr.manifest import Fingerprint
 from lightning_attr.shards import ShardWriter
 
@@ -31,8 +34,13 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_SHARD_ROWS", 8)
 
 
-def make(path: Path, keys: tuple[str, ...] = ("epoch=0",), fingerprint: Fingerprint = FINGERPRINT) -> FeatureStore:
-    store = FeatureStore.create(path, fingerprint, batch_size=BATCH)
+def make(
+    path: Path,
+    keys: tuple[str, ...] = ("epoch=0",),
+    fingerprint: Fingerprint = FINGERPRINT,
+    feature_dtype: str = "float32",
+) -> FeatureStore:
+    store = FeatureStore.create(path, fingerprint, batch_size=BATCH, feature_dtype=feature_dtype)
     for i, key in enumerate(keys):
         store.add_snapshot(key, {"w": torch.full((2,), float(i))}, epoch=i, global_step=i + 1, learning_rate=0.1)
     return store
@@ -46,15 +54,15 @@ def row_values(key: str, rows: list[int]) -> dict[str, Tensor]:
 
 
 def featurize(store: FeatureStore, key: str, shards: list[int] | None = None) -> None:
-    writer = ShardWriter(store, key)
-    for shard in store.missing(key) if shards is None else shards:
-        rows = store.rows(shard)
-        for start in range(rows.start, rows.stop, BATCH):
-            batch = list(range(start, min(start + BATCH, rows.stop)))
-            writer.add(batch, row_values(key, batch))
+    with ShardWriter(store, key) as writer:
+        for shard in store.missing(key) if shards is None else shards:
+            rows = store.rows(shard)
+            for start in range(rows.start, rows.stop, BATCH):
+                batch = list(range(start, min(start + BATCH, rows.stop)))
+                writer.add(batch, row_values(key, batch))
 
 
-def whole(path: Path, keys: tuple[str, ...] = ("epoch=0",), **arguments: Fingerprint) -> FeatureStore:
+def whole(path: Path, keys: tuple[str, ...] = ("epoch=0",), **arguments: Any) -> FeatureStore:
     store = make(path, keys, **arguments)
     for key in keys:
         featurize(store, key)
@@ -149,19 +157,133 @@ def test_shards_hold_whole_batches_and_cover_every_row_once(tmp_path: Path, leng
 
 def test_a_batch_size_larger_than_the_shards_goes_on_in_the_same_shards(tmp_path: Path) -> None:
     store = make(tmp_path)
-    writer = ShardWriter(store, "epoch=0")
-    for shard in store.missing("epoch=0"):
-        rows = list(store.rows(shard))
-        writer.add(rows, row_values("epoch=0", rows))
+    with ShardWriter(store, "epoch=0") as writer:
+        for shard in store.missing("epoch=0"):
+            rows = list(store.rows(shard))
+            writer.add(rows, row_values("epoch=0", rows))
     assert_complete(store, "epoch=0")
 
 
 def test_write_shard_refuses_another_number_of_rows(tmp_path: Path) -> None:
     store = make(tmp_path)
-    with pytest.raises(ValueError, match="Expected 7 rows in column 'loss' of shard 2, but got 8"):
+    with pytest.raises(ValueError, match="Expected column 'loss' to have the 7 rows 16 to 22 of its shard, but got 8"):
         store.write_shard("epoch=0", 2, {"features": torch.zeros(7, 2), "loss": torch.zeros(8)})
     assert store.missing("epoch=0") == [0, 1, 2]
     assert shard_files(store) == []
+
+
+def test_write_shard_refuses_nan(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    columns = row_values("epoch=0", list(range(8, 16)))
+    columns["features"][5, 2] = float("nan")
+    with pytest.raises(ValueError, match="Expected finite values in column 'features', but row 13 holds NaN or Inf"):
+        store.write_shard("epoch=0", 1, columns)
+    assert shard_files(store) == []
+
+
+# Half precision -------------------------------------------------------------------------------------------------------
+
+
+def assert_rounded(store: FeatureStore, key: str, digits: float = 2.0**-11, values_of: str | None = None) -> None:
+    """The features of a complete snapshot are right to their digits, whichever way they are read."""
+    expected = row_values(values_of or key, list(range(N)))
+    features = store.column(key, "features")
+    assert torch.equal(torch.cat([columns["features"] for _, columns in store.blocks(key)]), features)
+    error = (features - expected["features"]).abs()
+    assert (error <= digits * expected["features"].abs()).all()
+    assert error.any()
+    assert torch.equal(store.column(key, "loss"), expected["loss"])
+
+
+@pytest.mark.parametrize(("feature_dtype", "digits"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_half_precision_is_stored_and_float32_read(tmp_path: Path, feature_dtype: str, digits: float) -> None:
+    store = whole(tmp_path, feature_dtype=feature_dtype)
+    for opened in (store, FeatureStore.open(tmp_path)):
+        assert opened.manifest.feature_dtype == feature_dtype
+        assert_rounded(opened, "epoch=0", digits)
+        assert opened.shard("epoch=0", 1).keys() == {"features", "loss"}
+        assert opened.shard("epoch=0", 1)["features"].dtype == torch.float32
+    for file in shard_files(store):
+        assert load_file(file)["features"].dtype == getattr(torch, feature_dtype)
+        assert torch.equal(load_file(file)["loss"], read_tensors(file)["loss"])
+
+
+def test_safetensors_alone_reads_the_features(tmp_path: Path) -> None:
+    store = whole(tmp_path, feature_dtype="float16")
+    shards = [load_file(file) for file in shard_files(store)]
+    features = torch.cat([shard["features"].float() * shard["features_scale"] for shard in shards])
+    assert torch.equal(features, store.column("epoch=0", "features"))
+
+
+def test_features_are_float16_unless_told_otherwise(tmp_path: Path) -> None:
+    assert FeatureStore.create(tmp_path / "a", FINGERPRINT).manifest.feature_dtype == "float16"
+    with pytest.raises(ValueError, match=r"`feature_dtype` to be 'float16', .* but got 'int8'"):
+        FeatureStore.create(tmp_path / "b", FINGERPRINT, feature_dtype="int8")
+    assert not (tmp_path / "b").exists()
+
+
+def test_every_shard_has_its_own_scale(tmp_path: Path) -> None:
+    """What a shard holds depends on its rows alone, not on the others or on the order in which they came."""
+    store, other = make(tmp_path / "a", feature_dtype="float16"), make(tmp_path / "b", feature_dtype="float16")
+    for one, order in ((store, (0, 1, 2)), (other, (2, 0, 1))):
+        for shard in order:
+            values = row_values("epoch=0", list(one.rows(shard)))
+            one.write_shard("epoch=0", shard, {**values, "features": values["features"] * 1000.0**shard})
+    files = shard_files(store)
+    assert len({load_file(file)["features_scale"].item() for file in files}) == 3
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in shard_files(other)]
+    assert store.manifest == other.manifest
+
+
+def test_decoded_features_are_not_kept(tmp_path: Path) -> None:
+    store = whole(tmp_path, feature_dtype="float16")
+    store.shard("epoch=0", 0)["features"].zero_()
+    assert_rounded(store, "epoch=0")
+    assert {type(kept) for kept in store._verified} == {str}  # digests, and no tensor
+
+
+def test_a_shard_is_hashed_once_and_another_file_in_its_place_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole(tmp_path, ("epoch=0", "epoch=1"))
+    store, hashes = FeatureStore.open(tmp_path), []
+    digest = files.digest
+    monkeypatch.setattr(files, "digest", lambda tensors: hashes.append(1) or digest(tensors))
+    for _ in range(3):
+        assert_complete(store, "epoch=0")
+    assert len(hashes) == 3  # one a shard
+    shutil.copy(shard_files(store, "epoch=1")[1], shard_files(store)[1])
+    with pytest.raises(CorruptedStoreError, match="does not match its checksum"):
+        store.column("epoch=0", "loss")
+
+
+def test_a_store_of_before_half_precision_goes_on_in_float32(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    featurize(store, "epoch=0", [1])
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    del record["feature_dtype"]
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    store = FeatureStore.open(tmp_path)
+    featurize(store, "epoch=0")
+    assert_complete(store, "epoch=0")
+
+
+def test_half_precision_is_adopted_repaired_and_merged(tmp_path: Path) -> None:
+    half, single = make(tmp_path / "half", feature_dtype="float16"), whole(tmp_path / "single")
+    featurize(FeatureStore.open(half.path, writer=False), "epoch=0")
+    half.adopt("epoch=0")
+    assert_rounded(half, "epoch=0")
+    damage(shard_files(half)[1])
+    half = FeatureStore.open(half.path)
+    assert half.repair() == [half.path / "snapshots/epoch=0/features/00001.safetensors"]
+    featurize(half, "epoch=0")
+    assert_rounded(half, "epoch=0")
+    for order, first in (((half, single), "float16"), ((single, half), "float32")):
+        merged = FeatureStore.merge(order, tmp_path / first)
+        assert merged.manifest.feature_dtype == first
+        for i, source in enumerate(order):
+            found, expected = (s.column(k, "features") for s, k in ((merged, f"run{i}/epoch=0"), (source, "epoch=0")))
+            assert torch.equal(found, expected)
 
 
 def test_incomplete_features_are_named(tmp_path: Path) -> None:
@@ -377,8 +499,6 @@ def test_set_aside_moves_and_never_deletes_even_the_same_name_twice(tmp_path: Pa
 
 
 def read(path: Path) -> Tensor:
-    from safetensors.torch import load_file
-
     return load_file(path)["w"]
 
 

@@ -1,0 +1,183 @@
+"""The store of a run in training: begun or continued, and rid of the snapshots of a course that training left."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported with its logger set up
+    rank_zero_info,
+    rank_zero_warn,
+)
+from torch import Tensor
+
+from lightning_attr.errors import StoreMismatchError
+from lightning_attr.files import digest
+from lightning_attr.manifest import Fingerprint, Snapshot
+from lightning_attr.store import FeatureStore
+
+__all__ = ["Recording", "announce", "give_up"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How far a run has recorded itself, and what that means for the store that it finds.
+
+    One process uses it, the one that writes the manifest.
+
+    Args:
+        epoch: of the last snapshot; -1 before the first.
+        global_step: of the last snapshot.
+        weights: digest of the last snapshot's weights.
+
+    Example:
+        >>> import tempfile, torch
+        >>> fingerprint = Fingerprint(3, None, {"w": (2,)}, None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     begun = {"batch_size": 1, "started": "ab", "step": 0, "feature_dtype": "float16"}
+        ...     Recording().begin(Path(folder), fingerprint, **begun)
+        ...     store = FeatureStore.open(folder)
+        ...     Recording().add(store, "epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=1, learning_rate=0.1)
+        ...     [snapshot.key for snapshot in Recording().ahead(store)]
+        ['epoch=0']
+    """
+
+    epoch: int = -1
+    global_step: int = -1
+    weights: str = ""
+
+    def begin(
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        *,
+        batch_size: int,
+        started: str | None,
+        step: int,
+        feature_dtype: str,
+    ) -> None:
+        """Make the store, or see to it that the one that is there is of this run.
+
+        Args:
+            path: its directory.
+            fingerprint: what is attributed.
+            batch_size: samples a batch while featurizing.
+            started: digest of the weights that the run starts from; None if it goes on from a checkpoint.
+            step: optimizer steps taken.
+            feature_dtype: how features are stored.
+
+        Raises:
+            StoreMismatchError: if the store there is of another run, or keeps features in another dtype.
+        """
+        if FeatureStore.exists(path):
+            store = FeatureStore.open(path)
+            store.fingerprint.check(fingerprint, str(path))
+            stored = store.manifest.feature_dtype
+            if stored != feature_dtype:
+                raise StoreMismatchError(
+                    f"{path} keeps features in {stored}, but here `feature_dtype` is {feature_dtype!r}. Pass "
+                    f"feature_dtype={stored!r} to go on, or choose another `dirpath`; nothing in it was changed."
+                )
+            self._continue(store, started, step)
+        else:
+            FeatureStore.create(path, fingerprint, batch_size=batch_size, run=started, feature_dtype=feature_dtype)
+
+    def _continue(self, store: FeatureStore, started: str | None, step: int) -> None:
+        remedy = (
+            "Choose another `dirpath` (one for each run; FeatureStore.merge joins them), or delete this one; nothing "
+            "in it was changed."
+        )
+        if started is not None:
+            if store.manifest.run not in {None, started}:
+                raise StoreMismatchError(
+                    f"{store.path} holds another training run: it started from other weights. To run the same one "
+                    f"again, seed it. {remedy}"
+                )
+            return  # its snapshots are compared one by one when training comes to them
+        if self.weights and all(snapshot.weights != self.weights for snapshot in store.snapshots):
+            raise StoreMismatchError(
+                f"{store.path} holds another training run: the snapshot of step {self.global_step}, after which this "
+                f"checkpoint was written, is not in it. {remedy}"
+            )
+        # That of this very step is compared before training goes on.
+        give_up(store, [snapshot for snapshot in self.ahead(store) if snapshot.global_step != step])
+
+    def ahead(self, store: FeatureStore) -> list[Snapshot]:
+        """List the snapshots of an earlier run through here that this one has not come to.
+
+        Args:
+            store: the run's.
+
+        Returns:
+            Those after the last recorded one.
+        """
+        return [snapshot for snapshot in store.snapshots if snapshot.global_step > self.global_step]
+
+    def add(
+        self,
+        store: FeatureStore,
+        key: str,
+        weights: Mapping[str, Tensor],
+        *,
+        epoch: int,
+        global_step: int,
+        learning_rate: float,
+    ) -> None:
+        """Store the next snapshot, unless an earlier run through here did; see :meth:`FeatureStore.add_snapshot`.
+
+        Args:
+            store: the run's; what this run does not come to again is set aside.
+            key: name of the snapshot.
+            weights: parameter or buffer name -> tensor.
+            epoch: index of the epoch.
+            global_step: optimizer steps taken.
+            learning_rate: its sum over the steps since the snapshot before.
+        """
+        ahead = self.ahead(store)
+        for expected in ahead[:1]:
+            same = expected.key == key and expected.learning_rate == learning_rate
+            if same and expected.weights == digest(weights):
+                return  # this run again, after it was killed
+        give_up(store, ahead)
+        store.add_snapshot(key, weights, epoch=epoch, global_step=global_step, learning_rate=learning_rate)
+
+
+def give_up(store: FeatureStore, gone: Sequence[Snapshot]) -> None:
+    """Set snapshots aside: here the run takes a course of its own.
+
+    Args:
+        store: the run's.
+        gone: snapshots of another course.
+    """
+    if gone:
+        rank_zero_warn(
+            f"{store.path} is written anew from step {gone[0].global_step} on; moved "
+            f"{', '.join(snapshot.key for snapshot in gone)} to {store.path / 'abandoned'}."
+        )
+        store.set_aside(snapshot.key for snapshot in gone)
+
+
+def announce(store: FeatureStore, *, bytes_a_row: int, weight_bytes: int, snapshots: int | None) -> None:
+    """Say what will be written, before anything is.
+
+    Args:
+        store: the run's.
+        bytes_a_row: bytes of the features of a sample, 0 if none are stored.
+        weight_bytes: bytes of the weights.
+        snapshots: how many there will be, None if nobody knows.
+    """
+    rows = store.fingerprint.length
+    total = (rows * bytes_a_row + weight_bytes) * (snapshots or 1)
+    free = shutil.disk_usage(store.path).free
+    what = f"features of {rows:,} training samples" if bytes_a_row else "weights"
+    rank_zero_info(
+        f"Attribution keeps the {what} at {f'{snapshots} snapshots, together' if snapshots else 'each snapshot,'} "
+        f"about {total / 1e6:,.2f} MB, in {store.path} ({free / 1e9:,.1f} GB free)."
+    )
+    if total > free:
+        rank_zero_warn(
+            f"The attribution store needs about {total / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free in "
+            f"{store.path}. Use fewer `snapshots` or a smaller `proj_dim`."
+        )
