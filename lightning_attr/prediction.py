@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_attr.checkpoints import load_weights, weights_of
-from lightning_attr.featurizer import PROBE_SIZE, Featurizer, plan
-from lightning_attr.gradients import GradientPlan
+from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, Featurizer, plan
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
+from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.result import AttributionResult
-from lightning_attr.scores import ScoreMatrix, zeros
+from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.store import FeatureStore
 
@@ -60,7 +61,7 @@ def to_device(
 
 def probe(
     trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, source: DataSource
-) -> tuple[GradientPlan, Any, list[int]]:
+) -> tuple[AttributionPlan, Any, list[int]]:
     """Check the module on the first samples, in the trainer's precision and on its device.
 
     Args:
@@ -106,6 +107,8 @@ class AttributionStep(L.LightningModule):
         store_path: where the store is, or is to be.
         fingerprint: of data, module and method.
         noise_mask: samples known to be mislabelled.
+        topk: how many proponents and opponents of each target to keep; None for all scores.
+        memory: what a batch may take while it is featurized.
         folder: for a result that has to travel between processes.
     """
 
@@ -119,6 +122,8 @@ class AttributionStep(L.LightningModule):
         store_path: Path,
         fingerprint: Fingerprint,
         noise_mask: Tensor | None,
+        topk: int | None,
+        memory: MemoryBudget,
         folder: Path,
     ) -> None:
         super().__init__()
@@ -131,9 +136,12 @@ class AttributionStep(L.LightningModule):
         self.store_path = store_path
         self.fingerprint = fingerprint
         self.noise_mask = noise_mask
+        self.topk = topk
+        self.memory = memory
         self.folder = folder
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.result: AttributionResult | None = None
+        self.writer: ShardWriter | None = None
 
     # What is to be done --------------------------------------------------------------------------------------------
 
@@ -174,7 +182,7 @@ class AttributionStep(L.LightningModule):
             jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
             source = self.target_data or self.train_data
             jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
-        return _Jobs(jobs)
+        return _Jobs(jobs, self.close)
 
     def _own_targets(self) -> Sequence[int]:
         rank, world = self.share
@@ -194,7 +202,7 @@ class AttributionStep(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Begin with no snapshot loaded."""
-        self.plan: GradientPlan | None = None
+        self.plan: AttributionPlan | None = None
         self.current: str | None = None
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
@@ -203,21 +211,29 @@ class AttributionStep(L.LightningModule):
         if key != self.current:
             self._load(key)
         columns = self.featurizer(inner, rows)
+        assert self.writer is not None  # of this snapshot
         (self.writer if train else self.tables[key]).add(rows, columns)
         return len(rows)
 
+    def close(self, *failure: Any) -> None:
+        """Wait for the training features that are on their way to the disk; an ``ExitStack`` may call it."""
+        if self.writer is not None:
+            self.writer.__exit__(*failure or (None, None, None))
+
     def _load(self, key: str) -> None:
+        self.close()
         load_weights(self.module, self.store.weights(key))
         if self.plan is None:  # a module fresh from its constructor may behave like no trained one
             self.plan = probe(self.trainer, self.module, self.datamodule, self.train_data)[0]
         projector, snapshot = self.method.projector, self.store.snapshot(key)
         projection = projector.bind(self.layout, snapshot.projection)
-        self.featurizer = Featurizer(self.module, self.plan, projection)
+        self.featurizer = Featurizer(self.module, self.plan, projection, self.memory)
         self.writer = ShardWriter(self.store, key)
         self.current = key
 
     def on_predict_end(self) -> None:
         """Score, once every process has featurized its share."""
+        self.close()
         self.trainer.strategy.barrier("attribution features")
         if self.store.writer:
             for snapshot in self.used:
@@ -230,17 +246,18 @@ class AttributionStep(L.LightningModule):
         self.trainer.strategy.barrier("attribution result")
 
     def _score(self) -> AttributionResult:
-        rank, world = self.share
-        n, m = len(self.train_data), len(self.target_rows)
-        own = range(self.store.manifest.num_shards)[rank::world]
-        scores, self_influence = zeros(n, m, lambda: self.folder), torch.zeros(n)
-        self.method.score((self._features(snapshot, own) for snapshot in self.used), scores, self_influence)
+        own = range(self.store.manifest.num_shards)[self.share[0] :: self.share[1]]
+        snapshots = [self._features(snapshot, own) for snapshot in self.used]
+        n = len(self.train_data)
+        scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
         last = self.used[-1].key
         columns = next(self.store.blocks(last, [0]))[1]
         provenance = {**self.method.config, "snapshots": [snapshot.key for snapshot in self.used]}
+        if self.topk is not None:
+            provenance["topk"] = self.topk
         return AttributionResult(
-            ScoreMatrix(self._sum(scores), provenance=provenance),
-            self._sum(self_influence),
+            replace(scores, provenance=provenance),
+            self_influence,
             loss=self.store.column(last, "loss").float(),
             labels=self.store.column(last, "label") if "label" in columns else None,
             noise_mask=self.noise_mask,
@@ -248,15 +265,16 @@ class AttributionStep(L.LightningModule):
 
     def _features(self, snapshot: Snapshot, own: Sequence[int]) -> SnapshotFeatures:
         rank, world = self.share
-        mine = torch.zeros(len(self.target_rows), dtype=torch.bool)
-        mine[rank::world] = True
-        columns = {
-            name: self._sum(values.masked_fill(~mine.view(-1, *[1] * (values.ndim - 1)), 0))
-            for name, values in self.tables[snapshot.key].columns.items()
-        }
+        targets = self.tables[snapshot.key].columns
+        if world > 1:
+            others = torch.ones(len(self.target_rows), dtype=torch.bool)
+            others[rank::world] = False
+            for name, values in targets.items():
+                values[others] = 0
+                targets[name] = self._sum(values)
         return SnapshotFeatures(
             blocks=lambda: self.store.blocks(snapshot.key, own),
-            targets=columns,
+            targets=targets,
             learning_rate=snapshot.learning_rate,
             reduce=self._sum,
         )
@@ -273,13 +291,15 @@ class AttributionStep(L.LightningModule):
 class _Jobs:
     """All batches of a process, one after the other, each with its snapshot and whether its rows are training rows."""
 
-    def __init__(self, jobs: Sequence[tuple[str, bool, OrderedLoader]]) -> None:
+    def __init__(self, jobs: Sequence[tuple[str, bool, OrderedLoader]], pause: Callable[[], None]) -> None:
         self.jobs = jobs
+        self.pause = pause
 
     def __len__(self) -> int:
         return sum(len(loader) for _, _, loader in self.jobs)
 
     def __iter__(self) -> Iterator[tuple[str, bool, list[int], Any]]:
         for key, train, loader in self.jobs:
+            self.pause()  # no thread of ours runs while the loader forks its workers
             for rows, batch in loader:
                 yield key, train, rows, batch

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.metrics import functional, plotting
 from lightning_attr.scores import ScoreMatrix
+from lightning_attr.top_scores import TopScores
 
 __all__ = ["AttributionResult"]
 
@@ -23,7 +24,7 @@ class AttributionResult:
     """Scores of every training sample for every target, and what follows from them.
 
     Args:
-        scores: ``(n_train, n_target)``.
+        scores: ``(n_train, n_target)``, or with ``topk`` the extremes of each target only.
         self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values
             are suspicious: the sample is explained by nothing but itself.
         loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
@@ -43,7 +44,7 @@ class AttributionResult:
         0.333
     """
 
-    scores: ScoreMatrix
+    scores: ScoreMatrix | TopScores
     self_influence: Tensor
     loss: Tensor
     labels: Tensor | None = None
@@ -52,8 +53,7 @@ class AttributionResult:
     metrics: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        value = torch.cat([values.mean(1) for _, values in self.scores.row_blocks()])
-        object.__setattr__(self, "data_value", value)
+        object.__setattr__(self, "data_value", self.scores.data_value)
         object.__setattr__(self, "metrics", _metrics(self))
 
     def select(self, fraction: float, by: str = "data_value", per_class: bool = False) -> Tensor:
@@ -114,7 +114,9 @@ class AttributionResult:
         Returns:
             The result; large scores are mapped from the file.
         """
-        return cls(ScoreMatrix.load(path), **read_tensors(Path(path) / "result.safetensors"))
+        folder = Path(path)
+        kind = TopScores if (folder / "top_scores.safetensors").exists() else ScoreMatrix
+        return cls(kind.load(folder), **read_tensors(folder / "result.safetensors"))
 
     def plot_scores(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the score matrix as a heat map.
@@ -124,6 +126,9 @@ class AttributionResult:
 
         Returns:
             ``(figure, axes)``.
+
+        Raises:
+            AttributionError: if the result was computed with ``topk``.
         """
         return plotting.plot_score_heatmap(self.scores.values, ax=ax)
 
@@ -192,11 +197,11 @@ class AttributionResult:
 
 def _metrics(result: AttributionResult) -> dict[str, float]:
     """Figures that need no retraining; with a noise mask also how well the noise is found, beside plain loss."""
-    values, value, loss, mask = result.scores.values, result.data_value, result.loss, result.noise_mask
+    value, loss, mask = result.data_value, result.loss, result.noise_mask
     metrics: dict[str, Any] = {
-        "share_helpful": functional.share_helpful(values),
-        "share_harmful": functional.share_harmful(values),
-        "effective_proponents": functional.effective_proponents(values),
+        "share_helpful": functional.share_helpful(value[:, None]),
+        "share_harmful": functional.share_harmful(value[:, None]),
+        "effective_proponents": result.scores.effective_proponents,
         "self_influence_overlap@10%": functional.overlap(result.self_influence, value),
     }
     if mask is not None and mask.any() and not mask.all():

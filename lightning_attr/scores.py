@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
+from lightning_attr.metrics import functional
 
 __all__ = ["ScoreMatrix"]
 
@@ -74,6 +75,17 @@ class ScoreMatrix:
         """``(n_train, n_target)``."""
         return self.values.shape[0], self.values.shape[1]
 
+    @property
+    def data_value(self) -> Tensor:
+        """Mean score of each training sample over the targets, ``(n_train,)``."""
+        means = [values.mean(1) for _, values in functional.score_blocks(self.values)]
+        return torch.cat(means).to(self.values.dtype)
+
+    @property
+    def effective_proponents(self) -> float:
+        """Effective number of proponents, see :func:`lightning_attr.metrics.effective_proponents`."""
+        return float(functional.effective_proponents(self.values))
+
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """Find the strongest proponents of each target.
 
@@ -113,6 +125,7 @@ class ScoreMatrix:
         folder = Path(path)
         tensors = {"values": self.values, "train_indices": self.train_indices, "target_indices": self.target_indices}
         write_tensors(folder / "scores.safetensors", tensors)
+        (folder / "top_scores.safetensors").unlink(missing_ok=True)  # of a result that was here before
         write_bytes(folder / "scores.json", json.dumps(dict(self.provenance), indent=1).encode())
 
     @classmethod

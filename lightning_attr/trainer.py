@@ -15,19 +15,21 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
+from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
-from lightning_attr.featurizer import check_module
 from lightning_attr.isolation import preserved_rng, undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint
+from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.prediction import AttributionStep
 from lightning_attr.projectors import projector_from_config
 from lightning_attr.result import AttributionResult
 from lightning_attr.store import FeatureStore
+from lightning_attr.top_scores import check_topk
 
 __all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_noise_mask", "check_strategy"]
 
@@ -76,6 +78,8 @@ class AttributionTrainer(L.Trainer):
         method: AttributionMethod | None = None,
         store: str | Path | None = None,
         noise_mask: Tensor | None = None,
+        topk: int | None = None,
+        memory_budget: int | None = None,
     ) -> AttributionResult:
         """Score every training sample for every target; see :func:`attribute`, which has the same arguments."""
         return attribute(
@@ -88,6 +92,8 @@ class AttributionTrainer(L.Trainer):
             method=method,
             store=store,
             noise_mask=noise_mask,
+            topk=topk,
+            memory_budget=memory_budget,
         )
 
 
@@ -102,6 +108,8 @@ def attribute(
     method: AttributionMethod | None = None,
     store: str | Path | None = None,
     noise_mask: Tensor | None = None,
+    topk: int | None = None,
+    memory_budget: int | None = None,
 ) -> AttributionResult:
     """Score every training sample for every target, on the trainer's devices.
 
@@ -112,7 +120,8 @@ def attribute(
     Args:
         trainer: any ``lightning.Trainer``.
         datamodule: gives training data and targets; by default the one of the fit before.
-        model: the module, with :class:`lightning_attr.AttributionMixin`; by default the one of the fit before.
+        model: the module; by default the one of the fit before. Without :class:`lightning_attr.AttributionMixin`, what
+            is attributed is the loss of its ``training_step``.
         train_dataloaders: the training loader, instead of the datamodule's. Only its data set, collation, workers and
             batch size are used.
         target_dataloaders: the loader of the targets, likewise.
@@ -121,12 +130,16 @@ def attribute(
         store: directory of a store; by default the callback's. Without either, the model's current weights are the only
             snapshot, and nothing is kept. A directory without a store gets one of the current weights.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics; by default the callback's.
+        topk: keep only this many proponents and opponents of each target, with the figures of all scores: the result's
+            ``scores`` are :class:`lightning_attr.top_scores.TopScores`, and no matrix of all scores is ever built.
+        memory_budget: bytes that the tensors of a featurized batch may take: a larger batch goes through in parts. By
+            default half of what is free on the device.
 
     Returns:
         Scores, self-influence, data value and metrics.
 
     Raises:
-        ValueError: if model or data are missing, or the noise mask does not fit.
+        ValueError: if model or data are missing, or the noise mask or ``topk`` does not fit.
         AttributionError: if the strategy shards parameters, the callback has recorded nothing, or the store has no
             snapshots.
 
@@ -161,6 +174,7 @@ def attribute(
         target = target_source(trainer, module, datamodule, target_dataloaders, targets)
         noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
         noise_mask = check_noise_mask(noise_mask, len(train))
+        check_topk(topk, len(train))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
         path = Path(store) if store is not None else _recorded_path(trainer, record)
         method = method or _default_method(path, record)
@@ -172,9 +186,15 @@ def attribute(
             target,
             store_path=path or folder / "store",
             fingerprint=Fingerprint(
-                len(train), train.digest(), ParameterLayout.of(module).shapes, method.projector.config
+                len(train),
+                train.digest(),
+                ParameterLayout.of(module).shapes,
+                method.projector.config,
+                describe_output(module),
             ),
             noise_mask=noise_mask,
+            topk=topk,
+            memory=MemoryBudget(memory_budget),
             folder=folder / "result",
         )
         _check_store(step)
@@ -183,6 +203,7 @@ def attribute(
         data = [source.dataset for source in (train, target) if source is not None]
         stack.enter_context(undisturbed(module, *data))
         stack.enter_context(loaded(module))
+        stack.push(step.close)
         trainer.predict(step, dataloaders=None, return_predictions=False)
         # A spawning strategy computed the result in other processes.
         return step.result if step.result is not None else AttributionResult.load(step.folder)

@@ -127,7 +127,8 @@ def test_row_i_is_dataset_i_and_column_j_target_j(kind: Any) -> None:
 
 def test_targets_of_training_data_are_its_own_rows() -> None:
     result = attribute(quiet_trainer(), model=BlobClassifier(), train_dataloaders=shuffled(TRAIN), method=METHOD)
-    torch.testing.assert_close(result.scores.values.diagonal(), result.self_influence)
+    # The store rounds training features to float16, and targets are in no store.
+    torch.testing.assert_close(result.scores.values.diagonal(), result.self_influence, rtol=2e-3, atol=1e-5)
 
 
 # The store ----------------------------------------------------------------------------------------------------------

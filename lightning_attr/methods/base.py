@@ -1,17 +1,18 @@
-"""What an attribution method is: features of the training set and of targets in, scores out."""
+"""What an attribution method is: features of the training set and of targets in, scores out, block after block."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_attr.projectors import KroneckerProjector, Projector
 
-__all__ = ["AttributionMethod", "SnapshotFeatures"]
+__all__ = ["AttributionMethod", "ScoreBlock", "SnapshotFeatures", "compute_precision", "in_step"]
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ class SnapshotFeatures:
         targets: the same columns for the targets, ``(m, ...)``.
         learning_rate: its sum over the optimizer steps that the snapshot stands for.
         reduce: sums a tensor over all processes, in place, and returns it.
+        memo: for what a method computes of the training rows alone, a kernel for instance. Many targets are scored some
+            at a time, and it is not to be computed again for the next.
 
     Example:
         >>> import torch
@@ -38,6 +41,7 @@ class SnapshotFeatures:
     targets: Mapping[str, Tensor]
     learning_rate: float = 1.0
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    memo: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, train: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> SnapshotFeatures:
@@ -54,6 +58,68 @@ class SnapshotFeatures:
         return cls(lambda: iter([(rows, train)]), targets)
 
 
+@dataclass(frozen=True)
+class ScoreBlock:
+    """Final scores of some training rows.
+
+    Args:
+        rows: which.
+        scores: ``(b, m)``, for every target.
+        self_influence: ``(b,)``: the score of each sample for its own model output.
+
+    Example:
+        >>> import torch
+        >>> ScoreBlock(range(2, 4), torch.zeros(2, 5), torch.zeros(2)).rows
+        range(2, 4)
+    """
+
+    rows: range
+    scores: Tensor
+    self_influence: Tensor
+
+
+def in_step(snapshots: Sequence[SnapshotFeatures]) -> Iterator[tuple[range, list[Mapping[str, Tensor]]]]:
+    """Walk the training rows of all snapshots together: scores of a block are final before the next one is read.
+
+    Args:
+        snapshots: with the same rows, in the same blocks.
+
+    Yields:
+        Rows, and their columns at each snapshot.
+
+    Raises:
+        ValueError: if the snapshots have different blocks.
+
+    Example:
+        >>> import torch
+        >>> snapshot = SnapshotFeatures.of({"features": torch.ones(3, 2)}, {"features": torch.ones(1, 2)})
+        >>> [(rows, len(columns)) for rows, columns in in_step([snapshot, snapshot])]
+        [(range(0, 3), 2)]
+    """
+    for blocks in zip(*(snapshot.blocks() for snapshot in snapshots), strict=True):
+        rows = [rows for rows, _ in blocks]
+        if rows.count(rows[0]) < len(rows):
+            raise ValueError(f"Expected the same training rows from every snapshot, but got {rows}.")
+        yield rows[0], [columns for _, columns in blocks]
+
+
+def compute_precision(features: Tensor) -> Tensor:
+    """Give features in the precision that scores are computed in.
+
+    Args:
+        features: any floating dtype.
+
+    Returns:
+        The same in float64 if they are, else in float32.
+
+    Example:
+        >>> import torch
+        >>> compute_precision(torch.ones(2, dtype=torch.float16)).dtype
+        torch.float32
+    """
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 class AttributionMethod(ABC):
     r"""Scores every training sample for every target.
 
@@ -67,17 +133,14 @@ class AttributionMethod(ABC):
     Example:
         >>> import torch
         >>> class FeatureDot(AttributionMethod):          # a method of your own: one class with one function
-        ...     def score(self, snapshots, scores, self_influence):
-        ...         for snapshot in snapshots:
-        ...             for rows, columns in snapshot.blocks():
-        ...                 block = slice(rows.start, rows.stop)
-        ...                 scores[block] += columns["features"] @ snapshot.targets["features"].T
-        ...                 self_influence[block] += columns["features"].square().sum(1)
-        >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
+        ...     def score(self, snapshots):
+        ...         for rows, train in in_step(snapshots):
+        ...             pairs = [(t["features"], s.targets["features"]) for t, s in zip(train, snapshots)]
+        ...             scores = sum(features @ targets.T for features, targets in pairs)
+        ...             yield ScoreBlock(rows, scores, sum(features.square().sum(1) for features, _ in pairs))
         >>> snapshot = SnapshotFeatures.of({"features": torch.eye(2)}, {"features": torch.tensor([[3.0, 4.0]])})
-        >>> FeatureDot().score([snapshot], scores, self_influence)
-        >>> scores.flatten()
-        tensor([3., 4.])
+        >>> [block.scores.flatten() for block in FeatureDot().score([snapshot])]
+        [tensor([3., 4.])]
     """
 
     def __init__(self, projector: Projector | None = None) -> None:
@@ -95,13 +158,17 @@ class AttributionMethod(ABC):
         return snapshots
 
     @abstractmethod
-    def score(self, snapshots: Iterable[SnapshotFeatures], scores: Tensor, self_influence: Tensor) -> None:
-        """Fill the rows that this process scores.
+    def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
+        """Score the rows that this process has, block after block.
+
+        A method reads first what it needs of each snapshot, then walks their blocks :func:`in_step`. It never holds
+        more scores than those of a block, so that neither rows nor targets are limited by memory.
 
         Args:
-            snapshots: read once, in order; features may come from disk.
-            scores: zeros ``(n, m)``, float32 or float64, changed in place.
-            self_influence: zeros ``(n,)``, changed in place: the score of each sample for its own model output.
+            snapshots: in the order of training; blocks may come from disk, and can be read several times.
+
+        Yields:
+            The blocks of :func:`in_step` with their scores, float32 for float32 features and float64 for float64.
         """
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_attr.methods.base import AttributionMethod, SnapshotFeatures
+from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
 
 __all__ = ["GradCos", "GradDot"]
 
@@ -23,11 +23,10 @@ class GradDot(AttributionMethod):
 
     Example:
         >>> import torch
-        >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
         >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
         >>> targets = {"features": torch.tensor([[2.0, 0.0]])}
-        >>> GradDot().score([SnapshotFeatures.of(train, targets)], scores, self_influence)
-        >>> scores.flatten(), self_influence
+        >>> (block,) = GradDot().score([SnapshotFeatures.of(train, targets)])
+        >>> block.scores.flatten(), block.self_influence
         (tensor([1., 6.]), tensor([ 0.5000, 25.0000]))
     """
 
@@ -42,22 +41,21 @@ class GradDot(AttributionMethod):
         """
         return snapshots[-1:]
 
-    def score(self, snapshots: Iterable[SnapshotFeatures], scores: Tensor, self_influence: Tensor) -> None:
+    def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
         """Multiply the features; see :meth:`AttributionMethod.score`.
 
         Args:
-            snapshots: the last snapshot.
-            scores: changed in place.
-            self_influence: changed in place.
+            snapshots: the last one counts.
+
+        Yields:
+            Scores, block after block.
         """
-        for snapshot in snapshots:
-            targets = self._scale(snapshot.targets["features"]).to(scores)  # (m, k)
-            for rows, columns in snapshot.blocks():
-                block = slice(rows.start, rows.stop)
-                features = self._scale(columns["features"]).to(scores)  # (b, k)
-                push = self._push(columns["out_to_loss"]).to(scores)  # (b,)
-                scores[block] += push[:, None] * (features @ targets.T)
-                self_influence[block] += push * features.square().sum(1)
+        targets = self._scale(compute_precision(snapshots[-1].targets["features"]))  # (m, k)
+        for rows, columns in in_step(snapshots[-1:]):
+            features = self._scale(columns[0]["features"].to(targets))  # (b, k)
+            push = self._push(columns[0]["out_to_loss"].to(targets))  # (b,)
+            self_influence = push * features.square().sum(1)
+            yield ScoreBlock(rows, (push[:, None] * features) @ targets.T, self_influence)
 
     def _scale(self, features: Tensor) -> Tensor:
         return features
@@ -73,11 +71,10 @@ class GradCos(GradDot):
 
     Example:
         >>> import torch
-        >>> scores, self_influence = torch.zeros(2, 1), torch.zeros(2)
         >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
         >>> targets = {"features": torch.tensor([[2.0, 0.0]])}
-        >>> GradCos().score([SnapshotFeatures.of(train, targets)], scores, self_influence)
-        >>> scores.flatten(), self_influence
+        >>> (block,) = GradCos().score([SnapshotFeatures.of(train, targets)])
+        >>> block.scores.flatten(), block.self_influence
         (tensor([1.0000, 0.6000]), tensor([1., 1.]))
     """
 

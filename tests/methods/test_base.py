@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
-from lightning_attr.methods import TRAK, AttributionMethod, GradCos, GradDot, SnapshotFeatures
+from lightning_attr.methods import TRAK, AttributionMethod, GradCos, GradDot, ScoreBlock, SnapshotFeatures, in_step
+from lightning_attr.methods.base import compute_precision
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector, RademacherProjector
 
 
@@ -19,21 +19,21 @@ class Loss(AttributionMethod):
         super().__init__()
         self.power = power
 
-    def score(self, snapshots: Iterable[SnapshotFeatures], scores: Tensor, self_influence: Tensor) -> None:
-        for snapshot in snapshots:
-            for rows, columns in snapshot.blocks():
-                loss = columns["loss"] ** self.power
-                scores[rows.start : rows.stop] += loss[:, None]
-                self_influence[rows.start : rows.stop] += loss
+    def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
+        m = len(snapshots[0].targets["features"])
+        for rows, train in in_step(snapshots):
+            loss = sum(columns["loss"] ** self.power for columns in train)
+            yield ScoreBlock(rows, loss[:, None].expand(-1, m), loss)
 
 
 def test_a_method_of_your_own_needs_only_score() -> None:
-    scores, self_influence = torch.zeros(3, 2), torch.zeros(3)
     train = {"features": torch.zeros(3, 4), "loss": torch.tensor([1.0, 2.0, 3.0])}
     method = Loss(power=2)
     assert method.select(["a", "b"]) == ["a", "b"]
-    method.score([SnapshotFeatures.of(train, {"features": torch.zeros(2, 4)})], scores, self_influence)
-    assert scores.tolist() == [[1, 1], [4, 4], [9, 9]]
+    snapshot = SnapshotFeatures.of(train, {"features": torch.zeros(2, 4)})
+    (block,) = method.score([snapshot, snapshot])
+    assert block.scores.tolist() == [[2, 2], [8, 8], [18, 18]]
+    assert block.self_influence.tolist() == [2, 8, 18]
     assert method.config == {"method": "Loss", "power": 2, "projector": KroneckerProjector().config}
 
 
@@ -61,3 +61,34 @@ def test_snapshot_features_of_columns_in_memory() -> None:
         assert torch.equal(columns["features"], torch.ones(3, 2))
     x = torch.randn(2)
     assert snapshot.reduce(x) is x
+
+
+def test_snapshots_are_walked_in_step() -> None:
+    train = {"features": torch.randn(7, 2)}
+
+    def snapshot(ranges: Sequence[range]) -> SnapshotFeatures:
+        return SnapshotFeatures(lambda: ((rows, {"features": train["features"][rows]}) for rows in ranges), {})
+
+    ranges = [range(4, 7), range(4)]
+    for rows, columns in in_step([snapshot(ranges)] * 3):
+        assert len(columns) == 3
+        assert all(torch.equal(own["features"], train["features"][rows]) for own in columns)
+    with pytest.raises(ValueError, match=r"same training rows .*, but got \[range\(4, 7\), range\(0, 7\)"):
+        list(in_step([snapshot(ranges), snapshot([range(7)])]))
+    with pytest.raises(ValueError, match="shorter"):
+        list(in_step([snapshot(ranges), snapshot(ranges[:1])]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_half_precision_is_for_storage(stored: torch.dtype, computed: torch.dtype) -> None:
+    features = torch.randn(3, 2).to(stored)
+    assert compute_precision(features).dtype == computed
+    assert torch.equal(compute_precision(features), features.to(computed))

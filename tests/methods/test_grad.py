@@ -25,9 +25,9 @@ def _columns(rows: int, seed: int) -> dict[str, Tensor]:
 
 
 def _score(method: GradDot, train: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    scores, self_influence = torch.zeros(N, len(targets["features"])).double(), torch.zeros(N).double()
-    method.score([SnapshotFeatures.of(train, targets)], scores, self_influence)
-    return scores, self_influence
+    (block,) = method.score([SnapshotFeatures.of(train, targets)])
+    assert block.rows == range(N)
+    return block.scores, block.self_influence
 
 
 def test_graddot_matches_a_loop() -> None:
@@ -77,16 +77,19 @@ def test_blocks_change_nothing(method: GradDot) -> None:
     snapshot = SnapshotFeatures(
         lambda: ((rows, {name: values[rows] for name, values in train.items()}) for rows in blocks), targets
     )
-    found = torch.zeros_like(whole[0]), torch.zeros_like(whole[1])
-    method.score([snapshot], *found)
-    for a, b in zip(found, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    for block, rows in zip(method.score([snapshot]), blocks, strict=True):
+        assert block.rows == rows
+        torch.testing.assert_close(block.scores, whole[0][rows], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(block.self_influence, whole[1][rows], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", [GradDot(), GradCos()])
 def test_only_the_last_snapshot_is_used(method: GradDot) -> None:
     assert list(method.select(["first", "second", "last"])) == ["last"]
     assert list(method.select(["last"])) == ["last"]
+    snapshots = [SnapshotFeatures.of(_columns(N, seed), _columns(M, seed + 5)) for seed in range(2)]
+    (both,), (last,) = method.score(snapshots), method.score(snapshots[1:])
+    assert torch.equal(both.scores, last.scores)
 
 
 def test_graddot_is_the_change_under_one_gradient_step() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -43,11 +43,8 @@ def _features(module: Any, batch: Batch, projector: Projector | None = None) -> 
 
 
 def _score(method: TRAK, *snapshots: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    train, targets = snapshots[0]
-    n, m = len(train["features"]), len(targets["features"])
-    scores, self_influence = torch.zeros(n, m).double(), torch.zeros(n).double()
-    method.score([SnapshotFeatures.of(*snapshot) for snapshot in snapshots], scores, self_influence)
-    return scores, self_influence
+    (block,) = method.score([SnapshotFeatures.of(*snapshot) for snapshot in snapshots])
+    return block.scores, block.self_influence
 
 
 def _columns(rows: int = N, dim: int = P, seed: int = 0) -> dict[str, Tensor]:
@@ -262,67 +259,6 @@ def test_self_influence_is_the_diagonal(method: TRAK, snapshots: int) -> None:
     both = [(_columns(seed=s), _columns(seed=s)) for s in range(snapshots)]
     scores, self_influence = _score(method, *both)
     torch.testing.assert_close(scores.diagonal(), self_influence, rtol=1e-9, atol=1e-12)
-
-
-# Blocks and processes ---------------------------------------------------------------------------------------------
-
-
-def _blocks(train: Mapping[str, Tensor], ranges: Sequence[range]) -> Any:
-    return lambda: ((rows, {name: values[rows] for name, values in train.items()}) for rows in ranges)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_several_blocks_are_one(method: TRAK) -> None:
-    train, targets = _columns(), _columns(M, seed=1)
-    expected = _score(method, (train, targets))
-    found = torch.zeros_like(expected[0]), torch.zeros_like(expected[1])
-    ranges = [range(30, N), range(7), range(7, 8), range(8, 30)]
-    method.score([SnapshotFeatures(_blocks(train, ranges), targets)], *found)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_are_one(method: TRAK) -> None:
-    train, targets = _columns(), _columns(M, seed=1)
-    expected = _score(method, (train, targets))
-    shares = [[range(10), range(25, N)], [range(10, 25)]]
-
-    def kernel(ranges: Sequence[range]) -> Tensor:
-        rows = [i for part in ranges for i in part]
-        phi = train["features"][rows]
-        weights = train["newton_weight"][rows] if method.newton_weights else torch.ones(len(rows)).double()
-        return phi.T @ (phi * weights[:, None])
-
-    found = torch.zeros_like(expected[0]), torch.zeros_like(expected[1])
-    for own, other in (shares, shares[::-1]):
-        snapshot = SnapshotFeatures(_blocks(train, own), targets, reduce=lambda t, other=other: t + kernel(other))
-        part = torch.zeros_like(found[0]), torch.zeros_like(found[1])
-        method.score([snapshot], *part)
-        assert not part[0][[i for rows in other for i in rows]].any()  # a process scores its own rows only
-        for total, values in zip(found, part, strict=True):
-            total += values
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_float32_features_and_scores_are_close(method: TRAK) -> None:
-    train, targets = _columns(), _columns(M, seed=1)
-    expected = _score(method, (train, targets))
-    single = [{name: values.float() for name, values in columns.items()} for columns in (train, targets)]
-    found = torch.zeros(N, M), torch.zeros(N)
-    method.score([SnapshotFeatures.of(*single)], *found)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
-
-
-def test_the_columns_are_left_alone() -> None:
-    train, targets = _columns(), _columns(M, seed=1)
-    before = [{name: values.clone() for name, values in columns.items()} for columns in (train, targets)]
-    _score(TRAK(), (train, targets))
-    for columns, copies in zip((train, targets), before, strict=True):
-        assert all(torch.equal(values, copies[name]) for name, values in columns.items())
 
 
 # Sign -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from lightning_attr.metrics import (
     NoisyLabelRecall,
 )
 from lightning_attr.outputs import BinaryMargin, MulticlassMargin, NegativeLoss, Regression
+from lightning_attr.top_scores import TopScores
 
 
 class LitClassifier(AttributionMixin, L.LightningModule):
@@ -99,6 +100,7 @@ def attributing(dm: L.LightningDataModule, model: LitClassifier, mask: Tensor) -
     trainer.fit(model, datamodule=dm)
     assert_type(trainer.attribute(dm), AttributionResult)
     assert_type(trainer.attribute(datamodule=dm, targets="test", noise_mask=mask), AttributionResult)
+    assert_type(trainer.attribute(dm, topk=10), AttributionResult)
     method = TRAK(proj_dim=512, damping=0.3, seed=1)
     result = AttributionTrainer().attribute(dm, model=LitClassifier(), store="attribution", method=method)
     assert_type(result, AttributionResult)
@@ -119,7 +121,9 @@ def attributing_with_a_stock_trainer(dm: L.LightningDataModule, model: L.Lightni
 
 
 def results(result: AttributionResult, directory: Path) -> None:
-    assert_type(result.scores, ScoreMatrix)
+    assert_type(result.scores, ScoreMatrix | TopScores)
+    assert_type(result.scores.values, Tensor)
+    assert_type(result.scores.topk(10), tuple[Tensor, Tensor])
     assert_type(result.self_influence, Tensor)
     assert_type(result.data_value, Tensor)
     assert_type(result.metrics, dict[str, float])

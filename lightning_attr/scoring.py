@@ -1,0 +1,120 @@
+"""Runs a method over all training rows and targets, a tile at a time, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.scores import ScoreMatrix, zeros
+from lightning_attr.top_scores import TopScores, TopScoresSum
+
+__all__ = ["score", "score_self_influence"]
+
+_TARGET_ELEMENTS = 2**28
+"""Target features at once, over all snapshots: 1 GiB of float32."""
+_MOST_TARGETS = 2**14
+_TILE_ELEMENTS = 2**25
+"""Scores of a tile, and training features of its rows over all snapshots: 128 MiB of float32 each."""
+
+
+def score(
+    method: AttributionMethod,
+    snapshots: Sequence[SnapshotFeatures],
+    n_train: int,
+    topk: int | None = None,
+    folder: Callable[[], Path] = Path.cwd,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[ScoreMatrix | TopScores, Tensor]:
+    """Score every training row for every target.
+
+    Memory beside the result: a tile of scores, its training features at every snapshot, the target features of
+    the tile, and what the method keeps of a snapshot.
+
+    Args:
+        method: what scores.
+        snapshots: features of this process's rows, and of all targets.
+        n_train: training samples, of all processes.
+        topk: keep only this many proponents and opponents of each target, and never build the score matrix.
+        folder: gives the directory for a score matrix too large for memory, called only when one is needed.
+        share: number of this process, and how many there are.
+
+    Returns:
+        The scores, and self-influence ``(n_train,)``, float32; the same in all processes.
+
+    Raises:
+        ValueError: if there are no training rows.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.methods import GradDot
+        >>> train = {"features": torch.eye(2), "out_to_loss": torch.ones(2)}
+        >>> snapshot = SnapshotFeatures.of(train, {"features": torch.tensor([[3.0, 4.0]])})
+        >>> scores, self_influence = score(GradDot(), [snapshot], n_train=2)
+        >>> scores.values.flatten(), self_influence
+        (tensor([3., 4.]), tensor([1., 1.]))
+        >>> score(GradDot(), [snapshot], n_train=2, topk=1)[0].topk(1)
+        (tensor([[1]]), tensor([[4.]]))
+    """
+    if n_train == 0:
+        raise ValueError("Expected at least one training sample to score, but the store has no rows.")
+    m, k = snapshots[0].targets["features"].shape
+    reduce = snapshots[0].reduce
+    found = TopScoresSum(n_train, m, topk) if topk is not None else None
+    values = zeros(n_train, m if found is None else 0, folder)
+    self_influence = torch.zeros(n_train)
+    width = max(1, min(m, _MOST_TARGETS, _TARGET_ELEMENTS // (len(snapshots) * k)))
+    height = max(1, _TILE_ELEMENTS // max(width, len(snapshots) * k))
+    for start in range(0, m, width):
+        targets = slice(start, min(start + width, m))
+        for block in method.score([_tile(snapshot, targets, height) for snapshot in snapshots]):
+            rows = slice(block.rows.start, block.rows.stop)
+            self_influence[rows] = block.self_influence
+            if found is not None:
+                found.add(block.rows, targets, block.scores)
+            else:
+                values[rows, targets] = block.scores
+    scores = found.total(share, reduce) if found is not None else ScoreMatrix(reduce(values))
+    return scores, reduce(self_influence)
+
+
+def score_self_influence(method: AttributionMethod, snapshot: SnapshotFeatures, n_train: int) -> Tensor:
+    """Score every training row for its own model output alone.
+
+    Args:
+        method: what scores.
+        snapshot: features of all rows; targets do not matter.
+        n_train: training samples.
+
+    Returns:
+        Self-influence ``(n_train,)``, float32.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.methods import GradDot
+        >>> train = {"features": torch.eye(2), "out_to_loss": torch.ones(2)}
+        >>> snapshot = SnapshotFeatures.of(train, {"features": torch.zeros(0, 2)})
+        >>> score_self_influence(GradDot(), snapshot, n_train=2)
+        tensor([1., 1.])
+    """
+    self_influence = torch.zeros(n_train)
+    for block in method.score([_tile(snapshot, slice(0, 0), _TILE_ELEMENTS)]):
+        self_influence[block.rows.start : block.rows.stop] = block.self_influence
+    return self_influence
+
+
+def _tile(snapshot: SnapshotFeatures, targets: slice, height: int) -> SnapshotFeatures:
+    """Restrict a snapshot to some targets, and its blocks to so many rows."""
+
+    def blocks() -> Iterator[tuple[range, Mapping[str, Tensor]]]:
+        for rows, columns in snapshot.blocks():
+            for start in range(0, len(rows), height):
+                part = slice(start, start + height)
+                yield rows[part], {name: values[part] for name, values in columns.items()}
+
+    columns = {name: values[targets] for name, values in snapshot.targets.items()}
+    return replace(snapshot, blocks=blocks, targets=columns)

@@ -1,0 +1,247 @@
+"""The strongest scores of each target, where the whole score matrix would be too large to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.errors import AttributionError
+from lightning_attr.files import read_tensors, write_bytes, write_tensors
+from lightning_attr.metrics.functional import _check_finite, _participation, _positive_sums
+
+__all__ = ["TopScores", "TopScoresSum", "check_topk"]
+
+
+def check_topk(topk: Any, n_train: int) -> None:
+    """Check how many scores a target keeps.
+
+    Args:
+        topk: the argument; None stands for all.
+        n_train: training samples.
+
+    Raises:
+        ValueError: if it is no integer between 1 and ``n_train``.
+
+    Example:
+        >>> check_topk(10, n_train=100)
+    """
+    if topk is not None and (isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= n_train):
+        raise ValueError(
+            f"Expected argument `topk` to be an integer between 1 and {n_train} (training samples), or None for all "
+            f"scores, but got {topk!r}."
+        )
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """The strongest proponents and opponents of each target, without the other scores.
+
+    What :class:`lightning_attr.ScoreMatrix` answers for the extremes, this answers too; what needs every score,
+    ``values``, is an error.
+
+    Args:
+        proponents: ``(n_target, k)``, int64: rows of the highest scores, strongest first.
+        proponent_scores: ``(n_target, k)``, float32, descending.
+        opponents: ``(n_target, k)``, int64: rows of the lowest scores, most negative first.
+        opponent_scores: ``(n_target, k)``, float32, ascending.
+        data_value: ``(n_train,)``, float32: mean score of each training sample over all targets.
+        effective_proponents: of all scores, see :func:`lightning_attr.metrics.effective_proponents`.
+        train_indices: ``(n_train,)``, int64: indices into the training data set.
+        target_indices: ``(n_target,)``, int64: indices into the target data set.
+        provenance: method, its arguments and snapshots, as plain values.
+
+    Example:
+        >>> import torch
+        >>> found = TopScoresSum(n_train=3, n_target=2, k=2)
+        >>> found.add(range(3), slice(0, 2), torch.tensor([[1.0, -2.0], [3.0, 4.0], [2.0, 0.0]]))
+        >>> scores = found.total()
+        >>> scores.topk(2)
+        (tensor([[1, 2],
+                [1, 2]]), tensor([[3., 2.],
+                [4., 0.]]))
+        >>> scores.shape, scores.data_value
+        ((3, 2), tensor([-0.5000,  3.5000,  1.0000]))
+    """
+
+    proponents: Tensor
+    proponent_scores: Tensor
+    opponents: Tensor
+    opponent_scores: Tensor
+    data_value: Tensor
+    effective_proponents: float
+    train_indices: Tensor = field(default=None)  # type: ignore[assignment]  # filled in below
+    target_indices: Tensor = field(default=None)  # type: ignore[assignment]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, size in zip(("train_indices", "target_indices"), self.shape, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, torch.arange(size))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_train, n_target)``, of all scores."""
+        return len(self.data_value), len(self.proponents)
+
+    @property
+    def values(self) -> Tensor:
+        """Not there.
+
+        Raises:
+            AttributionError: always.
+        """
+        k, (n, m) = self.proponents.shape[1], self.shape
+        raise AttributionError(
+            f"This result was computed with `topk={k}`: it has the {k} strongest proponents and opponents of each "
+            f"target (`topk`, `bottomk`), and no matrix of {n:,} x {m:,} scores. Attribute without `topk` to get one."
+        )
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """Find the strongest proponents of each target.
+
+        Args:
+            k: how many, at most as many as were kept.
+
+        Returns:
+            Indices into the training data set and scores, each ``(n_target, k)``, strongest first.
+        """
+        return self._first(k, self.proponents, self.proponent_scores)
+
+    def bottomk(self, k: int) -> tuple[Tensor, Tensor]:
+        """Find the strongest opponents of each target.
+
+        Args:
+            k: how many, at most as many as were kept.
+
+        Returns:
+            Indices into the training data set and scores, each ``(n_target, k)``, most negative first.
+        """
+        return self._first(k, self.opponents, self.opponent_scores)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``top_scores.safetensors`` and ``scores.json`` into a directory.
+
+        Args:
+            path: the directory; made if it is not there.
+        """
+        folder = Path(path)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        effective = torch.tensor(self.effective_proponents, dtype=torch.float64)
+        write_tensors(folder / "top_scores.safetensors", {**tensors, "effective_proponents": effective})
+        (folder / "scores.safetensors").unlink(missing_ok=True)  # of a result that was here before
+        write_bytes(folder / "scores.json", json.dumps(dict(self.provenance), indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> TopScores:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the directory.
+
+        Returns:
+            The scores.
+        """
+        folder = Path(path)
+        tensors = read_tensors(folder / "top_scores.safetensors")
+        effective = tensors.pop("effective_proponents").item()
+        provenance = json.loads((folder / "scores.json").read_text())
+        return cls(**tensors, effective_proponents=effective, provenance=provenance)
+
+    def _first(self, k: int, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        if not 1 <= k <= rows.shape[1]:
+            raise ValueError(
+                f"Expected argument `k` between 1 and {rows.shape[1]} (the `topk` of this result), but got {k}."
+            )
+        return self.train_indices[rows[:, :k]], scores[:, :k]
+
+
+class TopScoresSum:
+    """Adds up :class:`TopScores` from blocks of scores, in any order, never holding more than one.
+
+    Args:
+        n_train: training samples.
+        n_target: targets.
+        k: scores kept of each target, at either end.
+
+    Example:
+        >>> found = TopScoresSum(n_train=4, n_target=1, k=1)
+        >>> for start in (0, 2):
+        ...     found.add(range(start, start + 2), slice(0, 1), torch.tensor([[1.0], [2.0]]) * (start + 1))
+        >>> found.total().topk(1)
+        (tensor([[3]]), tensor([[6.]]))
+    """
+
+    def __init__(self, n_train: int, n_target: int, k: int) -> None:
+        self.ends = (_Extremes(n_target, k, largest=True), _Extremes(n_target, k, largest=False))
+        self.sums = torch.zeros(n_train, dtype=torch.float64)
+        self.positive = torch.zeros(2, n_target, dtype=torch.float64)
+
+    def add(self, rows: range, targets: slice, scores: Tensor) -> None:
+        """Add a block.
+
+        Args:
+            rows: training rows; each comes once for each target.
+            targets: columns of the whole matrix.
+            scores: ``(len(rows), targets)``, float32 or float64, on the CPU.
+
+        Raises:
+            ValueError: if there are NaN or infinite scores.
+        """
+        if not scores.sum().isfinite():  # a sum needs no memory of the block's size
+            _check_finite("scores", scores)
+        for end in self.ends:
+            end.add(rows, targets, scores)
+        self.sums[rows.start : rows.stop] += scores.sum(1, dtype=torch.float64)
+        self.positive[:, targets] += _positive_sums(scores.clamp(min=0).double())
+
+    def total(
+        self, share: tuple[int, int] = (0, 1), reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> TopScores:
+        """Join what the processes found.
+
+        Args:
+            share: number of this process, and how many there are.
+            reduce: sums a tensor over all processes.
+
+        Returns:
+            The scores, the same in all processes.
+        """
+        (up, up_scores), (down, down_scores) = (end.total(share, reduce) for end in self.ends)
+        value = reduce(self.sums) / max(1, self.positive.shape[1])
+        effective = float(_participation(reduce(self.positive)))
+        return TopScores(up, up_scores, down, down_scores, value.float(), effective)
+
+
+class _Extremes:
+    """The running k highest or lowest scores of each target."""
+
+    def __init__(self, n_target: int, k: int, largest: bool) -> None:
+        self.k, self.largest = k, largest
+        self.rows = torch.full((k, n_target), -1)
+        self.scores = torch.full((k, n_target), -torch.inf if largest else torch.inf)
+
+    def add(self, rows: range, targets: slice, scores: Tensor) -> None:
+        worst = self.scores[-1, targets]
+        better = scores.amax(0) > worst if self.largest else scores.amin(0) < worst
+        columns = better.nonzero().flatten()  # soon most blocks have news for few targets
+        found, order = scores[:, columns].topk(min(self.k, len(scores)), dim=0, largest=self.largest)
+        columns += targets.start
+        both = torch.cat([self.scores[:, columns], found.float()])
+        origin = torch.cat([self.rows[:, columns], order + rows.start])
+        self.scores[:, columns], order = both.topk(self.k, dim=0, largest=self.largest)
+        self.rows[:, columns] = origin.gather(0, order)
+
+    def total(self, share: tuple[int, int], reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        rank, world = share
+        everyone = [tensor.new_zeros(world, *tensor.shape) for tensor in (self.rows, self.scores)]
+        for tensor, own in zip(everyone, (self.rows, self.scores), strict=True):
+            tensor[rank] = own
+        rows, scores = (reduce(tensor).flatten(0, 1) for tensor in everyone)
+        best, order = scores.topk(self.k, dim=0, largest=self.largest)
+        return rows.gather(0, order).T.contiguous(), best.T.contiguous()
