@@ -1,9 +1,9 @@
-"""Data selection curve: what retraining on samples chosen by attribution gains over samples chosen at random."""
+"""Data selection curve: what retraining on, or without, samples chosen by attribution does, against random samples."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = ("method", "random", "opposite")
+KINDS = ("keep", "remove")
 
 
 class SelectionCurve(NamedTuple):
@@ -28,8 +29,11 @@ class SelectionCurve(NamedTuple):
         fractions: Share of the training set kept or removed, `(k,)`, ascending.
         mean: For each arm, the mean over retrainings, `(k,)`; NaN where the arm was not run.
         std: For each arm, the standard deviation over retrainings, `(k,)`; NaN with fewer than two.
-        area: Mean advantage of `method` over `random` across the fractions, `()`.
+        area: Mean advantage of `method` over `random` across the fractions, `()`; positive is good for either `kind`.
         area_error: Standard error of `area`, `()`, retrainings taken as independent; NaN if a fraction was run once.
+        opposite_area: The same over `opposite`; NaN where that arm was not run.
+        opposite_area_error: Standard error of `opposite_area`, `()`.
+        kind: `"keep"` or `"remove"`: whether models were retrained on the samples selected, or without them.
 
     Example:
         >>> import torch
@@ -44,29 +48,38 @@ class SelectionCurve(NamedTuple):
     std: dict[str, Tensor]
     area: Tensor
     area_error: Tensor
+    opposite_area: Tensor
+    opposite_area_error: Tensor
+    kind: str
 
 
 def data_selection_curve(
-    fractions: Tensor, method: Tensor, random: Tensor, opposite: Tensor | None = None
+    fractions: Tensor,
+    method: Tensor,
+    random: Tensor,
+    opposite: Tensor | None = None,
+    kind: Literal["keep", "remove"] = "keep",
 ) -> SelectionCurve:
     """Compare models retrained on samples selected by attribution with models retrained on random samples.
 
     The area between the curves of `method` and `random` is integrated by the trapezoidal rule and divided by the range
     of the fractions, so it reads as a mean advantage. It is positive where the method is better, for a metric that is
-    better when higher (accuracy); for a loss pass its negative. After *removal* of the best samples a negative area
-    is the good sign.
+    better when higher (accuracy); for a loss pass its negative. Keeping the best samples should raise the metric, and
+    removing them should lower it: with `kind="remove"` the area is `random` less `method`.
 
     Args:
         fractions: Share of the training set kept (or removed), `(k,)`, ascending, in (0, 1].
-        method: Validation metric of r retrainings on the samples the method selects, `(r, k)`.
+        method: Validation metric of r retrainings on (or without) the samples of highest score, `(r, k)`.
         random: The same for random samples, `(r', k)`.
-        opposite: The same for samples from the opposite end of the method's order, `(r'', k)`.
+        opposite: The same for the samples of lowest score, `(r'', k)`.
+        kind: `"keep"` if models were retrained on the samples selected, `"remove"` if without them.
 
     Returns:
-        Means and standard deviations for each arm, the area and its standard error.
+        Means and standard deviations for each arm, the areas and their standard errors.
 
     Raises:
-        ValueError: If fractions are not ascending in (0, 1], or an arm is not a finite `(r, k)` matrix.
+        ValueError: If fractions are not ascending in (0, 1], `kind` is unknown, or an arm is not a finite `(r, k)`
+            matrix.
 
     Example:
         >>> import torch
@@ -77,6 +90,7 @@ def data_selection_curve(
         >>> round(float(curve.area), 3), round(float(curve.area_error), 3)
         (0.125, 0.043)
     """
+    _check_kind(kind)
     _check_vector("fractions", fractions)
     if (fractions.diff() <= 0).any() or fractions[0] <= 0 or fractions[-1] > 1:
         raise ValueError(f"Expected argument `fractions` to be ascending in (0, 1], but got {fractions.tolist()}.")
@@ -88,7 +102,7 @@ def data_selection_curve(
                 f" but got {tuple(values.shape)}."
             )
         _check_finite(name, values)
-    return _selection_curve(fractions.double(), {name: list(values.double().T) for name, values in arms.items()})
+    return _selection_curve(fractions.double(), {name: list(values.double().T) for name, values in arms.items()}, kind)
 
 
 class DataSelectionCurve(Metric):
@@ -98,7 +112,11 @@ class DataSelectionCurve(Metric):
     and `random` share.
 
     Args:
+        kind: `"keep"` if models were retrained on the samples selected, `"remove"` if without them.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `kind` is unknown.
 
     Example:
         >>> from lightning_attr.metrics import DataSelectionCurve
@@ -118,8 +136,10 @@ class DataSelectionCurve(Metric):
     value: list[Tensor]
     arm: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, kind: Literal["keep", "remove"] = "keep", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        _check_kind(kind)
+        self.kind = kind
         for name in ("fraction", "value", "arm"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -148,7 +168,8 @@ class DataSelectionCurve(Metric):
 
         Returns:
             `"fractions"`, each arm's mean under its name and its standard deviation as `"<arm>_std"`, all `(k,)`, and
-            the scalars `"area"` (method minus random, see :class:`SelectionCurve`) and `"area_error"`.
+            the scalars `"area"` (see :class:`SelectionCurve`) and `"area_error"`; where the arm `opposite` was run also
+            `"opposite_area"` and `"opposite_area_error"`.
 
         Raises:
             ValueError: If `method` and `random` share no fraction.
@@ -156,6 +177,8 @@ class DataSelectionCurve(Metric):
         curve = self._curve()
         spread = {f"{arm}_std": std for arm, std in curve.std.items()}
         area = {"area": curve.area, "area_error": curve.area_error}
+        if "opposite" in curve.mean:
+            area |= {"opposite_area": curve.opposite_area, "opposite_area_error": curve.opposite_area_error}
         return {"fractions": curve.fractions} | curve.mean | spread | area
 
     def summary(self) -> SelectionCurve:
@@ -188,24 +211,44 @@ class DataSelectionCurve(Metric):
                 for code, name in enumerate(ARMS)
                 if (arm == code).any()
             },
+            self.kind,
         )
 
 
-def _selection_curve(fractions: Tensor, arms: dict[str, list[Tensor]]) -> SelectionCurve:
+def _selection_curve(fractions: Tensor, arms: dict[str, list[Tensor]], kind: str) -> SelectionCurve:
     # Each arm holds one vector of values for each fraction, empty where the arm was not run.
     mean = {name: torch.stack([values.mean() for values in runs]) for name, runs in arms.items()}
     variance = {name: torch.stack([_variance(values) for values in runs]) for name, runs in arms.items()}
+    std = {name: values.sqrt() for name, values in variance.items()}
+    if not {"method", "random"} <= arms.keys() or (mean["method"] - mean["random"]).isnan().all():
+        raise ValueError("Expected arms `method` and `random` to share at least one fraction, but they share none.")
     squared_error = {
         name: variance[name] / variance[name].new_tensor([len(values) for values in arms[name]]) for name in arms
     }
-    if not {"method", "random"} <= arms.keys() or (mean["method"] - mean["random"]).isnan().all():
-        raise ValueError("Expected arms `method` and `random` to share at least one fraction, but they share none.")
-    gain = mean["method"] - mean["random"]
+    nowhere = torch.full_like(fractions, torch.nan)
+    areas = [
+        _area(
+            fractions,
+            (mean["method"] - mean.get(other, nowhere)) * (1 if kind == "keep" else -1),
+            squared_error["method"] + squared_error.get(other, nowhere),
+        )
+        for other in ("random", "opposite")
+    ]
+    return SelectionCurve(fractions, mean, std, *areas[0], *areas[1], kind)
+
+
+def _area(fractions: Tensor, gain: Tensor, squared_error: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of `gain` over the fractions where it is known, and its standard error; NaN if it is nowhere."""
     shared = ~gain.isnan()
+    if not shared.any():
+        return gain.new_tensor(torch.nan), gain.new_tensor(torch.nan)
     weights = _trapezoid_weights(fractions[shared])
-    area_variance = weights.square() @ (squared_error["method"] + squared_error["random"])[shared]
-    std = {name: values.sqrt() for name, values in variance.items()}
-    return SelectionCurve(fractions, mean, std, weights @ gain[shared], area_variance.sqrt())
+    return weights @ gain[shared], (weights.square() @ squared_error[shared]).sqrt()
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"Expected argument `kind` to be one of {list(KINDS)}, but got {kind!r}.")
 
 
 def _variance(values: Tensor) -> Tensor:

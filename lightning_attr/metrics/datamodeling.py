@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.metrics.functional import (
-    _as_mask,
-    _check_finite,
-    _check_matrix,
-    _rank_correlation,
-    score_blocks,
-)
+from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
+from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, warn_undefined
+from lightning_attr.metrics.functional import _as_mask, _check_finite, _check_matrix, score_blocks
 from lightning_attr.metrics.plotting import new_axes, plot_datamodeling_score
 
 if TYPE_CHECKING:
@@ -25,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class DatamodelingScore(NamedTuple):
+class DatamodelingScore(CorrelationScore):
     """Result of :func:`linear_datamodeling_score`; all tensors float64 on the device of the outputs.
 
     Attributes:
@@ -44,12 +37,7 @@ class DatamodelingScore(NamedTuple):
         (1.0, 0)
     """
 
-    mean: Tensor
-    low: Tensor
-    high: Tensor
-    ceiling: Tensor
-    per_target: Tensor
-    undefined: int
+    __slots__ = ()
 
 
 def linear_datamodeling_score(
@@ -66,7 +54,8 @@ def linear_datamodeling_score(
     :math:`S_k`, with outputs averaged over seeds; the score is the mean over targets (Park et al. 2023).
 
     The interval holds the percentiles of a two-way bootstrap, which resamples subsets and targets together, moved so
-    that the bootstrap's mean falls on the score: repeated subsets lower every rank correlation of a resample.
+    that the bootstrap's mean falls on the score: repeated subsets lower every rank correlation of a resample. They are
+    drawn together to count the variance of single pairs of subset and target once, not three times (Owen 2007).
 
     The ceiling comes from the reliability of the outputs: the rank correlation between the means of two halves of the
     seeds, averaged over rotations of the seeds and over targets, and carried to all seeds by the Spearman-Brown
@@ -98,13 +87,13 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, masks, outputs=torch.tensor([[3.0, 1.0], [5.0, 3.0], [6.0, 2.0]])).mean
         tensor(0.7500, dtype=torch.float64)
     """
-    _check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence)
     outputs = _with_seeds(scores, masks, outputs)
     predicted, _ = _subset_sums(scores, _as_mask("masks", masks))
     return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, confidence, seed)
 
 
-class LinearDatamodelingScore(Metric):
+class LinearDatamodelingScore(IntervalMetric):
     """Linear datamodeling score as a metric; the pure function is :func:`linear_datamodeling_score`.
 
     Several updates append subsets for the same scores. States are the summed scores and the outputs of each subset, so
@@ -132,9 +121,6 @@ class LinearDatamodelingScore(Metric):
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
 
@@ -143,9 +129,7 @@ class LinearDatamodelingScore(Metric):
     checksum: list[Tensor]
 
     def __init__(self, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        _check_bootstrap(bootstrap, confidence)
-        self.bootstrap, self.confidence, self.seed = bootstrap, confidence, seed
+        super().__init__(bootstrap, confidence, seed, **kwargs)
         self.add_state("predicted", default=[], dist_reduce_fx="cat")
         self.add_state("outputs", default=[], dist_reduce_fx="cat")  # (m, s, n_target): subsets first, to concatenate
         self.add_state("checksum", default=[], dist_reduce_fx="cat")  # (updates, n_target)
@@ -209,78 +193,9 @@ def _datamodeling_score(
     predicted: Tensor, outputs: Tensor, bootstrap: int, confidence: float, seed: int
 ) -> DatamodelingScore:
     """Return the score from predictions `(m, n_target)` and outputs `(s, m, n_target)`."""
-    predicted, measured = predicted.T, outputs.double().mean(0).T  # (n_target, m)
-    per_target = _rank_correlation(predicted, measured)
-    defined = ~per_target.isnan()
-    undefined = int((~defined).sum())
-    if undefined > 0.01 * len(per_target):
-        warnings.warn(
-            f"The correlation of {undefined} of {len(per_target)} targets is undefined, as their scores or outputs are"
-            " constant over the subsets; they are left out of the linear datamodeling score.",
-            stacklevel=3,
-        )
-    mean = per_target.nanmean()
-    low, high = _bootstrap_interval(mean, predicted[defined], measured[defined], bootstrap, confidence, seed)
-    return DatamodelingScore(mean, low, high, _ceiling(outputs.double()), per_target, undefined)
-
-
-def _bootstrap_interval(
-    score: Tensor, predicted: Tensor, measured: Tensor, bootstrap: int, confidence: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Return the interval around `score`, the mean correlation between `(n_target, m)` rows."""
-    n_target, m = predicted.shape
-    if bootstrap == 0 or n_target == 0:
-        return predicted.new_tensor(torch.nan), predicted.new_tensor(torch.nan)
-    generator = torch.Generator().manual_seed(seed)
-    ranking, other_ranking = _Ranking(predicted), _Ranking(measured)
-    means = []
-    for _ in range(bootstrap):
-        subset_counts = _resample(m, generator).to(predicted)
-        target_counts = _resample(n_target, generator).to(predicted)
-        a, b = ranking.centered_ranks(subset_counts), other_ranking.centered_ranks(subset_counts)
-        norm = ((a.square() @ subset_counts) * (b.square() @ subset_counts)).sqrt()
-        correlation = ((a * b) @ subset_counts) / norm
-        target_counts[correlation.isnan()] = 0  # a resample of few distinct subsets can be constant
-        means.append((correlation.nan_to_num() @ target_counts) / target_counts.sum())
-    tail = (1 - confidence) / 2
-    resampled = torch.stack(means)
-    ends = resampled.nanquantile(predicted.new_tensor([tail, 1 - tail]))
-    low, high = (ends + score - resampled.nanmean()).clamp(-1, 1)
-    return low, high
-
-
-class _Ranking:
-    """Midranks of the rows of `(n_target, m)` values when column k counts `counts[k]` times, after one sort."""
-
-    def __init__(self, values: Tensor) -> None:
-        ordered, self.order = values.contiguous().sort(dim=1)
-        self.smaller = torch.searchsorted(ordered, values.contiguous())
-        self.smaller_or_equal = torch.searchsorted(ordered, values.contiguous(), right=True)
-
-    def centered_ranks(self, counts: Tensor) -> Tensor:
-        """Return the midranks `(n_target, m)` less their mean, the centre of 1 to `counts.sum()`."""
-        passed = pad(counts[self.order].cumsum(1), (1, 0))
-        return (passed.gather(1, self.smaller) + passed.gather(1, self.smaller_or_equal) - counts.sum()) / 2
-
-
-def _resample(n: int, generator: torch.Generator) -> Tensor:
-    """Return how often each of n items is drawn in n draws with replacement."""
-    return torch.bincount(torch.randint(n, (n,), generator=generator), minlength=n)
-
-
-def _ceiling(outputs: Tensor) -> Tensor:
-    """Return the root of the reliability of outputs `(s, m, n_target)` averaged over seeds; NaN with one seed."""
-    n_seeds = len(outputs)
-    half = n_seeds // 2
-    if half == 0:
-        return outputs.new_tensor(torch.nan)
-    correlations = []
-    for shift in range(n_seeds):  # rotations, so that every seed has the same say
-        rotated = outputs.roll(shift, dims=0)
-        correlations.append(_rank_correlation(rotated[:half].mean(0).T, rotated[half : 2 * half].mean(0).T))
-    reliability = torch.stack(correlations).nanmean().clamp(min=0)
-    length = n_seeds / half  # 2 for even numbers of seeds; odd numbers leave one seed out of each split
-    return (length * reliability / (1 + (length - 1) * reliability)).sqrt()
+    score = correlation_score(predicted, outputs.double(), "spearman", bootstrap, confidence, seed)
+    warn_undefined(score, "linear datamodeling score", "subsets")
+    return DatamodelingScore(*score)
 
 
 def _subset_sums(scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,10 +238,3 @@ def _check_same_scores(checksum: Tensor) -> None:
             "Expected argument `scores` to be the same in every update of LinearDatamodelingScore, but it differs."
             " Use one metric for each attribution method, or call `reset()`."
         )
-
-
-def _check_bootstrap(bootstrap: int, confidence: float) -> None:
-    if bootstrap < 0:
-        raise ValueError(f"Expected argument `bootstrap` to be a non-negative integer, but got {bootstrap}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected argument `confidence` to be in (0, 1), but got {confidence}.")

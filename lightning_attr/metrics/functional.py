@@ -243,13 +243,10 @@ def effective_proponents(scores: Tensor) -> Tensor:
         tensor(1.5000, dtype=torch.float64)
     """
     _check_matrix("scores", scores)
-    total = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
-    squares = total.clone()
+    sums = torch.zeros(2, scores.shape[1], dtype=torch.float64, device=scores.device)
     for _, block in score_blocks(scores):
-        positive = block.clamp_(min=0)
-        total += positive.sum(0)
-        squares += torch.linalg.vector_norm(positive, dim=0).square()
-    return torch.where(total > 0, total.square() / squares, total).mean()
+        sums += _positive_sums(block)
+    return _participation(sums)
 
 
 def overlap(self_influence: Tensor, data_value: Tensor, fraction: float = 0.1) -> Tensor:
@@ -382,6 +379,18 @@ def _chance_in_top(values: Tensor, count: int) -> Tensor:
     threshold = values.topk(count).values[-1]
     above, tied = values > threshold, values == threshold
     return above.double() + tied.double() * (count - above.sum()) / tied.sum()
+
+
+def _positive_sums(block: Tensor) -> Tensor:
+    """Return the sums `(2, n_target)` of a float64 block's positive scores and of their squares; overwrites it."""
+    total = block.clamp_(min=0).sum(0)
+    return torch.stack([total, block.square_().sum(0)])
+
+
+def _participation(sums: Tensor) -> Tensor:
+    """Return the effective number of proponents, mean over targets, from the sums of all rows."""
+    total, squares = sums
+    return torch.where(total > 0, total.square() / squares, total).mean()
 
 
 def _mean_scores(scores: Tensor) -> Tensor:

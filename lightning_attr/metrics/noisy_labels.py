@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.metrics.comparison_plots import plot_precision_curve
 from lightning_attr.metrics.functional import (
     _check_fraction,
     _check_noise_update,
@@ -15,6 +16,7 @@ from lightning_attr.metrics.functional import (
     noisy_label_recall,
 )
 from lightning_attr.metrics.plotting import new_axes, plot_recall_curve
+from lightning_attr.metrics.precision import noisy_label_precision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,6 +135,55 @@ class NoisyLabelRecall(_NoisyLabelMetric):
             with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
                 samples = dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask)
             return plot_recall_curve(*samples, fraction=self.fraction, ax=ax)
+        fig, ax = new_axes(ax)
+        self._plot(val, ax)
+        return fig, ax
+
+
+class NoisyLabelPrecision(_NoisyLabelMetric):
+    """Share of mislabelled samples among the most self-influential `fraction` of the training set.
+
+    The pure function is :func:`~lightning_attr.metrics.noisy_label_precision`. Several updates add samples.
+
+    Args:
+        fraction: Share of the training set inspected, in (0, 1].
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `fraction` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import NoisyLabelPrecision
+        >>> metric = NoisyLabelPrecision(fraction=0.25)
+        >>> metric.update(torch.tensor([0.9, 0.2, 0.1, 0.4]), torch.tensor([True, True, False, False]))
+        >>> metric.compute()
+        tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(self, fraction: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_fraction(fraction)
+        self.fraction = fraction
+
+    def compute(self) -> Tensor:
+        """Return the precision, a float64 scalar in [0, 1]; a ValueError if all samples or none are mislabelled."""
+        return noisy_label_precision(dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask), self.fraction)
+
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot precision against the share inspected, with random and ideal inspection, or given values of the metric.
+
+        Args:
+            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes.
+        """
+        if val is None:
+            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+                samples = dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask)
+            return plot_precision_curve(*samples, fraction=self.fraction, ax=ax)
         fig, ax = new_axes(ax)
         self._plot(val, ax)
         return fig, ax

@@ -131,7 +131,7 @@ def plot_selection_curve(
         x, mean, std = curve.fractions.cpu()[run], curve.mean[arm].cpu()[run], curve.std[arm].cpu()[run].nan_to_num()
         ax.plot(x, mean, "o-", color=color, markersize=4, label=arm)
         ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-    ax.set(xlabel="training samples selected", ylabel=metric)
+    ax.set(xlabel="training samples kept" if curve.kind == "keep" else "training samples removed", ylabel=metric)
     if curve.fractions[-1] >= 10 * curve.fractions[0]:  # 1, 2, 5, 10, 20, 50 %: even steps only on a logarithm
         ax.set_xscale("log")
     ax.set_xticks(curve.fractions.tolist())
@@ -375,7 +375,10 @@ def _percent_ticks(ax: Axes, *axes: str) -> None:
 
 
 def _legend_above(ax: Axes) -> None:
-    """A legend outside the axes covers no data."""
-    n_entries = len(ax.get_legend_handles_labels()[0])
-    n_columns = 3 if n_entries == 3 else 2
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=n_columns, frameon=False, fontsize=8, borderaxespad=0.2)
+    """A legend outside the axes covers no data; it has as many columns, up to three, as the axes are wide."""
+    for n_columns in (3, 2, 1):
+        legend = ax.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncol=n_columns, frameon=False, fontsize=8, borderaxespad=0.2
+        )
+        if legend.get_window_extent().width <= ax.get_window_extent().width:
+            return

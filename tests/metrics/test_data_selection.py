@@ -64,6 +64,44 @@ def test_area_error_is_the_deviation_of_the_area_over_repetitions() -> None:
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(areas), rel=0.1)
 
 
+def test_removal_turns_the_sign_so_that_a_positive_area_is_good() -> None:
+    arms = _arms()
+    keep, remove = (data_selection_curve(FRACTIONS, **arms, kind=kind) for kind in ("keep", "remove"))
+    assert (keep.kind, remove.kind) == ("keep", "remove")
+    assert remove.area == -keep.area
+    assert remove.area_error == keep.area_error
+    assert remove.opposite_area == -keep.opposite_area
+    assert torch.equal(remove.mean["method"], keep.mean["method"])
+
+
+def test_area_over_the_opposite_end() -> None:
+    arms = _arms()
+    curve = data_selection_curve(FRACTIONS, **arms)
+    swapped = data_selection_curve(FRACTIONS, arms["method"], random=arms["opposite"])
+    assert curve.opposite_area == swapped.area
+    assert curve.opposite_area_error == swapped.area_error
+    alone = data_selection_curve(FRACTIONS, arms["method"], arms["random"])
+    assert alone.opposite_area.isnan()
+    assert alone.opposite_area_error.isnan()
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match=r"`kind` to be one of \['keep', 'remove'\], but got 'drop'\."):
+        data_selection_curve(FRACTIONS, **_arms(), kind="drop")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`kind` to be one of \['keep', 'remove'\], but got 'drop'\."):
+        DataSelectionCurve(kind="drop")  # type: ignore[arg-type]
+
+
+def test_class_of_removals() -> None:
+    metric = DataSelectionCurve(kind="remove")
+    metric.update(0.1, 0.5)
+    metric.update(0.1, 0.8, "random")
+    assert metric.compute()["area"].item() == pytest.approx(0.3)
+    assert "opposite_area" not in metric.compute()
+    _, ax = metric.plot()
+    assert ax.get_xlabel() == "training samples removed"
+
+
 def test_one_retraining_has_no_deviation() -> None:
     curve = data_selection_curve(FRACTIONS, torch.ones(1, 3), torch.zeros(1, 3))
     assert curve.area == 1
@@ -95,6 +133,7 @@ def test_class_equals_function() -> None:
     result, curve = _filled(arms).compute(), data_selection_curve(FRACTIONS, **arms)
     assert list(result) == [
         "fractions", "method", "random", "opposite", "method_std", "random_std", "opposite_std", "area", "area_error",
+        "opposite_area", "opposite_area_error",
     ]  # fmt: skip
     for arm in arms:
         np.testing.assert_allclose(result[arm], curve.mean[arm])

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_attr.metrics import NoisyLabelAUROC, NoisyLabelRecall, noisy_label_auroc, noisy_label_recall
+from lightning_attr.metrics import (
+    NoisyLabelAUROC,
+    NoisyLabelPrecision,
+    NoisyLabelRecall,
+    noisy_label_auroc,
+    noisy_label_precision,
+    noisy_label_recall,
+)
 
 
 def _samples(n: int = 50) -> tuple[Tensor, Tensor]:
@@ -17,16 +24,17 @@ def _samples(n: int = 50) -> tuple[Tensor, Tensor]:
     return torch.randn(n, generator=generator), torch.rand(n, generator=generator) < 0.3
 
 
-METRICS = [NoisyLabelAUROC, NoisyLabelRecall]
+METRICS = [NoisyLabelAUROC, NoisyLabelPrecision, NoisyLabelRecall]
 
 
 def test_classes_equal_functions() -> None:
     samples = _samples()
-    auroc, recall = NoisyLabelAUROC(), NoisyLabelRecall(fraction=0.3)
-    auroc.update(*samples)
-    recall.update(*samples)
+    auroc, recall, precision = NoisyLabelAUROC(), NoisyLabelRecall(fraction=0.3), NoisyLabelPrecision(fraction=0.3)
+    for metric in (auroc, recall, precision):
+        metric.update(*samples)
     assert auroc.compute() == noisy_label_auroc(*samples)
     assert recall.compute() == noisy_label_recall(*samples, fraction=0.3)
+    assert precision.compute() == noisy_label_precision(*samples, fraction=0.3)
 
 
 @pytest.mark.parametrize("cls", METRICS)
@@ -101,9 +109,10 @@ def test_processes_are_concatenated(cls: type[Metric]) -> None:
     assert metric.compute() == whole.compute()
 
 
-def test_recall_rejects_a_bad_fraction() -> None:
+@pytest.mark.parametrize("cls", [NoisyLabelPrecision, NoisyLabelRecall])
+def test_bad_fraction(cls: type[Metric]) -> None:
     with pytest.raises(ValueError, match=r"Expected argument `fraction` to be in \(0, 1\], but got 0\."):
-        NoisyLabelRecall(fraction=0)
+        cls(fraction=0)
 
 
 def test_auroc_plots_one_value_and_a_history() -> None:
@@ -116,11 +125,12 @@ def test_auroc_plots_one_value_and_a_history() -> None:
     assert ax.get_xlabel() == "Step"
 
 
-def test_recall_plots_its_curve_or_a_history() -> None:
-    metric = NoisyLabelRecall(fraction=0.2)
+@pytest.mark.parametrize("cls", [NoisyLabelPrecision, NoisyLabelRecall])
+def test_precision_and_recall_plot_their_curve_or_a_history(cls: type[Metric]) -> None:
+    metric = cls(fraction=0.2)
     metric.update(*_samples())
     _, ax = metric.plot()
     labels = ax.get_legend_handles_labels()[1]
     assert labels == [f"self-influence ({float(metric.compute()):.0%} at 20%)", "ideal", "random"]
     _, ax = metric.plot([metric.compute(), metric.compute()])
-    assert ax.get_ylabel() == "NoisyLabelRecall"
+    assert ax.get_ylabel() == cls.__name__

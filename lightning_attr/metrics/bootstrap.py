@@ -1,0 +1,242 @@
+"""Bootstrap intervals: of a mean over targets, and of a mean correlation over rows and targets together."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torchmetrics import Metric
+
+
+class IntervalMetric(Metric):
+    """A metric with a bootstrap interval behind its summary.
+
+    Args:
+        bootstrap: Number of resamples; 0 skips the interval.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the bootstrap.
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If `bootstrap` or `confidence` is out of range.
+
+    Example:
+        >>> from lightning_attr.metrics import MeanReciprocalRank
+        >>> MeanReciprocalRank(bootstrap=100, confidence=0.9).confidence
+        0.9
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_bootstrap(bootstrap, confidence)
+        self.bootstrap, self.confidence, self.seed = bootstrap, confidence, seed
+
+
+class Centering(Protocol):
+    """What a correlation is computed from: rows of values less their mean."""
+
+    def centered(self, counts: Tensor) -> Tensor:
+        """Return the centred rows `(n_target, m)` when column k counts `counts[k]` times."""
+
+
+class Ranking:
+    """Midranks of the rows of `(n_target, m)` values when column k counts `counts[k]` times, after one sort.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.bootstrap import Ranking
+        >>> Ranking(torch.tensor([[0.3, 0.1, 0.2]])).centered(torch.tensor([1.0, 2.0, 0.0]).double())
+        tensor([[ 1.0000, -0.5000,  0.5000]], dtype=torch.float64)
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        ordered, self.order = values.contiguous().sort(dim=1)
+        self.smaller = torch.searchsorted(ordered, values.contiguous())
+        self.smaller_or_equal = torch.searchsorted(ordered, values.contiguous(), right=True)
+
+    def centered(self, counts: Tensor) -> Tensor:
+        """Return the midranks `(n_target, m)` less their mean, the centre of 1 to `counts.sum()`."""
+        passed = pad(counts[self.order].cumsum(1), (1, 0))
+        return (passed.gather(1, self.smaller) + passed.gather(1, self.smaller_or_equal) - counts.sum()) / 2
+
+
+class Values:
+    """The rows of `(n_target, m)` values themselves, for Pearson's correlation.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.bootstrap import Values
+        >>> Values(torch.tensor([[4.0, 1.0]])).centered(torch.tensor([1.0, 2.0]))
+        tensor([[ 2., -1.]])
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def centered(self, counts: Tensor) -> Tensor:
+        """Return the values `(n_target, m)` less their mean; exact zeros where all that count are equal."""
+        # Rounding of the mean would give a constant row a correlation: measured from one of its values, it is zeros.
+        drawn = counts > 0
+        shifted = self.values - self.values[:, drawn][:, :1]
+        return shifted - (shifted @ counts / counts.sum()).unsqueeze(1)
+
+
+def correlation(a: Centering, b: Centering, counts: Tensor) -> Tensor:
+    """Return the correlation of each row `(n_target,)` when column k counts `counts[k]` times; NaN if one is constant.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.bootstrap import Values, correlation
+        >>> a, b = Values(torch.tensor([[1.0, 2.0, 3.0]])), Values(torch.tensor([[2.0, 4.0, 6.0]]))
+        >>> correlation(a, b, torch.ones(3))
+        tensor([1.])
+    """
+    x, y = a.centered(counts), b.centered(counts)
+    norm = ((x.square() @ counts) * (y.square() @ counts)).sqrt()
+    return ((x * y) @ counts) / norm
+
+
+def two_way_interval(
+    mean: Tensor, a: Centering, b: Centering, shape: tuple[int, int], bootstrap: int, confidence: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return the interval around a mean of correlations, from resamples of rows and of targets together.
+
+    The percentiles are moved so that the bootstrap's mean falls on `mean`: columns that a resample repeats lower every
+    rank correlation of it. They are then drawn together, for a two-way bootstrap counts three times the variance that
+    belongs to single pairs of column and target (Owen 2007). The variance wanted is that of resampled columns plus that
+    of resampled targets, less that of pairs, which both hold: what a resample does beyond the sum of the two.
+
+    Args:
+        mean: The mean of the correlations between the rows of `a` and of `b`, `()`, float64.
+        a: What was predicted, for the targets whose correlation is defined.
+        b: What was measured, for the same targets.
+        shape: `(n_target, m)`, the shape of both.
+        bootstrap: Number of resamples; 0 gives NaN.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the resamples.
+
+    Returns:
+        Both ends, `()`, float64, in [-1, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.bootstrap import Ranking, two_way_interval
+        >>> a = Ranking(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        >>> low, high = two_way_interval(torch.tensor(1.0).double(), a, a, (1, 4), 10, 0.9, seed=0)
+        >>> float(low), float(high)
+        (1.0, 1.0)
+    """
+    n_target, m = shape
+    if bootstrap == 0 or n_target == 0:
+        return mean.new_tensor(torch.nan), mean.new_tensor(torch.nan)
+    generator = torch.Generator().manual_seed(seed)
+    per_target = correlation(a, b, mean.new_ones(m))
+    effects = []
+    for _ in range(bootstrap):
+        column_counts = _resample(m, generator).to(mean)
+        target_counts = _resample(n_target, generator).to(mean)
+        resampled = correlation(a, b, column_counts)
+        by_columns, by_targets = resampled.nanmean(), per_target @ target_counts / n_target
+        target_counts[resampled.isnan()] = 0  # a resample of few distinct columns can be constant
+        by_both = (resampled.nan_to_num() @ target_counts) / target_counts.sum()
+        effects.append(torch.stack([by_both, by_columns, by_targets, by_both - by_columns - by_targets]))
+    values = torch.stack(effects)
+    values = values[~values.isnan().any(1)]
+    if len(values) < 2:
+        return mean.new_tensor(torch.nan), mean.new_tensor(torch.nan)
+    both, columns, targets, pairs = values.var(0)
+    more_columns, more_targets = m / (m - 1), n_target / max(1, n_target - 1)  # a resample varies by n - 1 of n
+    columns, targets, pairs = columns * more_columns, targets * more_targets, pairs * more_columns * more_targets
+    wanted = torch.maximum(columns + targets - pairs, torch.maximum(columns, targets))
+    tail = (1 - confidence) / 2
+    ends = values[:, 0].quantile(mean.new_tensor([tail, 1 - tail])) - values[:, 0].mean()
+    low, high = (mean + ends * (wanted / both).nan_to_num(1.0).sqrt()).clamp(-1, 1)
+    return low, high
+
+
+def mean_interval(per_target: Tensor, bootstrap: int, confidence: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the percentile interval of the mean of `per_target` over resamples of the targets, NaN ones left out.
+
+    Args:
+        per_target: `(n_target,)`, float64.
+        bootstrap: Number of resamples; 0 gives NaN.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the resamples.
+
+    Returns:
+        Both ends, `()`, float64; NaN when no target is defined.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.bootstrap import mean_interval
+        >>> low, high = mean_interval(torch.tensor([2.0, 2.0, torch.nan]).double(), 10, 0.95, seed=0)
+        >>> float(low), float(high)
+        (2.0, 2.0)
+    """
+    defined = per_target[~per_target.isnan()]
+    if bootstrap == 0 or len(defined) == 0:
+        return per_target.new_tensor(torch.nan), per_target.new_tensor(torch.nan)
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack([defined[_draws(len(defined), generator).to(defined.device)].mean() for _ in range(bootstrap)])
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(means.new_tensor([tail, 1 - tail]))
+    return low, high
+
+
+def count_undefined(per_target: Tensor, what: str, reason: str) -> int:
+    """Return how many values are NaN, with a warning if they are more than 1 %.
+
+    Args:
+        per_target: `(n_target,)`.
+        what: The value and the metric it is left out of, for the warning.
+        reason: Why it may not exist.
+
+    Returns:
+        The number of NaN.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics.bootstrap import count_undefined
+        >>> count_undefined(torch.tensor([0.1, 0.5]), "rank", "nothing is relevant")
+        0
+    """
+    undefined = int(per_target.isnan().sum())
+    if undefined > 0.01 * len(per_target):
+        warnings.warn(
+            f"The {what} of {undefined} of {len(per_target)} targets is undefined, as {reason};"
+            " they are left out of the mean.",
+            stacklevel=4,
+        )
+    return undefined
+
+
+def check_bootstrap(bootstrap: int, confidence: float) -> None:
+    """Check the arguments of every bootstrap.
+
+    Raises:
+        ValueError: If `bootstrap` is negative or `confidence` outside (0, 1).
+
+    Example:
+        >>> from lightning_attr.metrics.bootstrap import check_bootstrap
+        >>> check_bootstrap(1000, 0.95)
+    """
+    if bootstrap < 0:
+        raise ValueError(f"Expected argument `bootstrap` to be a non-negative integer, but got {bootstrap}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected argument `confidence` to be in (0, 1), but got {confidence}.")
+
+
+def _draws(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(n, (n,), generator=generator)
+
+
+def _resample(n: int, generator: torch.Generator) -> Tensor:
+    """Return how often each of n items is drawn in n draws with replacement."""
+    return torch.bincount(_draws(n, generator), minlength=n)
