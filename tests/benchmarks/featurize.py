@@ -1,22 +1,33 @@
-"""What featurizing costs, as a multiple of a plain forward and backward pass over the same samples, in one run.
+"""What featurizing costs, in time and memory, as multiples of a plain forward and backward pass over the same samples.
 
-Run `python tests/benchmarks/featurize.py [--json FILE] [--repeats N] [--device cuda]`. A ratio is the median over the
-repeats of a row's time divided by that of the plain pass, or of vmap(grad), next to it.
+Run `python tests/benchmarks/featurize.py [--quick] [--no-peers] [--work resnet9 mlp ...] [--json FILE] [--device D]`.
+
+Each row runs in a process of its own and alternates with the plain pass there: its time is the median over the repeats
+of the ratio to the plain pass next to it. What can be made beforehand (plans, projections, compiled code, stores) is
+made before, and a first pass is not counted. Its memory is the highest resident size (on CUDA: allocated memory) while
+it is made once more and runs once, over that with only network and batch there, so that projection matrices count.
+A row that takes too long is killed, and shown as "> bound".
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from digits import cnn, mlp
+from networks import WORKS, Job, Work
+from peers import PEERS, Maker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,154 +35,222 @@ from lightning_attr import AttributionMixin
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.gradients import vmap_gradients
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors import KroneckerProjector, RademacherProjector
+from lightning_attr.projectors import (
+    FactGraSSProjector,
+    FactoredSJLTProjector,
+    GraSSProjector,
+    KroneckerProjector,
+    Projector,
+    RademacherProjector,
+)
 
-VOCABULARY, LENGTH, WIDTH = 128, 64, 192
+TRANSFORMER_ONLY = "transformer"  # dense and sparse projections are compared on one work
+SETUP_LIMIT = 240  # seconds; dattri compiles C++
 
 
 class Classifier(AttributionMixin, nn.Module):
+    """A batch is (*inputs, labels)."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)  # type: ignore[no-any-return]  # torch types a module's call as Any
+    def attribution_step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.network(*batch[:-1]), batch[-1]
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block with 6 heads."""
+def plain(job: Job) -> Callable[[], None]:
+    """A forward and a backward pass that gives the gradient of every parameter."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+    def run() -> None:
+        job.network.zero_grad()
+        F.cross_entropy(job.network(*job.inputs), job.labels).backward()
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, length, 3, 6, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
-        return x + self.mlp(self.norm2(x))
+    return run
 
 
-class Transformer(nn.Module):
-    """Four blocks over 64 tokens, classifying by the last: 1.9M parameters."""
+def ours(projector: Projector) -> Maker:
+    """What the callback does with a batch, but for writing it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
+    def make(job: Job) -> Callable[[], Any]:
+        module, batch = Classifier(job.network).eval(), (*job.inputs, job.labels)
+        path = plan(module, tuple(x[:4] for x in batch), 4)
+        featurizer = Featurizer(module, path, projector.bind(ParameterLayout.of(module), "final"))
+        rows = list(range(job.batch_size))
+        return lambda: featurizer(batch, rows)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        x = self.blocks(self.tokens(ids) + self.positions(positions))
-        return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
+    return make
 
 
-@dataclass(frozen=True)
-class Work:
-    """A network, its inputs, the batch size, and how many batches are timed together."""
-
-    network: Callable[[], nn.Module]
-    inputs: Callable[[int], Tensor]
-    batch_size: int
-    batches: int
-
-
-WORK = {
-    "digits MLP, 17k parameters": Work(mlp, lambda n: torch.rand(n, 64), batch_size=64, batches=8),
-    "digits CNN, 10k parameters": Work(cnn, lambda n: torch.rand(n, 1, 8, 8), batch_size=64, batches=4),
-    "transformer, 1.8M parameters, 64 tokens": Work(
-        Transformer, lambda n: torch.randint(VOCABULARY, (n, LENGTH)), batch_size=32, batches=1
-    ),
-}
-
-
-def passes(work: Work, device: str) -> dict[str, Callable[[], None]]:
-    """The plain pass first, then what is compared with it; each goes over the same batches."""
-    torch.manual_seed(0)
-    module = Classifier(work.network()).to(device).eval()
-    batches = [
-        (work.inputs(work.batch_size).to(device), torch.randint(10, (work.batch_size,), device=device))
-        for _ in range(work.batches)
-    ]
+def vmap(job: Job) -> Callable[[], Any]:
+    """The usual way to per-sample gradients, not projected."""
+    module, batch = Classifier(job.network).eval(), (*job.inputs, job.labels)
     params = {name: p.detach() for name, p in module.named_parameters()}
-    rows = list(range(work.batch_size))
-    layout, path = ParameterLayout.of(module), plan(module, tuple(t[:4] for t in batches[0]), 4)
-
-    def plain() -> None:
-        for x, y in batches:
-            module.zero_grad()
-            F.cross_entropy(module(x), y).backward()
-
-    def featurize(projector: Any) -> Callable[[], None]:
-        featurizer = Featurizer(module, path, projector.bind(layout, "final"))
-
-        def run() -> None:
-            for batch in batches:
-                featurizer(batch, rows)
-
-        return run
-
-    def vmap() -> None:
-        for batch in batches:
-            vmap_gradients(lambda p, b: module.functional_output(p, {}, b), params, batch, work.batch_size)
-
-    return {
-        "plain forward and backward": plain,
-        "featurized, Kronecker, proj_dim 2048 (the default)": featurize(KroneckerProjector(2048)),
-        "featurized, Rademacher, proj_dim 512": featurize(RademacherProjector(512)),
-        "vmap(grad), gradients only": vmap,
-    }
+    return lambda: vmap_gradients(lambda p, b: module.functional_output(p, {}, b), params, batch, job.batch_size)
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def rows_of(key: str, peers: bool) -> dict[str, Maker]:
+    """What is measured beside the plain pass."""
+    rows: dict[str, Maker] = {"ours, Kronecker, proj_dim 2048 (the default)": ours(KroneckerProjector(2048))}
+    if key == TRANSFORMER_ONLY:
+        rows["ours, Rademacher, proj_dim 512"] = ours(RademacherProjector(512))
+        rows["ours, factored SJLT, proj_dim 2048"] = ours(FactoredSJLTProjector(2048))
+        rows["ours, GraSS, proj_dim 2048"] = ours(GraSSProjector(2048))
+        rows["ours, FactGraSS, proj_dim 2048"] = ours(FactGraSSProjector(2048))
+    rows["vmap(grad), gradients only"] = vmap
+    return rows | PEERS if peers else rows
+
+
+def seconds(run: Callable[[], Any], device: str, passes: int) -> float:
+    """Time of one pass, the mean of several."""
     start = time.perf_counter()
-    run()
+    for _ in range(passes):
+        run()
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / passes
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM (its highest value) of this process, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def memory_growth(make: Maker, job: Job) -> int:
+    """Bytes that making a row and running it once need at most, over what was in use before."""
+    job.network.zero_grad(set_to_none=True)
+    gc.collect()
+    if job.device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        make(job)()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # free pages would be used again without showing
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: start VmHWM anew
+    before = resident("VmRSS")
+    make(job)()
+    return resident("VmHWM") - before
+
+
+def measure(make: Maker, work: Work, settings: argparse.Namespace, send: Connection) -> None:
+    """Measure a row in this process, sending each figure as soon as it is known."""
+    torch.set_num_threads(settings.threads)
+    os.chdir(settings.folder)  # peers write into it, and print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    tempfile.tempdir = settings.folder
+    try:
+        job = work.job(settings.device)
+        reference = plain(job)
+        seconds(reference, settings.device, 2)
+        send.send(("plain", seconds(reference, settings.device, work.passes)))
+        run = make(job)
+        send.send(("made", 0.0))
+        first = seconds(run, settings.device, 1)
+        send.send(("first", first))
+        passes = work.passes if first < 0.1 else 1
+        start = time.perf_counter()
+        for done in range(settings.repeats):
+            pair = (seconds(run, settings.device, passes), seconds(reference, settings.device, work.passes))
+            send.send(("pair", pair))
+            if done >= 1 and time.perf_counter() - start > settings.limit / 4:
+                break
+        del run
+        send.send(("memory", (memory_growth(make, job), memory_growth(plain, job))))
+    except Exception as error:  # whatever a peer raises belongs into its cell
+        send.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def row_of(make: Maker, work: Work, settings: argparse.Namespace) -> dict[str, Any]:
+    """Run :func:`measure` in a process of its own, for as long as it may take."""
+    processes = get_context("fork")  # rows are functions made here, which do not pickle; this process computes nothing
+    receive, send = processes.Pipe(duplex=False)
+    process = processes.Process(target=measure, args=(make, work, settings, send))
+    process.start()
+    send.close()
+    row: dict[str, Any] = {}
+    pairs: list[tuple[float, float]] = []
+    last = time.monotonic()
+    deadline = last + SETUP_LIMIT
+    while True:
+        try:
+            if not receive.poll(max(0.0, deadline - time.monotonic())):
+                row["bound"] = time.monotonic() - last
+                break
+            what, value = receive.recv()
+        except EOFError:  # it has finished, or died
+            break
+        last = time.monotonic()
+        if what == "made":
+            deadline = last + settings.limit
+        if what == "pair":
+            pairs.append(value)
+        else:
+            row[what] = value
+    process.kill()
+    process.join()
+    if pairs:
+        row["figure"] = statistics.median(time for time, _ in pairs)
+        row["reference"] = statistics.median(time for _, time in pairs)
+        row["ratio"] = statistics.median(time / plain for time, plain in pairs)
+        row["repeats"] = len(pairs)
+    elif "error" not in row and "bound" in row and "made" in row:
+        row["ratio_above"] = row["bound"] / row["plain"]
+    elif "error" not in row:
+        row["error"] = f"set-up took over {SETUP_LIMIT} s" if "bound" in row else f"died with code {process.exitcode}"
+    if "memory" in row:
+        row["memory_growth"], row["memory_reference"] = row.pop("memory")
+        row["memory_ratio"] = row["memory_growth"] / row["memory_reference"]
+    return row
+
+
+def cells(row: dict[str, Any]) -> str:
+    """The row's figures as printed."""
+    if row.get("error"):
+        return f"  fails: {row['error'].split(':')[0]}"
+    if "ratio" not in row:
+        return f"{'':11}{'> ' + format(row['ratio_above'], '.0f'):>9}"
+    text = f"{row['samples_per_second']:11,.0f}{row['ratio']:9.2f}"
+    return text + (f"{row['memory_growth'] / 2**20:9.1f}{row['memory_ratio']:9.2f}" if "memory_ratio" in row else "")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help="which networks")
+    parser.add_argument("--only", help="only rows whose name contains this")
+    parser.add_argument("--no-peers", action="store_true", help="only our rows and vmap(grad)")
+    parser.add_argument("--quick", action="store_true", help="no peers, 3 repeats")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a row may take once it is made")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.no_peers, settings.repeats = True, 3
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # dattri compiles; no pool of processes for that
 
-    print(
-        f"{arguments.device}, {arguments.threads} thread(s), torch {torch.__version__}, median of {arguments.repeats}"
-    )
-    print(f"{'':46}{'samples/s':>11}{'/ plain':>9}{'/ vmap':>9}")
+    print(f"{settings.device}, {settings.threads} thread(s), torch {torch.__version__}, {settings.repeats} repeats")
+    print(f"{'':52}{'samples/s':>11}{'/ plain':>9}{'MiB':>9}{'/ plain':>9}")
     rows: list[dict[str, Any]] = []
-    for name, work in WORK.items():
-        runs = passes(work, arguments.device)
-        for run in runs.values():
-            run()  # warm-up: draws the projections
-        times = [{what: seconds(run, arguments.device) for what, run in runs.items()} for _ in range(arguments.repeats)]
-        plain, *_, vmap = runs
-        print(name)
-        for what in runs:
-            figure = statistics.median(t[what] for t in times)
-            to_plain = statistics.median(t[what] / t[plain] for t in times)
-            to_vmap = statistics.median(t[what] / t[vmap] for t in times)
-            samples = work.batch_size * work.batches / figure
-            print(f"  {what:44.44}{samples:11,.0f}{to_plain:9.2f}{to_vmap:9.2f}")
-            rows.append({
-                "what": f"{name}: {what}",
-                "figure": figure,
-                "reference": statistics.median(t[plain] for t in times),
-                "ratio": to_plain,
-                "ratio_to_vmap": to_vmap,
-                "threads": arguments.threads,
-            })
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    for key in settings.work:
+        work = WORKS[key]
+        print(f"{work.title}, batch {work.batch_size}", flush=True)
+        for name, make in {"plain forward and backward": plain, **rows_of(key, not settings.no_peers)}.items():
+            if settings.only and settings.only not in name:
+                continue
+            with tempfile.TemporaryDirectory() as settings.folder:
+                row = row_of(make, work, settings)
+            if "figure" in row:
+                row["samples_per_second"] = work.batch_size / row["figure"]
+            print(f"  {name:50.50}{cells(row)}", flush=True)
+            rows.append({"what": f"{work.title}: {name}", "work": key, "threads": settings.threads, **row})
+    if settings.json:
+        settings.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
+from trak import TRAKer  # type: ignore[import-untyped]  # ships no types
+from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-untyped]  # ships no types
+
 from digits import (
     CACHE,
     SETTINGS,
@@ -29,14 +33,11 @@ from digits import (
     load,
     trained,
 )
-from torch import Tensor
-from trak import TRAKer  # type: ignore[import-untyped]  # ships no types
-from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-untyped]  # ships no types
-
 from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, AttributionMethod, GradDot
 from lightning_attr.metrics import linear_datamodeling_score
+from lightning_attr.projectors import RademacherProjector
 
 
 def traker(setting: Setting, n_models: int, proj_dim: int = 512) -> Tensor:
@@ -114,6 +115,7 @@ ROWS: dict[str, Callable[[Setting], Tensor]] = {
     "TRAK(), one run, another seed": partial(one_run, method=TRAK(), seed=1),
     "TRAK(), three runs merged": partial(merged_runs, n_runs=3),
     "TRAK(newton_weights=False), one run": partial(one_run, method=TRAK(newton_weights=False)),
+    "TRAK(), one run, dense projection": partial(one_run, method=TRAK(projector=RademacherProjector(2048))),
     "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
     "TRAK(), last snapshot of the run": partial(one_run, method=TRAK(), snapshots=[]),
     "GradDot(), last snapshot of the run": partial(one_run, method=GradDot()),
@@ -123,10 +125,12 @@ ROWS: dict[str, Callable[[Setting], Tensor]] = {
 REFERENCE = "traker, 10 models"
 
 
-def measure(setting: Setting, masks: Tensor, outputs: Tensor) -> list[dict[str, Any]]:
+def measure(setting: Setting, masks: Tensor, outputs: Tensor, wanted: str) -> list[dict[str, Any]]:
     """The score of every row with its 95 % interval and its ratio to the reference, and the noise ceiling."""
     rows: list[dict[str, Any]] = []
     for name, attribute in ROWS.items():
+        if wanted not in name:
+            continue
         start = time.perf_counter()
         scores = attribute(setting)
         seconds = time.perf_counter() - start
@@ -141,13 +145,14 @@ def measure(setting: Setting, masks: Tensor, outputs: Tensor) -> list[dict[str, 
             "seconds": seconds,
         })
     rows.append({"setting": setting.name, "what": "noise ceiling of the retrained models", "figure": ceiling})
-    reference = next(row["figure"] for row in rows if row["what"] == REFERENCE)
+    reference = next((row["figure"] for row in rows if row["what"] == REFERENCE), rows[0]["figure"])
     return [row | {"reference": reference, "ratio": row["figure"] / reference} for row in rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default="mlp")
+    parser.add_argument("--rows", default="", help="only those with this text in their names")
     parser.add_argument("--subsets", choices=SUBSET_SEEDS, default="report", help="choose defaults on `tune` only")
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="directory of the ground truth (default: %(default)s)"
@@ -159,14 +164,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
 
     setting = SETTINGS[arguments.setting]
-    rows = measure(setting, *ground_truth(setting, arguments.subsets, arguments.cache))
+    rows = measure(setting, *ground_truth(setting, arguments.subsets, arguments.cache), arguments.rows)
     print(f"digits, {arguments.setting}, subsets `{arguments.subsets}`; seconds on one CPU thread, training included")
     print(f"{'':40}{'LDS':>6}  {'95 % interval':15}{'ratio':>6}{'seconds':>9}")
     for row in rows:
         interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
         seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
         print(f"{row['what']:40}{row['figure']:6.3f}  {interval:15}{row['ratio']:6.2f}{seconds:>9}")
-    print(f"ratio: to `{REFERENCE}`")
+    known = {row["what"] for row in rows}
+    print(f"ratio: to `{REFERENCE if REFERENCE in known else rows[0]['what']}`")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 pytest.importorskip("sklearn")
-from benchmarks import digits
+import digits
 
 
 @pytest.mark.parametrize(("name", "module"), [("mlp", digits.DigitsMLP), ("cnn", digits.DigitsCNN)])

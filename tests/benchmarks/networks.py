@@ -1,0 +1,159 @@
+"""What the benchmarks featurize: networks of the kinds that people train, each with a batch of random samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from digits import cnn, mlp
+
+VOCABULARY, LENGTH, WIDTH, HEADS, CLASSES = 128, 64, 192, 6, 10
+BERT_VOCABULARY, BERT_LENGTH = 2000, 32
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, a 1x1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(outputs) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.norm3(self.shortcut(x)))
+
+
+class ResNet9(nn.Module):
+    """The ResNet-9 of dattri's CIFAR benchmark (Deng et al. 2024), without its dropout: 4.8M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.blocks = nn.Sequential(ResidualBlock(64, 128, 1), ResidualBlock(128, 256, 2), ResidualBlock(256, 512, 2))
+        self.head = nn.Linear(512, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.norm(self.conv(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))  # type: ignore[no-any-return]  # as torch types calls
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Four causal blocks over 64 tokens, classifying by the last: 1.8M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        x = self.blocks(self.tokens(ids) + self.positions(positions))
+        return self.head(self.norm(x[:, -1]))  # type: ignore[no-any-return]
+
+
+class Bert(nn.Module):
+    """BertForSequenceClassification of transformers, 2 layers of width 128, giving its logits: 0.7M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Imported here: it takes seconds, and only this needs it.
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=BERT_VOCABULARY,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=512,
+            max_position_embeddings=64,
+            num_labels=CLASSES,
+        )
+        self.bert = BertForSequenceClassification(config)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.bert(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
+
+
+def _padded_text(n: int) -> tuple[Tensor, Tensor]:
+    """Sequences of 8 to 32 tokens, padded to 32."""
+    mask = (torch.arange(BERT_LENGTH) < torch.randint(8, BERT_LENGTH + 1, (n, 1))).long()
+    return torch.randint(1, BERT_VOCABULARY, (n, BERT_LENGTH)) * mask, mask
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network in eval mode and one batch for it, on one device."""
+
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> str:
+        return self.labels.device.type
+
+    def linears(self) -> list[str]:
+        """The names of its linear layers; the last is the output layer."""
+        return [name for name, layer in self.network.named_modules() if isinstance(layer, nn.Linear)]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network, its inputs, the batch size, and how many passes over the batch are timed together."""
+
+    title: str
+    network: Callable[[], nn.Module]
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    batch_size: int
+    passes: int
+
+    def job(self, device: str) -> Job:
+        """Make the network and its batch, the same each time."""
+        torch.manual_seed(0)
+        network = self.network().to(device).eval()
+        inputs = tuple(x.to(device) for x in self.inputs(self.batch_size))
+        return Job(network, inputs, torch.randint(CLASSES, (self.batch_size,), device=device))
+
+
+WORKS = {
+    "resnet9": Work("ResNet-9, 4.8M parameters, 32x32", ResNet9, lambda n: (torch.randn(n, 3, 32, 32),), 32, 1),
+    "transformer": Work(
+        "transformer, 1.8M parameters, 64 tokens",
+        Transformer,
+        lambda n: (torch.randint(VOCABULARY, (n, LENGTH)),),
+        32,
+        1,
+    ),
+    "bert": Work("BERT of transformers, 0.7M parameters, padded to 32", Bert, _padded_text, 32, 2),
+    "mlp": Work("MLP 64-128-64-10, 17k parameters", mlp, lambda n: (torch.rand(n, 64),), 256, 16),
+    "cnn": Work("digits CNN, 10k parameters", cnn, lambda n: (torch.rand(n, 1, 8, 8),), 64, 4),
+}
