@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    default_convert,
+)
 
 from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator
 from lightning_attr.randomness import hashed_seed
@@ -120,6 +128,11 @@ class DataSource:
         # A loader with batch_size=None converts samples and joins none.
         return _Collate(default_collate if own is default_convert else own)
 
+    @property
+    def seeded(self) -> bool:
+        """Whether a sample is read under seeds of its own: where nothing can be random, they only cost time."""
+        return self.loader.collate_fn not in {default_collate, default_convert} or not _only_indexes(self.dataset)
+
     def digest(self) -> str | None:
         """Hash a few samples across the data set, to tell another data set of equal length.
 
@@ -170,7 +183,7 @@ class OrderedLoader:
         # Workers are worth their start-up only when each has several batches to prepare.
         workers = given.num_workers if len(self) > 2 * given.num_workers else 0
         loader = DataLoader(
-            _Rows(self.source.dataset),
+            _Rows(self.source.dataset, seeded=self.source.seeded),
             batch_sampler=self.batches,
             collate_fn=self.source.collate,
             num_workers=workers,
@@ -187,14 +200,17 @@ class OrderedLoader:
 class _Rows(Dataset[Any]):
     """The data set with each sample's row beside it, read under seeds of its own."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], seeded: bool = True) -> None:
         self.dataset = dataset
+        self.seeded = seeded
         self.generators: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # checked by DataSource.of
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
+        if not self.seeded:
+            return row, self.dataset[row]
         if self.generators is None:  # found in the process that uses them, which may be a worker
             self.generators = find_generators(self.dataset)
         seed = hashed_seed("sample", row)
@@ -204,6 +220,13 @@ class _Rows(Dataset[Any]):
         for generator in self.generators:
             reseed_generator(generator, seed)
         return row, self.dataset[row]
+
+
+def _only_indexes(dataset: Dataset[Any]) -> bool:
+    """Whether reading a sample is nothing but indexing tensors."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset
 
 
 class _Collate:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian", "hashed_seed", "rademacher", "random_words"]
+__all__ = ["gaussian", "hashed_seed", "packed_bits", "rademacher", "random_words", "unpacked_bits"]
 
 
 def hashed_seed(*key: object) -> int:
@@ -49,9 +49,46 @@ def rademacher(shape: tuple[int, ...], *key: object) -> Tensor:
         (torch.int8, [-1, 1], True)
     """
     count = math.prod(shape)
+    bits = unpacked_bits(packed_bits(count, *key), count)
+    return bits.view(torch.int8).mul_(2).sub_(1).reshape(shape)
+
+
+def packed_bits(count: int, *key: object) -> Tensor:
+    """Draw fair bits, eight in a byte, the first in the highest place.
+
+    Args:
+        count: how many.
+        key: what they depend on.
+
+    Returns:
+        ``(ceil(count / 64) * 8,)``, uint8, on the CPU.
+
+    Example:
+        >>> packed_bits(100, 0, "weight").shape
+        torch.Size([16])
+    """
     words = random_words(-(-count // 64), *key).astype("<u8", copy=False)
-    bits = np.unpackbits(words.view(np.uint8), count=count)
-    return torch.from_numpy(bits.view(np.int8)).mul_(2).sub_(1).reshape(shape)
+    return torch.from_numpy(words.view(np.uint8))
+
+
+def unpacked_bits(packed: Tensor, count: int) -> Tensor:
+    """Give each bit a byte of its own.
+
+    Args:
+        packed: from :func:`packed_bits`, on any device.
+        count: bits wanted.
+
+    Returns:
+        ``(count,)``, uint8 of 0 and 1, on the same device.
+
+    Example:
+        >>> unpacked_bits(torch.tensor([0b10100000], dtype=torch.uint8), 4)
+        tensor([1, 0, 1, 0], dtype=torch.uint8)
+    """
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=count))
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(1) >> places) & 1).flatten()[:count]
 
 
 def gaussian(shape: tuple[int, ...], *key: object) -> Tensor:

@@ -26,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_attr import loader
 from lightning_attr.isolation import undisturbed
 from lightning_attr.loader import DataSource, OrderedLoader
 
@@ -371,3 +372,34 @@ def test_data_that_differs_each_time_has_no_digest() -> None:
             return {"reads": Unstable.reads}
 
     assert digest(Unstable()) is None
+
+
+class Noted(TensorDataset):
+    """Tensors, and the first random number that reading a sample would draw."""
+
+    def __getitem__(self, index: int) -> Any:
+        return (*super().__getitem__(index), torch.rand(()))
+
+
+@pytest.mark.parametrize(
+    "dataset", [TensorDataset(torch.arange(6.0)), Subset(TensorDataset(torch.arange(9.0)), range(6))]
+)
+def test_plain_tensors_are_read_without_seeds(dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "hashed_seed", lambda *key: pytest.fail("seeded"))
+    source = DataSource.of(DataLoader(dataset, batch_size=4), "training")
+    batches = list(OrderedLoader(source, source.batches(range(6))))
+    assert [rows for rows, _ in batches] == [[0, 1, 2, 3], [4, 5]]
+    torch.testing.assert_close(torch.cat([x for _, (x,) in batches]), torch.arange(6.0))
+
+
+@pytest.mark.parametrize("case", ["subclass", "collation"])
+def test_what_may_be_random_is_read_with_seeds(case: str) -> None:
+    def noisy(samples: list[Any]) -> Any:
+        return torch.rand(len(samples))
+
+    data = Noted(torch.arange(6.0)) if case == "subclass" else TensorDataset(torch.arange(6.0))
+    source = DataSource.of(
+        DataLoader(data, batch_size=4, collate_fn=noisy if case == "collation" else None), "training"
+    )
+    first, second = (list(OrderedLoader(source, source.batches(range(6)))) for _ in range(2))
+    assert str(first) == str(second)

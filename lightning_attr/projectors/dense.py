@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
-from lightning_attr.randomness import gaussian, rademacher
+from lightning_attr.randomness import gaussian, packed_bits, unpacked_bits
 
 __all__ = ["GaussianProjector", "RademacherProjector"]
 
@@ -24,7 +26,7 @@ class RademacherProjector(Projector):
     Args:
         proj_dim: projection dimension ``k``.
         seed: projections of equal seed, layout and snapshot are equal everywhere.
-        cache_bytes: tiles are kept in memory up to this size and drawn again for every batch beyond it.
+        cache_bytes: tiles, a bit an entry, are kept in memory up to this size and drawn again for every batch beyond.
 
     Example:
         >>> import torch
@@ -51,7 +53,7 @@ class RademacherProjector(Projector):
         Returns:
             The linear map.
         """
-        return _DenseProjection(layout, self.proj_dim, self.kind, (self.seed, snapshot), self.cache_bytes)
+        return _RademacherProjection(layout, self.proj_dim, (self.seed, snapshot), self.cache_bytes)
 
 
 class GaussianProjector(RademacherProjector):
@@ -60,7 +62,7 @@ class GaussianProjector(RademacherProjector):
     Args:
         proj_dim: projection dimension ``k``.
         seed: as in :class:`RademacherProjector`.
-        cache_bytes: as in :class:`RademacherProjector`.
+        cache_bytes: as in :class:`RademacherProjector`; an entry takes four bytes.
 
     Example:
         >>> GaussianProjector(proj_dim=8).bind(ParameterLayout({"w": (3,)}), "final").dim
@@ -69,30 +71,64 @@ class GaussianProjector(RademacherProjector):
 
     kind: ClassVar[str] = "gaussian"
 
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Prepare the projection of a snapshot; its tiles are drawn when they are first used.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the snapshot.
+
+        Returns:
+            The linear map.
+        """
+        return _GaussianProjection(layout, self.proj_dim, (self.seed, snapshot), self.cache_bytes)
+
 
 class _DenseProjection(Projection):
-    def __init__(
-        self, layout: ParameterLayout, proj_dim: int, kind: str, key: tuple[object, ...], cache_bytes: int
-    ) -> None:
+    """Adds up products with tiles, which subclasses draw, keep and unpack."""
+
+    def __init__(self, layout: ParameterLayout, proj_dim: int, key: tuple[object, ...], cache_bytes: int) -> None:
         super().__init__(proj_dim)
         self.layout = layout
-        self.draw = rademacher if kind == "rademacher" else gaussian
         self.key = key
         self.cache_bytes = cache_bytes
         self.cache: dict[tuple[str, int], Tensor] = {}
 
+    def _tile(self, name: str, start: int, rows: int, device: torch.device) -> Tensor:
+        tile = self.cache.get((name, start))
+        if tile is None:
+            tile = self._draw((rows, self.dim), (*self.key, name, start)).to(device)
+            if tile.nbytes <= self.cache_bytes:
+                self.cache[name, start] = tile
+                self.cache_bytes -= tile.nbytes
+        return tile
+
+    @abstractmethod
+    def _draw(self, shape: tuple[int, int], key: tuple[object, ...]) -> Tensor: ...
+
+
+class _RademacherProjection(_DenseProjection):
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
         scale = 1 / math.sqrt(self.dim)
         for start in range(0, rows.shape[1], _TILE):
             part = rows[:, start : start + _TILE]
-            features.addmm_(part, self._tile(name, start, part), alpha=scale)
+            packed = self._tile(name, start, part.shape[1], part.device)
+            bits = unpacked_bits(packed, part.shape[1] * self.dim).view(part.shape[1], self.dim)
+            features.addmm_(part, bits.to(part), alpha=2 * scale)
+        features.sub_(rows.sum(1, keepdim=True), alpha=scale)  # a sign is twice its bit, less one
 
-    def _tile(self, name: str, start: int, part: Tensor) -> Tensor:
-        tile = self.cache.get((name, start))
-        if tile is None:
-            tile = self.draw((part.shape[1], self.dim), *self.key, name, start).to(part.device)
-            if tile.nbytes <= self.cache_bytes:
-                self.cache[name, start] = tile
-                self.cache_bytes -= tile.nbytes
-        return tile.to(part)
+    def _draw(self, shape: tuple[int, int], key: tuple[object, ...]) -> Tensor:
+        return packed_bits(math.prod(shape), *key)
+
+
+class _GaussianProjection(_DenseProjection):
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
+        for start in range(0, rows.shape[1], _TILE):
+            part = rows[:, start : start + _TILE]
+            tile = self._tile(name, start, part.shape[1], part.device)
+            features.addmm_(part, tile.to(part), alpha=1 / math.sqrt(self.dim))
+
+    def _draw(self, shape: tuple[int, int], key: tuple[object, ...]) -> Tensor:
+        return gaussian(shape, *key)
