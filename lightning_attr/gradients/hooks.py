@@ -326,7 +326,8 @@ class _Capture:
             leaf = output.detach().requires_grad_()
             self.leaves.append(leaf)
             output = leaf.clone()
-        output.register_hook(lambda backprops: self._emit(rule, layer, names, activations, backprops))
+        held = [activations]  # given away when they are needed: the graph keeps its hooks to the end
+        output.register_hook(lambda backprops: self._emit(rule, layer, names, held.pop(), backprops))
         return output
 
     def _emit(
