@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class AttributionCallback(L.Callback):
         featurize: compute features at once; otherwise ``trainer.attribute`` does, from the snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
         log: log self-influence statistics at every snapshot to the Trainer's loggers.
-        batch_size: samples a batch while featurizing; by default the training loader's.
+        batch_size: samples a batch while featurizing; by default the training loader's, or up to 256 where samples are
+            small and only stacked.
         feature_dtype: how features are stored: "float16" with a scale for each shard, "bfloat16" or "float32". A
             float64 module's stay float64.
         memory_budget: bytes that the tensors of a featurized batch may take: a larger batch goes through in parts. By
@@ -155,6 +156,8 @@ class AttributionCallback(L.Callback):
         self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
         with self._beside_training(trainer, pl_module):
             bytes_a_row = self._probe(trainer, pl_module)
+        if self.batch_size is None and self.source.stacks:
+            self.source = replace(self.source, batch_size=self.memory.comfortable(self.source.batch_size))
         self._rehearsal = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's connectors
         if self._rehearsal:
             return  # a store of it would only be in the way of the run itself
@@ -179,12 +182,10 @@ class AttributionCallback(L.Callback):
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         """Go the whole way with a few samples; return how many bytes the store keeps of each."""
         self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
-        if not self.featurize:
-            return 0
         featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""), self.memory)
         with trainer.precision_plugin.forward_context():
             columns = featurizer(batch, rows)
-        return row_bytes(columns, self.feature_dtype)
+        return row_bytes(columns, self.feature_dtype) if self.featurize else 0
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution"

@@ -129,9 +129,14 @@ class DataSource:
         return _Collate(default_collate if own is default_convert else own)
 
     @property
+    def stacks(self) -> bool:
+        """Whether samples are only stacked to a batch, so that any batch size costs the same padding: none."""
+        return self.loader.collate_fn in {default_collate, default_convert}
+
+    @property
     def seeded(self) -> bool:
         """Whether a sample is read under seeds of its own: where nothing can be random, they only cost time."""
-        return self.loader.collate_fn not in {default_collate, default_convert} or not _only_indexes(self.dataset)
+        return not self.stacks or not _only_indexes(self.dataset)
 
     def digest(self) -> str | None:
         """Hash a few samples across the data set, to tell another data set of equal length.

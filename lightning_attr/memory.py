@@ -25,6 +25,8 @@ Rows: TypeAlias = "dict[str, Tensor]"
 
 _SHARE = 0.5
 """Of the free memory, by default: the loader, the shard being written and the user's own code want some, too."""
+_COMFORTABLE, _CACHED = 256, 2**25
+"""Samples a batch, and bytes that stay in the caches of a processor: more than either is no faster."""
 
 
 class MemoryBudget:
@@ -91,6 +93,27 @@ class MemoryBudget:
             parts.append(function(select_rows(batch, b, part), [rows[i] for i in part]))
         return {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
 
+    def comfortable(self, batch_size: int) -> int:
+        """Enlarge a batch of small samples, where the calls cost more than the arithmetic.
+
+        Args:
+            batch_size: the least.
+
+        Returns:
+            The batch size, doubled as long as it stays within 256 samples and their tensors within 32 MiB, as far as
+            samples were measured.
+
+        Example:
+            >>> MemoryBudget().comfortable(20)  # nothing was measured
+            20
+        """
+        while self._measured and 2 * batch_size <= _COMFORTABLE and self._needed(2 * batch_size) <= _CACHED:
+            batch_size *= 2
+        return batch_size
+
+    def _needed(self, batch_size: int) -> int:
+        return self._fixed + batch_size * self._per_sample
+
     def _measure(
         self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], device: torch.device
     ) -> None:
@@ -107,15 +130,15 @@ class MemoryBudget:
 
     def _fitting(self, batch_size: int) -> int:
         """How many samples may go through at once."""
-        if self.limit is None or self._fixed + batch_size * self._per_sample <= self.limit:
+        if self.limit is None or self._needed(batch_size) <= self.limit:
             return batch_size
         size = (self.limit - self._fixed) // max(1, self._per_sample)
         if size < 1 and not self._demanded:
             size = 1  # what is free is a guess: try
         if size < 1:
             raise MemoryBudgetError(
-                f"One sample needs about {_readable(self._fixed + self._per_sample)}, but the memory budget is "
-                f"{_readable(self.limit)}. Raise `memory_budget` to at least {self._fixed + self._per_sample:,} bytes, "
+                f"One sample needs about {_readable(self._needed(1))}, but the memory budget is "
+                f"{_readable(self.limit)}. Raise `memory_budget` to at least {self._needed(1):,} bytes, "
                 "use a smaller `proj_dim`, or freeze parameters that should not be attributed."
             )
         if not self._said:
@@ -123,7 +146,7 @@ class MemoryBudget:
                 "Featurizing in parts of %d samples: a batch of %d needs about %s, more than the memory budget of %s.",
                 size,
                 batch_size,
-                _readable(self._fixed + batch_size * self._per_sample),
+                _readable(self._needed(batch_size)),
                 _readable(self.limit),
             )
             self._said = True

@@ -156,3 +156,14 @@ def test_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert free_bytes(torch.device("cpu")) == 300
     monkeypatch.setattr(memory, "_left_in_group", lambda: None)
     assert free_bytes(torch.device("cpu")) == 500
+
+
+@pytest.mark.parametrize(
+    ("width", "batch_size", "expected"),
+    [(250, 8, 256), (250, 100, 200), (250, 300, 300), (40_000, 8, 64), (10**6, 8, 8)],
+)
+def test_batches_of_small_samples_may_be_larger(width: int, batch_size: int, expected: int) -> None:
+    budget = MemoryBudget()
+    assert budget.comfortable(batch_size) == batch_size  # nothing is known yet
+    budget.run(_doubled([]), _batch(2, width), range(2))  # 8 bytes a number
+    assert budget.comfortable(batch_size) == expected

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
@@ -45,3 +46,15 @@ def test_too_small_a_budget_fails_before_training(tmp_path: Path) -> None:
 def test_bad_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="`memory_budget` to be a positive number of bytes, but got 0"):
         AttributionCallback(memory_budget=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "collated", "rows"), [({}, False, 256), ({"batch_size": 8}, False, 8), ({}, True, 8)]
+)
+def test_small_samples_are_featurized_in_larger_batches(
+    tmp_path: Path, settings: dict[str, int], collated: bool, rows: int
+) -> None:
+    callback = AttributionCallback(tmp_path, **settings)
+    own = {"collate_fn": lambda samples: default_collate(samples)} if collated else {}  # may pad, for all that is known
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(BlobClassifier(), loader_of(blobs(24), batch_size=8, **own))
+    assert callback.source.batch_size == rows
