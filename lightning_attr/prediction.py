@@ -252,7 +252,12 @@ class AttributionStep(L.LightningModule):
         scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
         last = self.used[-1].key
         columns = next(self.store.blocks(last, [0]))[1]
-        provenance = {**self.method.config, "snapshots": [snapshot.key for snapshot in self.used]}
+        provenance = {
+            **self.method.config,
+            "snapshots": [snapshot.key for snapshot in self.used],
+            "train_data": self.fingerprint.data,
+            "target_probe": (self.target_data or self.train_data).digest(),
+        }
         if self.topk is not None:
             provenance["topk"] = self.topk
         return AttributionResult(

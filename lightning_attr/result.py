@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
-from lightning_attr.metrics import functional, plotting
+from lightning_attr.frames import data_frame
+from lightning_attr.metrics import comparison_plots, functional, plotting
 from lightning_attr.scores import ScoreMatrix
+from lightning_attr.texts import text_table
 from lightning_attr.top_scores import TopScores
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["AttributionResult"]
 
@@ -118,6 +123,73 @@ class AttributionResult:
         kind = TopScores if (folder / "top_scores.safetensors").exists() else ScoreMatrix
         return cls(kind.load(folder), **read_tensors(folder / "result.safetensors"))
 
+    def to_pandas(self) -> pd.DataFrame:
+        """Give what is known of each training sample to pandas.
+
+        Returns:
+            A row a training sample, labelled ``train_indices``, with the columns ``self_influence``, ``data_value`` and
+            ``loss``, and ``label`` and ``noise`` where they are known.
+
+        Raises:
+            MissingDependencyError: if pandas is not installed.
+        """
+        columns = {
+            "self_influence": self.self_influence,
+            "data_value": self.data_value,
+            "loss": self.loss,
+            "label": self.labels,
+            "noise": self.noise_mask,
+        }
+        known = {name: column.numpy() for name, column in columns.items() if column is not None}
+        return data_frame(known, ("train_index", self.scores.train_indices.numpy()))
+
+    def plot(self, kind: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Draw a figure by its name.
+
+        ================  =========================================================================================
+        kind              figure, and the arguments it takes beside ``ax``
+        ================  =========================================================================================
+        "scores"          :meth:`plot_scores`
+        "self_influence"  :meth:`plot_self_influence`
+        "detection"       :meth:`plot_detection`
+        "precision"       :meth:`plot_precision`
+        "proponents"      :meth:`plot_proponents`: images of training samples and targets, and which targets
+        "selection"       :func:`lightning_attr.metrics.plot_selection_curve`: the curve of retrained models
+        "cost"            :func:`lightning_attr.metrics.plot_datamodeling_score_against_cost`: the rows of all methods
+        ================  =========================================================================================
+
+        The last two show what retraining gave, which a result alone does not know.
+
+        Args:
+            kind: one of these.
+            *args: passed on.
+            **kwargs: passed on, such as ``ax``.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ValueError: if there is no such figure, or the result lacks what it shows.
+
+        Example:
+            >>> result = AttributionResult(ScoreMatrix(torch.eye(3)), torch.ones(3), torch.ones(3))
+            >>> figure, axes = result.plot("scores")
+            >>> axes.get_xlabel()
+            'target'
+        """
+        figures: dict[str, Callable[..., tuple[Any, Any]]] = {
+            "scores": self.plot_scores,
+            "self_influence": self.plot_self_influence,
+            "detection": self.plot_detection,
+            "precision": self.plot_precision,
+            "proponents": self.plot_proponents,
+            "selection": plotting.plot_selection_curve,
+            "cost": comparison_plots.plot_datamodeling_score_against_cost,
+        }
+        if kind not in figures:
+            raise ValueError(f"Expected argument `kind` to be one of {sorted(figures)}, but got {kind!r}.")
+        return figures[kind](*args, **kwargs)
+
     def plot_scores(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the score matrix as a heat map.
 
@@ -155,15 +227,24 @@ class AttributionResult:
         Raises:
             ValueError: if there is no noise mask.
         """
-        if self.noise_mask is None:
-            raise ValueError(
-                "Expected a noise mask for the detection curve, but this result has none: pass `noise_mask`."
-            )
-        curves = {"self-influence": self.self_influence, "training loss": self.loss}
-        return plotting.plot_recall_curve(curves, self.noise_mask, ax=ax)
+        return plotting.plot_recall_curve(self._suspicion(), self._known_noise("detection"), ax=ax)
+
+    def plot_precision(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the share of flipped labels among the samples inspected against the share inspected.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ValueError: if there is no noise mask.
+        """
+        return comparison_plots.plot_precision_curve(self._suspicion(), self._known_noise("precision"), ax=ax)
 
     def plot_proponents(
-        self, train_images: Any, target_images: Any, targets: Sequence[int], k: int = 5
+        self, train_images: Any, target_images: Any, targets: Sequence[int], k: int = 5, width: float | None = None
     ) -> tuple[Any, Any]:
         """Draw targets beside their strongest proponents and opponents, for image data.
 
@@ -173,21 +254,64 @@ class AttributionResult:
             target_images: the same for targets.
             targets: columns of the score matrix, a row of the figure each.
             k: proponents, and as many opponents.
+            width: of the figure, in inches; by default 1.05 an image. A column of a paper, 3.3 inches, has room for
+                ``k=2``.
 
         Returns:
             ``(figure, axes)``.
         """
-        up, up_scores = self.scores.topk(k)
-        down, down_scores = self.scores.bottomk(k)
         rows = []
-        for j in targets:
-            index = int(self.scores.target_indices[j])
-            chosen = [*zip(up[j].tolist(), up_scores[j].tolist(), strict=True)]
-            chosen += [*zip(down[j].tolist(), down_scores[j].tolist(), strict=True)][::-1]
+        for index, samples in self._extremes(targets, k):
             row = [(target_images[index], f"#{index}")]
-            row += [(train_images[i], f"{self._label(i)}\n{score:+.2g}") for i, score in chosen]
+            row += [(train_images[i], f"{self._label(i)}\n{score:+.2g}") for i, score in samples]
             rows.append(row)
-        return plotting.plot_image_grid(rows, opponents=k)
+        return plotting.plot_image_grid(rows, opponents=k, width=width)
+
+    def proponent_texts(
+        self, train_texts: Any, target_texts: Any, targets: Sequence[int], k: int = 5, width: int = 100
+    ) -> str:
+        """Write targets above their strongest proponents and opponents, for text data.
+
+        Args:
+            train_texts: ``train_texts[i]`` is the text of ``dataset[i]``.
+            target_texts: the same for targets.
+            targets: columns of the score matrix.
+            k: proponents, and as many opponents, the strongest opponent last.
+            width: characters a line; longer texts are cut.
+
+        Returns:
+            A table to print.
+
+        Example:
+            >>> result = AttributionResult(ScoreMatrix(torch.tensor([[0.5], [-2.0]])), torch.ones(2), torch.ones(2))
+            >>> print(result.proponent_texts(["It rains.", "The sun shines."], ["It pours."], targets=[0], k=1))
+            target #0  It pours.
+              +0.500   #0  It rains.
+               -2.00   #1  The sun shines.
+        """
+        rows = []
+        for index, samples in self._extremes(targets, k):
+            shown = [(score, self._label(i), train_texts[i]) for i, score in samples]
+            rows.append((f"#{index}", target_texts[index], shown))
+        return text_table(rows, width)
+
+    def _extremes(self, targets: Sequence[int], k: int) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+        """Index of each target, with index and score of its top proponents, then opponents, the strongest last."""
+        (up, up_scores), (down, down_scores) = self.scores.topk(k), self.scores.bottomk(k)
+        for j in targets:
+            samples = [*zip(up[j].tolist(), up_scores[j].tolist(), strict=True)]
+            samples += [*zip(down[j].tolist(), down_scores[j].tolist(), strict=True)][::-1]
+            yield int(self.scores.target_indices[j]), samples
+
+    def _suspicion(self) -> dict[str, Tensor]:
+        return {"self-influence": self.self_influence, "training loss": self.loss}
+
+    def _known_noise(self, curve: str) -> Tensor:
+        if self.noise_mask is None:
+            raise ValueError(
+                f"Expected a noise mask for the {curve} curve, but this result has none: pass `noise_mask`."
+            )
+        return self.noise_mask
 
     def _label(self, index: int) -> str:
         if self.labels is None:

@@ -9,14 +9,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_attr.errors import AttributionError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
+from lightning_attr.frames import data_frame
 from lightning_attr.metrics import functional
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["ScoreMatrix"]
 
@@ -115,6 +120,26 @@ class ScoreMatrix:
             ``(rows, values[rows])``.
         """
         yield from _row_blocks(self.values)
+
+    def to_numpy(self) -> np.ndarray:
+        """Give the values to numpy.
+
+        Returns:
+            ``(n_train, n_target)``, sharing memory (or the mapped file) with ``values``.
+        """
+        return self.values.numpy()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Give the values to pandas.
+
+        Returns:
+            A row a training sample, a column a target, labelled ``train_indices`` and ``target_indices``.
+
+        Raises:
+            MissingDependencyError: if pandas is not installed.
+        """
+        rows, columns = self.train_indices.numpy(), self.target_indices.numpy()
+        return data_frame(self.to_numpy(), ("train_index", rows), ("target_index", columns))
 
     def save(self, path: str | Path) -> None:
         """Write ``scores.safetensors`` and ``scores.json`` into a directory.

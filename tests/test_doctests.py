@@ -20,7 +20,9 @@ import lightning_attr.callbacks
 PUBLIC = {
     "lightning_attr",
     "lightning_attr.callbacks",
+    "lightning_attr.evaluation",
     "lightning_attr.gradients",
+    "lightning_attr.interop",
     "lightning_attr.methods",
     "lightning_attr.metrics",
     "lightning_attr.outputs",

@@ -10,29 +10,40 @@ import pytest
 
 # Modules and subpackages of lightning_attr by level: each imports only from lower levels, and from itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "batch", "layout", "randomness"),
-    ("files", "checkpoints", "isolation", "outputs", "gradients", "projectors", "metrics"),
-    ("manifest", "scores", "mixin", "loader", "testing"),
-    ("store", "result", "data", "featurizer"),
-    ("shards", "methods"),
+    ("errors", "batch", "encoding", "layout", "randomness", "texts"),
+    ("files", "frames", "checkpoints", "isolation", "memory", "outputs", "gradients", "projectors", "metrics"),
+    ("reductions", "training_step"),
+    ("manifest", "scores", "top_scores", "mixin", "loader", "testing"),
+    ("store", "result", "data", "attributed"),
+    ("shards", "methods", "featurizer"),
+    ("scoring",),
     ("prediction",),
-    ("trainer",),
+    ("trainer", "evaluation", "interop"),
     ("callbacks", "__init__"),
 )
 # Further imports, from a module to another of its own level.
 SIDEWAYS = {("projectors", "gradients")}
 
 # Files that alone may import a distribution.
-LIGHTNING = ("lightning_attr/data.py", "lightning_attr/prediction.py", "lightning_attr/trainer.py", "callbacks/*")
+LIGHTNING = (
+    *(f"lightning_attr/{name}.py" for name in ("data", "prediction", "trainer", "training_step")),
+    *(
+        f"lightning_attr/evaluation/{name}.py"
+        for name in ("factories", "pilot", "retrain", "retraining", "stacked", "targets")
+    ),
+    "callbacks/*",
+)
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning": LIGHTNING,
     "lightning_utilities": ("lightning_attr/batch.py",),  # comes with lightning and torchmetrics, which both require it
     "pytorch_lightning": (),  # `lightning` is the name we use
     "fast_jl": ("lightning_attr/projectors/fast_jl.py",),
     "matplotlib": ("lightning_attr/metrics/plotting.py",),
+    "pandas": ("lightning_attr/frames.py",),
+    "dattri": ("lightning_attr/interop.py",),
 }
 # Optional distributions: imported only inside functions, and for their types anywhere.
-OPTIONAL = {"matplotlib"}
+OPTIONAL = {"matplotlib", "pandas", "dattri"}
 
 FOLDERS = ("lightning_attr", "callbacks", "tests", "examples")
 
@@ -129,6 +140,8 @@ def test_every_module_has_a_level(repository: Path) -> None:
         ("lightning_attr/metrics/plotting.py", "import matplotlib.pyplot as plt", "inside a function"),
         ("lightning_attr/metrics/plotting.py", "if True:\n    from matplotlib import pyplot", "inside a function"),
         ("lightning_attr/metrics/functional.py", "def f():\n    import matplotlib", "may import matplotlib"),
+        ("lightning_attr/scores.py", "def f():\n    import pandas as pd", "may import pandas"),
+        ("lightning_attr/interop.py", "from dattri.task import AttributionTask", "inside a function"),
         ("lightning_attr/store.py", "if TYPE_CHECKING:\n    import lightning", "may import lightning"),
         (
             "lightning_attr/store.py",
@@ -144,7 +157,7 @@ def test_every_module_has_a_level(repository: Path) -> None:
         ("tests/callbacks/test_monitor.py", "from callbacks import monitor", "only its home"),
         ("lightning_attr/errors.py", "from lightning_attr.batch import f", "(level 0) imports `batch` (level 0)"),
         ("lightning_attr/gradients/hooks.py", "from lightning_attr import projectors", "imports `projectors`"),
-        ("lightning_attr/metrics/plotting.py", "import lightning_attr.scores", "(level 1) imports `scores` (level 2)"),
+        ("lightning_attr/metrics/plotting.py", "import lightning_attr.scores", "(level 1) imports `scores` (level 3)"),
         ("lightning_attr/store.py", "from lightning_attr.methods.trak import TRAK", "imports `methods`"),
         ("lightning_attr/trainer.py", "from lightning_attr import ScoreMatrix", "module that defines it"),
         ("lightning_attr/trainer.py", "import lightning_attr", "module that defines it"),
@@ -169,6 +182,8 @@ def test_planted_violations_are_found(tmp_path: Path, file: str, source: str, pr
         ("lightning_attr/metrics/plotting.py", "def f():\n    if True:\n        import matplotlib.pyplot as plt"),
         ("lightning_attr/metrics/noisy_labels.py", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes"),
         ("lightning_attr/projectors/fast_jl.py", "import fast_jl"),
+        ("lightning_attr/frames.py", "def f():\n    import pandas as pd"),
+        ("lightning_attr/result.py", "if TYPE_CHECKING:\n    import pandas as pd"),
         ("lightning_attr/projectors/kronecker.py", "from lightning_attr.gradients.rules import rule"),
         ("lightning_attr/methods/trak.py", "from lightning_attr import errors, store"),
         ("lightning_attr/__init__.py", "from lightning_attr.trainer import AttributionTrainer"),

@@ -57,7 +57,8 @@ def blocks(repository: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), flags=re.DOTALL)
 
 
-def test_first_example(blocks: list[str]) -> None:
+def test_first_examples(blocks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
     code = blocks[0].replace("max_epochs=20", "max_epochs=3, **QUIET")
     assert code != blocks[0]
     names: dict[str, Any] = {"YourModule": YourClassifier, "dm": Blobs(), "QUIET": QUIET}
@@ -66,10 +67,16 @@ def test_first_example(blocks: list[str]) -> None:
     assert names["indices"].shape == names["scores"].shape == (12, 10)
     assert len(names["keep"]) == 36
 
+    retrain = blocks[1].replace("num_subsets=100, seeds=3", "num_subsets=4, seeds=1, progress=False")
+    assert retrain != blocks[1]
+    names["make_trainer"] = lambda: L.Trainer(max_epochs=1, **QUIET)
+    exec(retrain, names)
+    assert capsys.readouterr().out.startswith("subsets: 4, seeds: 1, targets: 12\nlds: ")
+
 
 def test_own_outputs(blocks: list[str]) -> None:
     names: dict[str, Any] = {"YourTagger": YourTagger, "token_loss": token_loss}
-    exec("from lightning_attr import AttributionMixin\n" + blocks[1], names)
+    exec("from lightning_attr import AttributionMixin\n" + blocks[2], names)
     data = [{"tokens": torch.tensor([i % 5, 1, 2]), "tags": torch.tensor([0, 1, 2])} for i in range(8)]
     loader = loader_of(data)
     result = AttributionTrainer(**QUIET).attribute(

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from lightning_attr import AttributionResult, ScoreMatrix
 from lightning_attr import scores as scores_module
 from lightning_attr.errors import CorruptedStoreError, MissingDependencyError
-from lightning_attr.metrics import plotting
+from lightning_attr.metrics import data_selection_curve, plotting
 
 N, M = 40, 6
 PLAIN = {"share_helpful", "share_harmful", "effective_proponents", "self_influence_overlap@10%"}
@@ -229,6 +229,94 @@ def test_proponents_and_opponents_are_those_of_the_scores(labels: bool) -> None:
     best = int(up[4, 0])
     row = int((train_indices == best).nonzero())
     assert (f"#{best}: “{row}”" if labels else f"#{best}\n") in titles
+
+
+def test_proponents_in_a_column_of_a_paper() -> None:
+    images = Images()
+    figure, axes = made().plot_proponents(images, images, targets=[0], k=2, width=3.3)
+    assert figure.get_size_inches()[0] == pytest.approx(3.3)
+    assert 5 <= axes[0, 1].xaxis.label.get_size() < 8
+    wide, axes = made().plot_proponents(images, images, targets=[0], k=2)
+    assert wide.get_size_inches()[0] == pytest.approx(5.25)
+    assert axes[0, 1].xaxis.label.get_size() == 8
+
+
+SELECTION = data_selection_curve(torch.tensor([0.5, 1.0]), torch.tensor([[0.7, 0.9]]), torch.tensor([[0.5, 0.9]]))
+COSTS = {"TRAK": (20.0, 0.4, 0.37, 0.43)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "xlabel", "ylabel"),
+    [
+        ("scores", (), "target", "training sample"),
+        ("self_influence", (), "self-influence", "share of each group"),
+        ("detection", (), "training samples inspected", "mislabelled samples found"),
+        ("precision", (), "training samples inspected", "mislabelled among inspected"),
+        ("selection", (SELECTION,), "training samples kept", "validation metric"),
+        ("cost", (COSTS,), "cost in seconds", "LDS"),
+    ],
+)
+def test_figures_by_name(kind: str, arguments: tuple[Any, ...], xlabel: str, ylabel: str) -> None:
+    own = plotting.new_figure()
+    given = own.subplots()
+    assert made().plot(kind, *arguments, ax=given) == (own, given)
+    assert (given.get_xlabel(), given.get_ylabel()) == (xlabel, ylabel)
+
+
+def test_proponents_by_name() -> None:
+    images = Images()
+    _, axes = made().plot("proponents", images, images, targets=[0, 1], k=1)
+    assert axes.shape == (2, 3)
+
+
+def test_unknown_figures_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`kind` to be one of \['cost', 'detection', .*\], but got 'heatmap'"):
+        made().plot("heatmap")
+    with pytest.raises(ValueError, match=r"noise mask for the precision curve.*pass `noise_mask`"):
+        made(noise_mask=None).plot("precision")
+
+
+def test_texts_are_those_of_the_scores() -> None:
+    train_indices, target_indices = torch.randperm(500)[:N], torch.randperm(500)[:M]
+    scores = ScoreMatrix(made().scores.values, train_indices, target_indices)
+    train, targets = [f"text {i}" for i in range(500)], [f"aim {i}" for i in range(500)]
+    table = made(scores=scores, labels=None).proponent_texts(train, targets, targets=[4, 1], k=2, width=60)
+    for column, block in zip([4, 1], table.split("\n\n"), strict=True):
+        head, *lines = block.splitlines()
+        assert head == f"target #{target_indices[column]}  aim {target_indices[column]}"
+        order = scores.values[:, column].argsort(descending=True)
+        expected = train_indices[torch.cat([order[:2], order[-2:]])].tolist()
+        assert [line.split()[1:] for line in lines] == [[f"#{i}", "text", f"{i}"] for i in expected]
+        found = [float(line.split()[0]) for line in lines]
+        assert found == pytest.approx(scores.values[torch.cat([order[:2], order[-2:]]), column].tolist(), rel=0.01)
+
+
+# DataFrames -----------------------------------------------------------------------------------------------------------
+
+
+def test_to_pandas_has_a_row_a_training_sample() -> None:
+    pytest.importorskip("pandas")
+    train_indices = torch.randperm(500)[:N]
+    result = made(scores=ScoreMatrix(made().scores.values, train_indices))
+    frame = result.to_pandas()
+    assert frame.index.tolist() == train_indices.tolist()
+    assert frame.index.name == "train_index"
+    expected = {
+        "self_influence": result.self_influence,
+        "data_value": result.data_value,
+        "loss": result.loss,
+        "label": result.labels,
+        "noise": result.noise_mask,
+    }
+    assert list(frame.columns) == list(expected)
+    for name, column in expected.items():
+        assert frame[name].tolist() == column.tolist()
+        assert frame[name].dtype == column.numpy().dtype
+
+
+def test_to_pandas_leaves_out_what_is_unknown() -> None:
+    pytest.importorskip("pandas")
+    assert list(made(labels=None, noise_mask=None).to_pandas().columns) == ["self_influence", "data_value", "loss"]
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,3 +145,26 @@ def test_no_room_for_large_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         AttributionError, match=r"19 training samples for 4 targets need 304 bytes, but .* has 300 free"
     ):
         zeros(19, 4, lambda: tmp_path)
+
+
+# Other libraries ------------------------------------------------------------------------------------------------------
+
+
+def test_to_numpy_shares_memory(tmp_path: Path) -> None:
+    values = torch.randn(N, M)
+    ScoreMatrix(values).save(tmp_path)
+    np.testing.assert_array_equal(ScoreMatrix.load(tmp_path).to_numpy(), values.numpy())
+    shared = ScoreMatrix(values).to_numpy()
+    shared[2, 1] = 7.0
+    assert values[2, 1] == 7.0
+
+
+def test_to_pandas_has_the_indices_as_labels() -> None:
+    pytest.importorskip("pandas")
+    rows, columns = torch.randperm(100)[:N], torch.randperm(100)[:M]
+    scores = ScoreMatrix(torch.randn(N, M), rows, columns)
+    frame = scores.to_pandas()
+    assert frame.shape == (N, M)
+    assert (frame.index.name, frame.columns.name) == ("train_index", "target_index")
+    assert frame.loc[int(rows[3]), int(columns[2])] == scores.values[3, 2].item()
+    assert frame[int(columns[1])].nlargest(2).index.tolist() == scores.topk(2)[0][1].tolist()

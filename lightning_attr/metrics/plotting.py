@@ -261,7 +261,10 @@ def plot_self_influence(
 
 
 def plot_image_grid(
-    rows: Sequence[Sequence[tuple[Tensor, str]]], opponents: int = 0, ax: np.ndarray | None = None
+    rows: Sequence[Sequence[tuple[Tensor, str]]],
+    opponents: int = 0,
+    ax: np.ndarray | None = None,
+    width: float | None = None,
 ) -> tuple[Figure, np.ndarray]:
     """Plot target images, each in a row with its proponents and opponents.
 
@@ -270,6 +273,8 @@ def plot_image_grid(
             `(H, W)`, `(1, H, W)`, `(3, H, W)` or `(H, W, 3)`; values outside [0, 1] are rescaled image by image.
         opponents: How many images at the end of each row are opponents.
         ax: Array of axes `(len(rows), len(rows[0]))` to draw into; a new figure by default.
+        width: Of a new figure, in inches; by default 1.05 a column. Captions shrink with the images, down to 5 points,
+            which fit into half an inch.
 
     Returns:
         The figure and its axes, an array of shape `(len(rows), len(rows[0]))`.
@@ -291,8 +296,9 @@ def plot_image_grid(
         )
     if not 0 <= opponents < n_columns:
         raise ValueError(f"Expected argument `opponents` to be in [0, {n_columns}), but got {opponents}.")
+    scale = 1.0 if width is None else min(1.0, width / (1.05 * n_columns))
     if ax is None:
-        fig = new_figure(width=1.05 * n_columns, height=1.22 * len(rows) + 0.3)
+        fig = new_figure(width=width or 1.05 * n_columns, height=scale * (1.22 * len(rows) + 0.3))
         ax = fig.subplots(len(rows), n_columns, squeeze=False)
     elif ax.shape != (len(rows), n_columns):
         raise ValueError(f"Expected argument `ax` to have shape {(len(rows), n_columns)}, but got {ax.shape}.")
@@ -300,10 +306,10 @@ def plot_image_grid(
     colors = {"target": BLACK, "proponents": BLUE, "opponents": RED}
     for row, row_axes in zip(rows, ax, strict=True):
         for (image, caption), kind, cell in zip(row, kinds, row_axes, strict=True):
-            _draw_image(cell, image, caption, colors[kind])
+            _draw_image(cell, image, caption, colors[kind], scale)
     for kind, color in colors.items():
         if kind in kinds:
-            ax[0, kinds.index(kind)].set_title(kind, loc="left", fontsize=9, color=color)
+            ax[0, kinds.index(kind)].set_title(kind, loc="left", fontsize=max(5, 9 * scale), color=color)
     return cast("Figure", ax[0, 0].get_figure()), ax
 
 
@@ -334,12 +340,12 @@ def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tup
     return fig, axes
 
 
-def _draw_image(cell: Axes, image: Tensor, caption: str, color: str) -> None:
+def _draw_image(cell: Axes, image: Tensor, caption: str, color: str, scale: float = 1.0) -> None:
     cell.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1)
     cell.set(xticks=[], yticks=[])
-    cell.set_xlabel(caption, fontsize=8, labelpad=3)
+    cell.set_xlabel(caption, fontsize=max(5, 8 * scale), labelpad=3 * scale)
     for spine in cell.spines.values():
-        spine.set(color=color, linewidth=2)
+        spine.set(color=color, linewidth=2 * scale)
 
 
 def _displayable(image: Tensor) -> np.ndarray:

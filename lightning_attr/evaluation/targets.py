@@ -1,0 +1,141 @@
+"""The targets of a ground truth: the model output for each, and a hash of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_attr.attributed import attributed
+from lightning_attr.batch import map_tensors
+from lightning_attr.featurizer import PROBE_SIZE
+from lightning_attr.files import digest
+from lightning_attr.isolation import preserved_rng
+from lightning_attr.loader import DataSource, OrderedLoader
+from lightning_attr.prediction import to_device
+
+__all__ = ["digest_of_all", "outputs_at", "target_outputs"]
+
+
+def target_outputs(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    targets: DataSource,
+    beat: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Compute what is attributed of a trained module, for each target, as the attribution step does.
+
+    Args:
+        trainer: its device and precision are used.
+        module: the module, which is put into eval mode and on the device.
+        datamodule: the datamodule, for its transfer hooks.
+        targets: the targets.
+        beat: called after each batch.
+
+    Returns:
+        ``f``, float, ``(n_target,)``, on the CPU.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, L.LightningModule):
+        ...     def forward(self, x):
+        ...         return x
+        >>> loader = DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1])))
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> target_outputs(trainer, Classifier(), None, DataSource.of(loader, "target"))
+        tensor([1., 1.])
+    """
+    return outputs_at(trainer, module, datamodule, targets, [lambda: None], beat)[0]
+
+
+def outputs_at(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    targets: DataSource,
+    loads: Sequence[Callable[[], None]],
+    beat: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Compute what :func:`target_outputs` does for several sets of weights, reading each target once.
+
+    Args:
+        trainer: as for :func:`target_outputs`.
+        module: likewise.
+        datamodule: likewise.
+        targets: likewise.
+        loads: each puts weights into the module; the first are those that the module is checked with.
+        beat: likewise.
+
+    Returns:
+        ``f``, float, ``(len(loads), n_target)``, on the CPU.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> class Line(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.slope = torch.nn.Parameter(torch.zeros(()))
+        ...     def training_step(self, batch):
+        ...         return (self.slope * batch).mean()
+        >>> line = Line()
+        >>> loads = [lambda: line.slope.data.fill_(1.0), lambda: line.slope.data.fill_(2.0)]
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> outputs_at(trainer, line, None, DataSource.of(DataLoader(torch.ones(3)), "target"), loads)
+        tensor([[-1., -1., -1.],
+                [-2., -2., -2.]])
+    """
+    device, precision = trainer.strategy.root_device, trainer.precision_plugin
+    module.eval().to(device)
+
+    def prepared(batch: Any) -> Any:
+        return to_device(precision.convert_input(batch), module, datamodule, device)
+
+    with precision.forward_context():
+        rows, batch = targets.first(PROBE_SIZE)
+        loads[0]()
+        with torch.autocast(device.type, enabled=False):
+            what = attributed(module, prepared(batch), len(rows))
+        found: list[list[Tensor]] = [[] for _ in loads]
+        for rows, given in OrderedLoader(targets, targets.batches(range(len(targets)))):
+            batch = prepared(given)
+            for load, own in zip(loads, found, strict=True):
+                load()
+                with torch.no_grad():
+                    own.append(what.sample_outputs(module, batch, len(rows)).cpu())
+                beat()
+    return torch.stack([torch.cat(own) for own in found])
+
+
+def digest_of_all(source: DataSource) -> str:
+    """Hash every sample, one by one, as the collation gives it.
+
+    Args:
+        source: the data.
+
+    Returns:
+        The hash; it does not depend on the batch size.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> hashes = [digest_of_all(DataSource.of(DataLoader(data), "target")) for data in ([1.0, 2.0], [1.0, 3.0])]
+        >>> hashes[0] == hashes[1]
+        False
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def add(tensor: Tensor) -> Tensor:
+        tensors[str(len(tensors))] = tensor
+        return tensor
+
+    total = ""
+    with preserved_rng(source.dataset):
+        for _, batch in OrderedLoader(source, [[row] for row in range(len(source))]):
+            tensors.clear()
+            map_tensors(batch, add)
+            total = digest({total: torch.empty(0), **tensors})  # a chain takes the memory of one sample
+    return total[:16]
