@@ -236,6 +236,11 @@ class _TwoSided:
 
     def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
         columns = self.block.columns - (self.block.bias is not None)
+        if isinstance(gradient, Tensor) and self.block.columns == 1:  # a vector: one product for the whole batch
+            left, _ = self.sides.on(features)
+            rows = gradient.reshape(len(features), -1).to(features)
+            features[:, self.slot] += rows if left is None else rows @ left.T
+            return
         if isinstance(gradient, Tensor):
             gradient = gradient.reshape(-1, self.block.rows, columns)
         projected = self.sides.project(gradient, features, columns)
