@@ -291,8 +291,7 @@ def test_memory_stays_within_the_budget(projector: Projector, arguments: dict[st
     module, (x, y) = _net(**arguments), _data()
     free = _featurizer(module, (x[:4], y[:4]), projector)
     whole = free((x, y), range(N))
-    limit = 40_000
-    assert peak_bytes(lambda: free((x, y), range(N))) > 1.5 * limit
+    limit = peak_bytes(lambda: free((x, y), range(N))) // 2
     bounded = Featurizer(module, free.plan, free.projection, MemoryBudget(limit))
     bounded((x, y), range(N))  # measures
     rows = bounded((x, y), range(N))
