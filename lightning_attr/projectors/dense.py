@@ -111,7 +111,12 @@ class _RademacherProjection(_DenseProjection):
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
         scale = 1 / math.sqrt(self.dim)
-        for start in range(0, rows.shape[1], _TILE):
+        starts = range(0, rows.shape[1], _TILE)
+        if (name, 0) not in self.cache and self.cache_bytes:
+            # Drawn beforehand: small tiles that stay would settle in the gaps that large floats leave behind.
+            for start in starts:
+                self._tile(name, start, min(_TILE, rows.shape[1] - start), rows.device)
+        for start in starts:
             part = rows[:, start : start + _TILE]
             packed = self._tile(name, start, part.shape[1], part.device)
             bits = unpacked_bits(packed, part.shape[1] * self.dim).view(part.shape[1], self.dim)
