@@ -46,6 +46,28 @@ class Tiny(AttributionMixin, L.LightningModule):
             os.close(descriptor)
 
 
+def plain_sgd(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+class Plain(AttributionMixin, L.LightningModule):
+    """Nothing that trains one at a time only."""
+
+    def __init__(self, optimizer: Callable[[Any], Any] = plain_sgd) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.optimizer = optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
 class Deadly(Tiny):
     """Its process dies."""
 
@@ -70,6 +92,7 @@ class Data(L.LightningDataModule):
 
 
 trainer: Callable[..., L.Trainer] = partial(quiet_trainer, L.Trainer, max_epochs=2)
+double: Callable[..., L.Trainer] = partial(trainer, precision="64-true", max_epochs=3)
 
 
 def lds_of(folder: str, side_file: str, num_subsets: int, num_workers: int = 1) -> None:

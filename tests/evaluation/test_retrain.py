@@ -252,7 +252,7 @@ def test_two_scripts_share_a_directory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_random_points_the_files_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
     """20 kills; what was finished is never trained again, and what was in flight once more for each kill at most."""
-    num_subsets, side_file, folder = 40, tmp_path / "side", tmp_path / "killed"
+    num_subsets, side_file, folder = 60, tmp_path / "side", tmp_path / "killed"
     whole = retrain_lds(Tiny, trainer, Data, dirpath=tmp_path / "whole", num_subsets=num_subsets, **quick)
     delays = random.Random(0)
     kills = []
@@ -261,7 +261,7 @@ def test_killed_at_random_points_the_files_are_those_of_an_uninterrupted_run(tmp
         with child(lds_of, str(folder), str(side_file), num_subsets) as process:
             while process.is_alive() and sum(starts(side_file).values()) == begun:
                 time.sleep(0.002)
-            time.sleep(delays.uniform(0, 0.2))
+            time.sleep(delays.uniform(0, 0.08))
             assert process.is_alive(), "all was finished before the last kill"
             process.kill()
             process.join()

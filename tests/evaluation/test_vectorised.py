@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from evaluation.retraining_cases import N_TARGET, Data, trainer
+from evaluation.retraining_cases import N_TARGET, Data, Plain, double, trainer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,35 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 from cases import child
-from lightning_attr import AttributionMixin
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation import GroundTruth, retrain_lds, retrain_loo, retrain_without, stacked, vectorised
 from lightning_attr.evaluation.ground_truth import Records
 
 quick = {"progress": False, "seeds": 2}
-double = partial(trainer, precision="64-true", max_epochs=3)
-
-
-def plain_sgd(parameters: Any) -> Any:
-    return SGD(parameters, lr=0.1)
-
-
-class Plain(AttributionMixin, L.LightningModule):
-    """Nothing that trains one at a time only."""
-
-    def __init__(self, optimizer: Callable[[Any], Any] = plain_sgd) -> None:
-        super().__init__()
-        self.network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-        self.optimizer = optimizer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
-
-    def training_step(self, batch: Any) -> Any:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer(self.parameters())
 
 
 def both(folder: Path, *parts: Any, retrain: Any = retrain_lds, **settings: Any) -> tuple[GroundTruth, GroundTruth]:
