@@ -25,6 +25,7 @@ __all__ = [
     "RowSum",
     "materialise",
     "materialising_is_cheaper",
+    "two_sided",
 ]
 
 
@@ -97,7 +98,7 @@ class OuterSum(FactoredGradient):
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
         if self.materialises(left, right):
-            return _two_sided(torch.bmm(self.rows.mT, self.columns), left, right)
+            return two_sided(torch.bmm(self.rows.mT, self.columns), left, right)
         return _sum_of_outer(_apply(left, self.rows), _apply(right, self.columns))
 
     def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:  # noqa: D102 - inherited
@@ -197,7 +198,7 @@ class ConvSum(FactoredGradient):
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
         if self.materialises(left, right):
-            return _two_sided(self._combine(None, self._patches()), left, right)
+            return two_sided(self._combine(None, self._patches()), left, right)
         return self._combine(left, self._patches() if right is None else self._project_patches(right))
 
     def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:  # noqa: D102 - inherited
@@ -268,7 +269,7 @@ class RowSum(FactoredGradient):
         self.weight = weight
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
-        return _two_sided(self.weight.row_sum().unsqueeze(2), left, right)
+        return two_sided(self.weight.row_sum().unsqueeze(2), left, right)
 
 
 ParameterGradient: TypeAlias = Tensor | FactoredGradient
@@ -328,9 +329,28 @@ def materialising_is_cheaper(
     return factored > positions * rows * columns + rows * to_right + k_columns * to_left
 
 
-def _two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Project formed gradients from both sides.
+
+    Args:
+        gradient: ``(b, rows, columns)``.
+        left: as in :meth:`FactoredGradient.project`.
+        right: as in :meth:`FactoredGradient.project`.
+
+    Returns:
+        ``(b, k_rows, k_columns)``.
+
+    Example:
+        >>> import torch
+        >>> two_sided(torch.ones(1, 3, 2), torch.ones(1, 3), None)
+        tensor([[[3., 3.]]])
+    """
     gradient = gradient if right is None else gradient @ right.T
-    return gradient if left is None else left @ gradient
+    if left is None:
+        return gradient
+    if gradient.shape[2] == 1:  # one product for the whole batch, where the other is one a sample
+        return (gradient.squeeze(2) @ left.T).unsqueeze(2)
+    return left @ gradient
 
 
 def _apply(matrix: Tensor | None, factors: Tensor) -> Tensor:

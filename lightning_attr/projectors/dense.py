@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_attr.gradients.factored import ParameterGradient
@@ -53,7 +52,11 @@ class RademacherProjector(Projector):
         Returns:
             The linear map.
         """
-        return _RademacherProjection(layout, self.proj_dim, (self.seed, snapshot), self.cache_bytes)
+        return self._projection(layout, self.proj_dim, (self.seed, snapshot), self.cache_bytes)
+
+    @property
+    def _projection(self) -> type[_DenseProjection]:
+        return _RademacherProjection
 
 
 class GaussianProjector(RademacherProjector):
@@ -71,21 +74,13 @@ class GaussianProjector(RademacherProjector):
 
     kind: ClassVar[str] = "gaussian"
 
-    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
-        """Prepare the projection of a snapshot; its tiles are drawn when they are first used.
-
-        Args:
-            layout: the parameters.
-            snapshot: key of the snapshot.
-
-        Returns:
-            The linear map.
-        """
-        return _GaussianProjection(layout, self.proj_dim, (self.seed, snapshot), self.cache_bytes)
+    @property
+    def _projection(self) -> type[_DenseProjection]:
+        return _GaussianProjection
 
 
 class _DenseProjection(Projection):
-    """Adds up products with tiles, which subclasses draw, keep and unpack."""
+    """Adds up the products with tiles, which are kept as subclasses draw them."""
 
     def __init__(self, layout: ParameterLayout, proj_dim: int, key: tuple[object, ...], cache_bytes: int) -> None:
         super().__init__(proj_dim)
@@ -94,10 +89,21 @@ class _DenseProjection(Projection):
         self.cache_bytes = cache_bytes
         self.cache: dict[tuple[str, int], Tensor] = {}
 
-    def _tile(self, name: str, start: int, rows: int, device: torch.device) -> Tensor:
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
+        scale = 1 / math.sqrt(self.dim)
+        parts = {start: rows[:, start : start + _TILE] for start in range(0, rows.shape[1], _TILE)}
+        if (name, 0) not in self.cache and self.cache_bytes:
+            # Drawn beforehand: small tiles that stay would settle in the gaps that large floats leave behind.
+            for start, part in parts.items():
+                self._tile(name, start, part)
+        for start, part in parts.items():
+            self._add(features, part, self._tile(name, start, part), scale)
+
+    def _tile(self, name: str, start: int, part: Tensor) -> Tensor:
         tile = self.cache.get((name, start))
         if tile is None:
-            tile = self._draw((rows, self.dim), (*self.key, name, start)).to(device)
+            tile = self._draw((part.shape[1], self.dim), (*self.key, name, start)).to(part.device)
             if tile.nbytes <= self.cache_bytes:
                 self.cache[name, start] = tile
                 self.cache_bytes -= tile.nbytes
@@ -106,34 +112,23 @@ class _DenseProjection(Projection):
     @abstractmethod
     def _draw(self, shape: tuple[int, int], key: tuple[object, ...]) -> Tensor: ...
 
+    @abstractmethod
+    def _add(self, features: Tensor, part: Tensor, tile: Tensor, scale: float) -> None: ...
+
 
 class _RademacherProjection(_DenseProjection):
-    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
-        rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
-        scale = 1 / math.sqrt(self.dim)
-        starts = range(0, rows.shape[1], _TILE)
-        if (name, 0) not in self.cache and self.cache_bytes:
-            # Drawn beforehand: small tiles that stay would settle in the gaps that large floats leave behind.
-            for start in starts:
-                self._tile(name, start, min(_TILE, rows.shape[1] - start), rows.device)
-        for start in starts:
-            part = rows[:, start : start + _TILE]
-            packed = self._tile(name, start, part.shape[1], part.device)
-            bits = unpacked_bits(packed, part.shape[1] * self.dim).view(part.shape[1], self.dim)
-            features.addmm_(part, bits.to(part), alpha=2 * scale)
-        features.sub_(rows.sum(1, keepdim=True), alpha=scale)  # a sign is twice its bit, less one
-
     def _draw(self, shape: tuple[int, int], key: tuple[object, ...]) -> Tensor:
         return packed_bits(math.prod(shape), *key)
 
+    def _add(self, features: Tensor, part: Tensor, tile: Tensor, scale: float) -> None:
+        bits = unpacked_bits(tile, part.shape[1] * self.dim).view(part.shape[1], self.dim)
+        features.addmm_(part, bits.to(part), alpha=2 * scale)
+        features.sub_(part.sum(1, keepdim=True), alpha=scale)  # a sign is twice its bit, less one
+
 
 class _GaussianProjection(_DenseProjection):
-    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
-        rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)  # (b, size)
-        for start in range(0, rows.shape[1], _TILE):
-            part = rows[:, start : start + _TILE]
-            tile = self._tile(name, start, part.shape[1], part.device)
-            features.addmm_(part, tile.to(part), alpha=1 / math.sqrt(self.dim))
-
     def _draw(self, shape: tuple[int, int], key: tuple[object, ...]) -> Tensor:
         return gaussian(shape, *key)
+
+    def _add(self, features: Tensor, part: Tensor, tile: Tensor, scale: float) -> None:
+        features.addmm_(part, tile.to(part), alpha=scale)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient, RowSum
+from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient, RowSum, two_sided
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector
 from lightning_attr.randomness import rademacher
@@ -215,8 +215,7 @@ class Sides:
         if isinstance(gradient, FactoredGradient):
             self.note(gradient, left, right)
             return gradient.project(left, right)
-        gradient = gradient if left is None else left @ gradient
-        return gradient if right is None else gradient @ right.T
+        return two_sided(gradient, left, right)
 
 
 def _side(side: int, size: int, key: tuple[object, ...]) -> Tensor | None:
@@ -236,11 +235,6 @@ class _TwoSided:
 
     def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
         columns = self.block.columns - (self.block.bias is not None)
-        if isinstance(gradient, Tensor) and self.block.columns == 1:  # a vector: one product for the whole batch
-            left, _ = self.sides.on(features)
-            rows = gradient.reshape(len(features), -1).to(features)
-            features[:, self.slot] += rows if left is None else rows @ left.T
-            return
         if isinstance(gradient, Tensor):
             gradient = gradient.reshape(-1, self.block.rows, columns)
         projected = self.sides.project(gradient, features, columns)
