@@ -57,7 +57,8 @@ class AttributionCallback(L.Callback):
         method: how to score, and with it the projection of the features; TRAK by default.
         snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ..., "all", an integer n for every n-th, or a list of epoch
             indices; the last epoch always has one.
-        featurize: compute features at once; otherwise ``trainer.attribute`` does, from the snapshots.
+        featurize: compute features at once; otherwise ``trainer.attribute`` does, from the snapshots. A method that
+            runs the module instead of reading features has only snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
         log: log self-influence statistics at every snapshot to the Trainer's loggers.
         batch_size: samples a batch while featurizing; by default the training loader's, or up to 256 where samples are
@@ -113,7 +114,7 @@ class AttributionCallback(L.Callback):
         self.dirpath = Path(dirpath) if dirpath is not None else None
         self.method = method or TRAK()
         self.schedule = SnapshotSchedule(snapshots)
-        self.featurize = featurize
+        self.featurize = featurize and self.method.projector is not None
         self.noise_mask = None if noise_mask is None else torch.as_tensor(noise_mask)
         self._log = log  # `log` itself is what Lightning sets to the module's method of this name
         self.batch_size = batch_size
@@ -182,7 +183,7 @@ class AttributionCallback(L.Callback):
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         """Go the whole way with a few samples; return how many bytes the store keeps of each."""
         self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
-        featurizer = Featurizer(pl_module, self.plan, self.method.projector.bind(self.layout, ""), self.memory)
+        featurizer = Featurizer(pl_module, self.plan, self.method.bind(self.layout, ""), self.memory)
         with trainer.precision_plugin.forward_context():
             columns = featurizer(batch, rows)
         return row_bytes(columns, self.feature_dtype) if self.featurize else 0
@@ -194,7 +195,7 @@ class AttributionCallback(L.Callback):
             len(self.source),
             self.source.digest(),
             self.layout.shapes,
-            self.method.projector.config if self.featurize else None,
+            self.method.projector_config if self.featurize else None,
             describe_output(pl_module),
         )
         if trainer.is_global_zero:
@@ -285,7 +286,7 @@ class AttributionCallback(L.Callback):
         if not batches:
             return
         snapshot = self.store.snapshot(key)
-        projection = self.method.projector.bind(self.layout, snapshot.projection)
+        projection = self.method.bind(self.layout, snapshot.projection)
         featurizer = Featurizer(pl_module, self.plan, projection, self.memory)
         title = f"Featurizing epoch {snapshot.epoch}"
         with ShardWriter(self.store, key) as writer, progress(trainer, title, len(batches)) as advance:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.batch import batched_tensors, select_rows
-from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients import check_batch_independence
-from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.functional import call_with
+from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
 from lightning_attr.outputs import ModelOutput
-from lightning_attr.reductions import Reductions, shares
 from lightning_attr.testing import check_model_output
-from lightning_attr.training_step import check_training_step, has_training_step, training_loss
+from lightning_attr.training_step import check_training_step, has_training_step
 
-__all__ = ["Attributed", "MixinOutput", "TrainingLoss", "attributed", "check_module", "describe_output"]
+__all__ = [
+    "Attributed",
+    "MeasuredOutput",
+    "MixinOutput",
+    "TargetFunction",
+    "TrainingLoss",
+    "attributed",
+    "check_module",
+    "describe_output",
+]
 
-log = logging.getLogger(__name__)
+TargetFunction: TypeAlias = Callable[[Any, Any], Tensor]
+"""``(module, batch) -> (b,)``: what is measured of each target, higher is more of it."""
 
 
 class Attributed(Protocol):
@@ -40,6 +45,9 @@ class Attributed(Protocol):
 
     def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Compute the output of one sample at given parameters, ``(1,)``."""
+
+    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Sum the training loss over the samples of a batch at given parameters, ``()``."""
 
 
 def check_module(module: Any) -> None:
@@ -99,7 +107,7 @@ def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
     """
     check_module(module)
     if not _has_mixin(module):
-        return _checked_training_loss(module, batch, batch_size)
+        return checked_training_loss(module, batch, batch_size)
     check_batch_independence(lambda batch: _mixin_output(module, batch)[0], batch, batch_size)
     with torch.no_grad():
         outputs, targets = module.attribution_step(batch)
@@ -171,209 +179,61 @@ class MixinOutput:
         output: Tensor = module.functional_output(params, {}, batch)
         return output
 
+    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Sum of the losses at given parameters, ``()``."""
+        losses: Tensor = module.functional_loss(params, {}, batch)
+        return losses.sum()
+
 
 def _mixin_output(module: Any, batch: Any) -> tuple[Tensor, tuple[Any, Any]]:
     outputs, targets = module.attribution_step(batch)
     return module.model_output.output(outputs, targets), (outputs, targets)
 
 
-# The loss of the training step ----------------------------------------------------------------------------------
+# A function of the targets --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TrainingLoss:
-    r"""The negative loss of each sample, :math:`f = -\ell`, :math:`q = 1`, from a loss that is their mean or sum.
-
-    Its gradients need only the loss of the batch: the gradient of :math:`b` times a mean is that of the sum. The values
-    are those terms of the reduction that the training step itself computes, where they can be captured, else each
-    sample runs once more, on its own.
+class MeasuredOutput:
+    """What a function measures of each target, in place of the model output.
 
     Args:
-        reduction: "mean" or "sum", over the samples of a batch.
-        captured: whether the reduction behind the loss gives each sample's value.
+        function: ``(module, batch) -> (b,)``, differentiable, each sample on its own.
 
     Example:
-        >>> import lightning as L
-        >>> class Line(L.LightningModule):
-        ...     def training_step(self, batch):
-        ...         return batch.square().mean()
-        >>> TrainingLoss("mean", captured=True).forward(Line(), torch.tensor([1.0, 3.0]), 2)[0]
-        tensor([-1., -9.])
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> size = MeasuredOutput(lambda module, batch: module(batch).square().sum(1))
+        >>> sorted(size.columns(layer, torch.ones(3, 2), *size.forward(layer, torch.ones(3, 2), 3)))
+        ['loss', 'newton_weight', 'out_to_loss', 'output']
     """
 
-    reduction: str
-    captured: bool
+    function: TargetFunction
 
     def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
-        """Negative losses, ``(b,)``; if only their gradient is right, the loss of the batch beside them, else None."""
-        with Reductions() if self.captured else nullcontext() as reductions:
-            loss = training_loss(module, batch)
-        size = batch_size if self.reduction == "mean" else 1
-        if batch_size == 1:
-            return -loss.reshape(1), None
-        terms = shares(loss, reductions.calls, batch_size) if reductions is not None else None
-        if terms is not None and _close(terms.detach().sum(), loss.detach(), terms.detach().abs().sum()):
-            return -size * terms, None
-        return (-size / batch_size * loss).expand(batch_size), loss.detach()
+        """Value of each target, ``(b,)``, and nothing."""
+        values = self.function(module, batch)
+        if not isinstance(values, Tensor) or values.shape != (batch_size,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"Expected argument `target_function` to return one value a target, of shape ({batch_size},), but got "
+                f"{found}. Reduce over everything but the batch."
+            )
+        return values, None
 
     def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
-        """Loss and its negative; the derivatives of a loss that is itself the output."""
-        losses = -output
-        if seen is not None:
-            with torch.no_grad():
-                losses = _losses_apart(module, batch, len(output))
-            if not _reduces_to(self.reduction, losses, seen):
-                raise _not_of_terms(module, losses, [(list(range(len(losses))), seen)])
-        ones = torch.ones_like(losses)
-        return {"output": -losses, "loss": losses, "out_to_loss": ones, "newton_weight": ones}
+        """Value of each target; as a loss, it is its negative."""
+        ones = torch.ones_like(output)
+        return {"output": output, "loss": -output, "out_to_loss": ones, "newton_weight": ones}
 
     def sample_outputs(self, module: Any, batch: Any, batch_size: int) -> Tensor:
-        """Negative loss of each sample, ``(b,)``, one after the other."""
-        return -_losses_apart(module, batch, batch_size)
+        """Value of each target, ``(b,)``."""
+        return self.forward(module, batch, batch_size)[0]
 
     def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Negative loss at given parameters."""
-        loss: Tensor = call_with(module, params, lambda batch: training_loss(module, batch), batch)
-        return -loss.reshape(1)
+        """Value at given parameters."""
+        value: Tensor = call_with(module, params, lambda batch: self.function(module, batch), batch)
+        return value
 
-
-def _losses_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
-    with plain_execution():
-        losses = [training_loss(module, select_rows(batch, batch_size, [i])) for i in range(batch_size)]
-    return torch.stack(losses)
-
-
-@torch.no_grad()
-def _checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingLoss:
-    """Find how the loss of a batch is made of those of its samples, on batches of several sizes."""
-    name = type(module).__name__
-    with plain_execution():
-        whole, again = training_loss(module, batch), training_loss(module, batch)
-    if not _close(whole, again, whole.abs()):
-        raise BatchDependenceError(
-            f"The loss that `training_step` of {name} returns is random: the same {batch_size} samples give "
-            f"{whole.item():.6g}, then {again.item():.6g}. Attribution needs the loss of a sample to be one number: "
-            f"look for noise or dropout that does not heed eval mode (`self.training`). {_mixin_lines(name)}"
-        )
-    _check_splits(name, batch, batch_size)
-    losses = _losses_of_samples(module, batch, batch_size)
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise NonFiniteGradientError(
-            f"The training loss of the first samples is NaN or Inf (positions {bad} of the first batch). Check the "
-            "inputs and the weights."
-        )
-    if batch_size == 1:
-        return TrainingLoss("mean", captured=False)  # in a data set of one sample, mean and sum are the same
-    everything = list(range(batch_size))
-    # Parts of unequal size: of equal halves, a mean weighted by class or by length may be the mean of means.
-    parts = [everything, everything[:1], everything[1:], everything[: batch_size // 2], everything[batch_size // 2 :]]
-    batches = [select_rows(batch, batch_size, part) for part in parts]
-    with plain_execution():
-        found = [training_loss(module, part) for part in batches]
-    for reduction in ("mean", "sum"):
-        if all(_reduces_to(reduction, losses[part], loss) for part, loss in zip(parts, found, strict=True)):
-            break
-    else:
-        raise _not_of_terms(module, losses, list(zip(parts, found, strict=True)))
-    captured = TrainingLoss(reduction, captured=True)
-    with torch.enable_grad(), plain_execution():
-        runs = [captured.forward(module, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
-    if all(
-        seen is None and all(_close(-out, loss, loss.abs()) for out, loss in zip(output, losses[rows], strict=True))
-        for (output, seen), rows in zip(runs, parts, strict=True)
-    ):
-        return captured
-    log.warning(
-        "%s: the terms of its training loss cannot be seen from outside, so that every sample runs once more, on its "
-        "own, for its value. With lightning_attr.AttributionMixin and its `attribution_step` this is not needed.",
-        name,
-    )
-    return TrainingLoss(reduction, captured=False)
-
-
-def _check_splits(name: str, batch: Any, batch_size: int) -> None:
-    """Refuse a batch of which no part can be taken: each "sample" of it would be the whole batch."""
-    if batched_tensors(batch, batch_size) and not _holds_samples(batch, batch_size):
-        return
-    raise ValueError(
-        f"Expected the batch of {name} to hold tensors of shape ({batch_size}, ...) for its {batch_size} samples, but "
-        "got none, or a list of one tensor a sample. A batch is split along the first dimension of its tensors: let "
-        "the collate function pad and stack what samples hold."
-    )
-
-
-def _holds_samples(batch: Any, batch_size: int) -> bool:
-    """Say whether a list of the batch has one item a sample, with tensors that are the sample's alone."""
-    if isinstance(batch, Mapping):
-        return any(_holds_samples(value, batch_size) for value in batch.values())
-    if not isinstance(batch, (list, tuple)):
-        return False
-    nested = [item for item in batch if isinstance(item, (Tensor, Mapping, list, tuple))]
-    apart = isinstance(batch, list) and len(nested) == len(batch) == batch_size
-    if apart and not batched_tensors(batch, batch_size):
-        return True
-    return any(_holds_samples(item, batch_size) for item in nested)
-
-
-def _losses_of_samples(module: Any, batch: Any, batch_size: int) -> Tensor:
-    try:
-        return _losses_apart(module, batch, batch_size)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        name = type(module).__name__
-        raise BatchDependenceError(
-            f"`training_step` of {name} runs on {batch_size} samples, but not on one alone "
-            f"({type(error).__name__}: {error}). Look for `squeeze()` without a dimension, and for comparisons within "
-            f"the batch. {_mixin_lines(name)}"
-        ) from error
-
-
-def _reduces_to(reduction: str, losses: Tensor, loss: Tensor) -> bool:
-    if reduction == "mean":
-        return _close(losses.mean(), loss, losses.abs().mean())
-    return _close(losses.sum(), loss, losses.abs().sum())
-
-
-def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    # NaN passes: whoever checks that values are finite names the sample.
-    return not (found - expected).abs() > _tolerance(expected) * (scale + 0.01)
-
-
-def _tolerance(loss: Tensor) -> float:
-    """Give the share by which a loss may change with the size of its batch, by rounding alone."""
-    eps = torch.finfo(loss.dtype).eps
-    device = loss.device.type
-    if torch.is_autocast_enabled(device):
-        eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
-    if device == "cuda" and loss.dtype == torch.float32:
-        eps = max(eps, 2.0**-10)  # TF32, which cuDNN uses unasked
-    return max(4 * eps, min(1e-4, 1e6 * eps))
-
-
-def _not_of_terms(module: Any, losses: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]) -> BatchDependenceError:
-    """Say of which samples the loss is not made of terms: the part where it is farthest from their mean."""
-    rows, loss = max(parts, key=lambda part: (losses[list(part[0])].mean() - part[1]).abs().item())
-    apart = losses[list(rows)]
-    shown = ", ".join(f"{value:.6g}" for value in apart[:4].tolist()) + (", ..." if len(apart) > 4 else "")
-    name = type(module).__name__
-    return BatchDependenceError(
-        f"The loss that `training_step` of {name} returns is neither the mean nor the sum of one term a sample: "
-        f"{len(rows)} samples have the losses {shown} one by one (mean {apart.mean().item():.6g}, sum "
-        f"{apart.sum().item():.6g}), but {loss.item():.6g} together. Such are means weighted by class, means over the "
-        f"tokens of padded sequences, and losses that compare samples. {_mixin_lines(name)}"
-    )
-
-
-def _mixin_lines(name: str) -> str:
-    return f"""Say with the mixin what the loss of a sample is:
-
-    from lightning_attr import AttributionMixin
-    from lightning_attr.outputs import NegativeLoss
-
-    class {name}(AttributionMixin, LightningModule):
-        model_output = NegativeLoss(lambda outputs, targets: ...)  # shape (b,), without reduction over the samples
-
-        def attribution_step(self, batch):
-            x, y = batch
-            return self(x), y  # outputs, targets
-"""
+    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Negative sum of the values at given parameters, ``()``."""
+        return -self.functional_output(module, params, batch).sum()

@@ -155,8 +155,12 @@ class Featurizer:
             seen.append(behind)
             return output
 
-        output = self.gradients(forward, b, add)
-        add({name: gradient.to(self.dtype) for name, gradient in self._fallback_gradients(batch, b).items()})
+        if self.projection.dim == 0:  # only the values beside the features are wanted
+            with torch.no_grad():
+                output = forward()
+        else:
+            output = self.gradients(forward, b, add)
+            add({name: gradient.to(self.dtype) for name, gradient in self._fallback_gradients(batch, b).items()})
         columns = {"features": features, **subject.columns(self.module, batch, output, seen[0])}
         _check_finite(columns, rows)
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}

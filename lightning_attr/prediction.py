@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, Featurizer, plan
 from lightning_attr.layout import ParameterLayout
@@ -23,6 +24,7 @@ from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
+from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.store import FeatureStore
 
 __all__ = ["AttributionStep", "probe", "to_device"]
@@ -110,6 +112,7 @@ class AttributionStep(L.LightningModule):
         topk: how many proponents and opponents of each target to keep; None for all scores.
         memory: what a batch may take while it is featurized.
         folder: for a result that has to travel between processes.
+        target_function: what is measured of the targets, in place of the model output.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class AttributionStep(L.LightningModule):
         topk: int | None,
         memory: MemoryBudget,
         folder: Path,
+        target_function: TargetFunction | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -139,6 +143,7 @@ class AttributionStep(L.LightningModule):
         self.topk = topk
         self.memory = memory
         self.folder = folder
+        self.target_function = target_function
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.result: AttributionResult | None = None
         self.writer: ShardWriter | None = None
@@ -157,6 +162,8 @@ class AttributionStep(L.LightningModule):
         self.store.check(self.fingerprint)
         self.used: Sequence[Snapshot] = self.method.select(self.store.snapshots)
         self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
+        # A method without stored features still wants the values of the training samples, for the result.
+        self.values = RowTable(len(self.train_data)) if self.method.projector is None else None
 
     def _prepare_store(self) -> None:
         if not FeatureStore.exists(self.store_path):
@@ -177,12 +184,21 @@ class AttributionStep(L.LightningModule):
         rank, world = self.share
         jobs = []
         for snapshot in self.used:
-            shards = self.store.missing(snapshot.key)[rank::world]
-            batches = list(chain.from_iterable(self.train_data.batches(self.store.rows(shard)) for shard in shards))
-            jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
+            shards: Sequence[int] = self.store.missing(snapshot.key)[rank::world]
+            if self.values is not None:
+                shards = self.own_shards if snapshot is self.used[-1] else ()
+            jobs.append((snapshot.key, True, OrderedLoader(self.train_data, self._batches(shards))))
             source = self.target_data or self.train_data
             jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
         return _Jobs(jobs, self.close)
+
+    @property
+    def own_shards(self) -> Sequence[int]:
+        """Shards that this process scores."""
+        return range(self.store.manifest.num_shards)[self.share[0] :: self.share[1]]
+
+    def _batches(self, shards: Sequence[int]) -> list[Sequence[int]]:
+        return list(chain.from_iterable(self.train_data.batches(self.store.rows(shard)) for shard in shards))
 
     def _own_targets(self) -> Sequence[int]:
         rank, world = self.share
@@ -210,9 +226,9 @@ class AttributionStep(L.LightningModule):
         key, train, rows, inner = batch
         if key != self.current:
             self._load(key)
-        columns = self.featurizer(inner, rows)
+        columns = (self.featurizer if train else self.target_featurizer)(inner, rows)
         assert self.writer is not None  # of this snapshot
-        (self.writer if train else self.tables[key]).add(rows, columns)
+        ((self.values or self.writer) if train else self.tables[key]).add(rows, columns)
         return len(rows)
 
     def close(self, *failure: Any) -> None:
@@ -225,10 +241,14 @@ class AttributionStep(L.LightningModule):
         load_weights(self.module, self.store.weights(key))
         if self.plan is None:  # a module fresh from its constructor may behave like no trained one
             self.plan = probe(self.trainer, self.module, self.datamodule, self.train_data)[0]
-        projector, snapshot = self.method.projector, self.store.snapshot(key)
-        projection = projector.bind(self.layout, snapshot.projection)
+            self.target_plan = self.plan
+            if self.target_function is not None:
+                self.target_plan = replace(self.plan, attributed=MeasuredOutput(self.target_function))
+        projection = self.method.bind(self.layout, self.store.snapshot(key).projection)
         self.featurizer = Featurizer(self.module, self.plan, projection, self.memory)
+        self.target_featurizer = Featurizer(self.module, self.target_plan, projection, self.memory)
         self.writer = ShardWriter(self.store, key)
+        self.layers = projection.layers  # the same at all snapshots
         self.current = key
 
     def on_predict_end(self) -> None:
@@ -246,43 +266,87 @@ class AttributionStep(L.LightningModule):
         self.trainer.strategy.barrier("attribution result")
 
     def _score(self) -> AttributionResult:
-        own = range(self.store.manifest.num_shards)[self.share[0] :: self.share[1]]
-        snapshots = [self._features(snapshot, own) for snapshot in self.used]
+        train = Replay(lambda: self._on_device(OrderedLoader(self.train_data, self._batches(self.own_shards))))
+        snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
         scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
-        last = self.used[-1].key
-        columns = next(self.store.blocks(last, [0]))[1]
+        loss, labels = self._training_values()
         provenance = {
             **self.method.config,
             "snapshots": [snapshot.key for snapshot in self.used],
             "train_data": self.fingerprint.data,
-            "target_probe": (self.target_data or self.train_data).digest(),
+            "target_probe": self.target_data.digest() if self.target_data is not None else self.fingerprint.data,
         }
         if self.topk is not None:
             provenance["topk"] = self.topk
+        if self.target_function is not None:
+            provenance["target_function"] = getattr(self.target_function, "__qualname__", repr(self.target_function))
         return AttributionResult(
             replace(scores, provenance=provenance),
             self_influence,
-            loss=self.store.column(last, "loss").float(),
-            labels=self.store.column(last, "label") if "label" in columns else None,
+            loss=loss.float(),
+            labels=labels,
             noise_mask=self.noise_mask,
         )
 
-    def _features(self, snapshot: Snapshot, own: Sequence[int]) -> SnapshotFeatures:
+    def _training_values(self) -> tuple[Tensor, Tensor | None]:
+        """Loss and, if there is one, label of every training sample, at the last snapshot."""
+        if self.values is not None:
+            own = [row for shard in self.own_shards for row in self.store.rows(shard)]
+            columns = self._joined(self.values.columns, own, len(self.train_data))
+            return columns["loss"], columns.get("label")
+        last = self.used[-1].key
+        columns = next(self.store.blocks(last, [0]))[1]
+        return self.store.column(last, "loss"), self.store.column(last, "label") if "label" in columns else None
+
+    def _features(self, snapshot: Snapshot, train: Replay) -> SnapshotFeatures:
         rank, world = self.share
-        targets = self.tables[snapshot.key].columns
-        if world > 1:
-            others = torch.ones(len(self.target_rows), dtype=torch.bool)
-            others[rank::world] = False
-            for name, values in targets.items():
-                values[others] = 0
-                targets[name] = self._sum(values)
         return SnapshotFeatures(
-            blocks=lambda: self.store.blocks(snapshot.key, own),
-            targets=targets,
+            blocks=lambda: self.store.blocks(snapshot.key, self.own_shards),
+            targets=self._joined(
+                self.tables[snapshot.key].columns, self.target_rows[rank::world], len(self.target_rows)
+            ),
             learning_rate=snapshot.learning_rate,
             reduce=self._sum,
+            target_rows=self.target_rows,
+            model=self._model(snapshot, train) if self.method.projector is None else None,
+            layers=self.layers,
         )
+
+    def _joined(self, columns: dict[str, Tensor], own: Sequence[int], count: int) -> dict[str, Tensor]:
+        """Bring the rows of all processes together."""
+        if self.share[1] == 1:
+            return columns
+        others = torch.ones(count, dtype=torch.bool)
+        others[list(own)] = False
+        return {
+            name: self._sum(values.masked_fill(others.view(-1, *[1] * (values.ndim - 1)), 0))
+            for name, values in columns.items()
+        }
+
+    def _model(self, snapshot: Snapshot, train: Replay) -> SnapshotModel:
+        assert self.plan is not None  # every snapshot went through `_load`
+        source = self.target_data or self.train_data
+        return SnapshotModel(
+            self.module,
+            self.plan,
+            snapshot.projection,
+            len(self.train_data),
+            load=lambda: load_weights(self.module, self.store.weights(snapshot.key)),
+            train_batches=train,
+            target_batches=lambda rows: self._on_device(OrderedLoader(source, source.batches(rows))),
+            target_plan=self.target_plan,
+            precision=self.trainer.precision_plugin.forward_context,
+            memory=self.memory,
+            reduce=self._sum,
+            folder=self.store.path / snapshot.folder / "computed",
+            writer=self.trainer.is_global_zero,
+        )
+
+    def _on_device(self, loader: OrderedLoader) -> Iterator[tuple[Sequence[int], Any]]:
+        device, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
+        for rows, batch in loader:
+            yield rows, to_device(precision.convert_input(batch), self.module, self.datamodule, device)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over the processes."""

@@ -62,12 +62,13 @@ def score(
     """
     if n_train == 0:
         raise ValueError("Expected at least one training sample to score, but the store has no rows.")
-    m, k = snapshots[0].targets["features"].shape
+    m = len(snapshots[0].targets["features"])
+    k = max(snapshot.numel for snapshot in snapshots)
     reduce = snapshots[0].reduce
     found = TopScoresSum(n_train, m, topk) if topk is not None else None
     values = zeros(n_train, m if found is None else 0, folder)
     self_influence = torch.zeros(n_train)
-    width = max(1, min(m, _MOST_TARGETS, _TARGET_ELEMENTS // (len(snapshots) * k)))
+    width = max(1, min(m, _MOST_TARGETS, _TARGET_ELEMENTS // max(1, len(snapshots) * k)))
     height = max(1, _TILE_ELEMENTS // max(width, len(snapshots) * k))
     for start in range(0, m, width):
         targets = slice(start, min(start + width, m))
@@ -117,4 +118,4 @@ def _tile(snapshot: SnapshotFeatures, targets: slice, height: int) -> SnapshotFe
                 yield rows[part], {name: values[part] for name, values in columns.items()}
 
     columns = {name: values[targets] for name, values in snapshot.targets.items()}
-    return replace(snapshot, blocks=blocks, targets=columns)
+    return replace(snapshot, blocks=blocks, targets=columns, target_rows=snapshot.target_rows[targets])

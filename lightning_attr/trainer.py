@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
-from lightning_attr.attributed import check_module, describe_output
+from lightning_attr.attributed import TargetFunction, check_module, describe_output
 from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
@@ -80,6 +80,7 @@ class AttributionTrainer(L.Trainer):
         noise_mask: Tensor | None = None,
         topk: int | None = None,
         memory_budget: int | None = None,
+        target_function: TargetFunction | None = None,
     ) -> AttributionResult:
         """Score every training sample for every target; see :func:`attribute`, which has the same arguments."""
         return attribute(
@@ -94,6 +95,7 @@ class AttributionTrainer(L.Trainer):
             noise_mask=noise_mask,
             topk=topk,
             memory_budget=memory_budget,
+            target_function=target_function,
         )
 
 
@@ -110,6 +112,7 @@ def attribute(
     noise_mask: Tensor | None = None,
     topk: int | None = None,
     memory_budget: int | None = None,
+    target_function: TargetFunction | None = None,
 ) -> AttributionResult:
     """Score every training sample for every target, on the trainer's devices.
 
@@ -134,6 +137,9 @@ def attribute(
             ``scores`` are :class:`lightning_attr.top_scores.TopScores`, and no matrix of all scores is ever built.
         memory_budget: bytes that the tensors of a featurized batch may take: a larger batch goes through in parts. By
             default half of what is free on the device.
+        target_function: ``(module, batch) -> (b,)``, differentiable: what is measured of each target, higher is more of
+            it. By default the model output: a logit difference, the log-probability of another answer or a reward are
+            as good. Training samples keep theirs, and with it their self-influence.
 
     Returns:
         Scores, self-influence, data value and metrics.
@@ -189,13 +195,14 @@ def attribute(
                 len(train),
                 train.digest(),
                 ParameterLayout.of(module).shapes,
-                method.projector.config,
+                method.projector_config,
                 describe_output(module),
             ),
             noise_mask=noise_mask,
             topk=topk,
             memory=MemoryBudget(memory_budget),
             folder=folder / "result",
+            target_function=target_function,
         )
         _check_store(step)
         stack.enter_context(_lent(trainer, module))

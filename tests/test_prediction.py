@@ -25,7 +25,7 @@ from torch.utils.data import (
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.methods import TRAK
+from lightning_attr.methods import TRAK, GradDot, ModelMethod, ScoreBlock, model_of
 from lightning_attr.outputs import BinaryMargin, NegativeLoss, Regression
 from lightning_attr.prediction import to_device
 from lightning_attr.projectors import IdentityProjector
@@ -196,7 +196,7 @@ def test_result_does_not_depend_on_the_temporary_files_that_are_gone() -> None:
 SCRIPT = """
 import sys, torch
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
-from lightning_attr.methods import TRAK
+from lightning_attr.methods import TRAK, GradDot, ModelMethod, ScoreBlock, model_of
 result = quiet_trainer().attribute(
     model=BlobClassifier(seed=7), store=sys.argv[1], method=TRAK(proj_dim=16),
     train_dataloaders=loader_of(blobs(20)), target_dataloaders=loader_of(blobs(7, seed=1)),
@@ -396,3 +396,86 @@ def test_regression_and_binary_outputs(output: Any) -> None:
     # A sample and the gradient of its own output: the sign is that of the push.
     push = output.out_to_loss(model.layer(data.tensors[0]).squeeze(1), y)
     assert torch.equal(result.self_influence.sign(), push.sign())
+
+
+# A function of the targets ------------------------------------------------------------------------------------------
+
+
+def logit_of_class_one(module: Any, batch: Any) -> Tensor:
+    return module(batch[0])[:, 1]
+
+
+def test_any_function_of_the_targets_is_attributed() -> None:
+    model = BlobClassifier()
+    result = attributed(model, method=GradDot(IdentityProjector()), target_function=logit_of_class_one)
+    plain = attributed(model, method=GradDot(IdentityProjector()))
+    for j, (x, _) in enumerate(TARGETS):
+        gradient = torch.autograd.grad(model(x)[1], list(model.parameters()))
+        for i, (x_train, y_train) in enumerate(TRAIN):
+            loss = F.cross_entropy(model(x_train), y_train)
+            push = torch.autograd.grad(loss, list(model.parameters()))
+            expected = -sum((a * b).sum() for a, b in zip(gradient, push, strict=True))
+            assert result.scores.values[i, j].item() == pytest.approx(expected.item(), rel=2e-3, abs=2e-3)
+    torch.testing.assert_close(result.self_influence, plain.self_influence)
+    assert result.scores.provenance["target_function"] == "logit_of_class_one"
+    assert "target_function" not in plain.scores.provenance
+
+
+def test_a_function_of_the_targets_through_parameters_without_a_rule() -> None:
+    class Scaled(BlobClassifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.gain.expand(1)[0]
+
+    model = Scaled()
+    result = attributed(model, method=GradDot(IdentityProjector()), target_function=logit_of_class_one)
+    gradient = torch.autograd.grad(model(TARGETS[0][0])[1], list(model.parameters()))
+    push = torch.autograd.grad(F.cross_entropy(model(TRAIN[0][0]), TRAIN[0][1]), list(model.parameters()))
+    expected = -sum((a * b).sum() for a, b in zip(gradient, push, strict=True))
+    assert result.scores.values[0, 0].item() == pytest.approx(expected.item(), rel=2e-3)
+
+
+def test_a_function_of_the_targets_gives_one_value_each() -> None:
+    with pytest.raises(
+        ValueError, match=r"`target_function` to return one value a target, of shape \(7,\), but got \("
+    ):
+        attributed(target_function=lambda module, batch: module(batch[0]))
+    with pytest.raises(ValueError, match=r"of shape \(7,\), but got float"):
+        attributed(target_function=lambda module, batch: 1.0)
+
+
+def test_a_method_that_runs_the_module_needs_no_features() -> None:
+    class Inputs(ModelMethod):
+        def score_snapshot(self, snapshot: Any) -> Any:
+            for rows, (x, _) in model_of(snapshot).train_batches():
+                scores = x @ torch.cat([x for _, (x, _) in snapshot.model.target_batches(snapshot.target_rows)]).T
+                yield ScoreBlock(range(rows[0], rows[-1] + 1), scores, x.square().sum(1))
+
+    trainer = quiet_trainer()
+    result = attributed(method=Inputs(), store="run", trainer=trainer)
+    torch.testing.assert_close(result.scores.values, TRAIN.tensors[0] @ TARGETS.tensors[0].T)
+    assert FeatureStore.open("run").fingerprint.projector is None
+    assert FeatureStore.open("run").missing("current")
+    expected = attributed(store="run")  # which finds the store's features missing, and adds them
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(result.labels, expected.labels)
+    assert not FeatureStore.open("run").missing("current")
+
+
+def test_a_callback_with_such_a_method_keeps_snapshots_only() -> None:
+    class Constant(ModelMethod):
+        def score_snapshot(self, snapshot: Any) -> Any:
+            for rows, _ in model_of(snapshot).train_batches():
+                ones = torch.ones(len(rows), len(snapshot.target_rows))
+                yield ScoreBlock(range(rows[0], rows[-1] + 1), ones, ones[:, 0])
+
+    callback = AttributionCallback("run", method=Constant())
+    trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
+    trainer.fit(BlobClassifier(), loader_of(TRAIN, shuffle=True))
+    assert len(FeatureStore.open("run").snapshots) == 2
+    assert not list(Path("run").rglob("features"))
+    result = trainer.attribute(target_dataloaders=loader_of(TARGETS))
+    assert (result.scores.values == 1).all()

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_attr.projectors import KroneckerProjector, Projector
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.projectors import KroneckerProjector, NoProjection, Projection, Projector
+from lightning_attr.snapshot_model import SnapshotModel
 
 __all__ = ["AttributionMethod", "ScoreBlock", "SnapshotFeatures", "compute_precision", "in_step"]
 
@@ -30,6 +32,9 @@ class SnapshotFeatures:
         reduce: sums a tensor over all processes, in place, and returns it.
         memo: for what a method computes of the training rows alone, a kernel for instance. Many targets are scored some
             at a time, and it is not to be computed again for the next.
+        target_rows: which targets these are.
+        model: the module at the snapshot; None where features are all there is.
+        layers: columns of the features by layer; None where the projection mixes layers.
 
     Example:
         >>> import torch
@@ -41,7 +46,16 @@ class SnapshotFeatures:
     targets: Mapping[str, Tensor]
     learning_rate: float = 1.0
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    memo: dict[str, Tensor] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
+    target_rows: range = range(0)
+    model: SnapshotModel | None = None
+    layers: Mapping[str, slice] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Numbers that a method keeps of one target: its features, or its gradient where it runs the module."""
+        features = self.targets["features"].shape[1]
+        return features if self.model is None else max(features, self.model.layout.numel)
 
     @classmethod
     def of(cls, train: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> SnapshotFeatures:
@@ -55,7 +69,27 @@ class SnapshotFeatures:
             One block of all rows.
         """
         rows = range(len(train["features"]))
-        return cls(lambda: iter([(rows, train)]), targets)
+        return cls(lambda: iter([(rows, train)]), targets, target_rows=range(len(targets["features"])))
+
+    @classmethod
+    def at(cls, model: SnapshotModel, targets: Mapping[str, Tensor], learning_rate: float = 1.0) -> SnapshotFeatures:
+        """Wrap a module, for a method that runs it.
+
+        Args:
+            model: the module at the snapshot, with its data.
+            targets: columns of the targets beside the features, ``(m, ...)``; none where the method reads none.
+            learning_rate: its sum over the optimizer steps that the snapshot stands for.
+
+        Returns:
+            A snapshot without stored features.
+        """
+        m = sum(len(rows) for rows, _ in model.target_batches(range(2**62)))
+
+        def blocks() -> Iterator[tuple[range, Mapping[str, Tensor]]]:
+            return iter(())
+
+        columns = {"features": torch.zeros(m, 0), **targets}
+        return cls(blocks, columns, learning_rate, model.reduce, target_rows=range(m), model=model)
 
 
 @dataclass(frozen=True)
@@ -130,6 +164,9 @@ class AttributionMethod(ABC):
     Args:
         projector: the projection of the features.
 
+    Attributes:
+        projector: None for a method that reads no stored features, but runs the module.
+
     Example:
         >>> import torch
         >>> class FeatureDot(AttributionMethod):          # a method of your own: one class with one function
@@ -143,8 +180,27 @@ class AttributionMethod(ABC):
         [tensor([3., 4.])]
     """
 
+    projector: Projector | None
+
     def __init__(self, projector: Projector | None = None) -> None:
         self.projector = projector or KroneckerProjector()
+
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Draw the projection of the features at a snapshot.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the projection.
+
+        Returns:
+            The projection; without a projector, one of no dimensions.
+        """
+        return NoProjection() if self.projector is None else self.projector.bind(layout, snapshot)
+
+    @property
+    def projector_config(self) -> dict[str, Any] | None:
+        """What a store records of the projector; None without one."""
+        return None if self.projector is None else self.projector.config
 
     def select(self, snapshots: Sequence[T]) -> Sequence[T]:
         """Choose the snapshots that the method uses.
@@ -175,4 +231,4 @@ class AttributionMethod(ABC):
     def config(self) -> dict[str, Any]:
         """Name and arguments, for the record of a result."""
         own = {name: value for name, value in vars(self).items() if name != "projector"}
-        return {"method": type(self).__name__, **own, "projector": self.projector.config}
+        return {"method": type(self).__name__, **own, "projector": self.projector_config}

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
+from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
+from lightning_attr.methods.kernel import KernelMethod
 from lightning_attr.projectors import KroneckerProjector, Projector
 
 __all__ = ["TRAK"]
 
-_STRIP = 256
-"""Columns at once where half of a product is known to be zero or to mirror the other half."""
-_SOLVE = 4096
-"""Targets solved for at once, in float64."""
 
-
-class TRAK(AttributionMethod):
+class TRAK(KernelMethod):
     r"""Tracing with the randomly-projected after kernel (Park et al., 2023), every snapshot a member of the ensemble.
 
     .. math::
@@ -41,6 +37,8 @@ class TRAK(AttributionMethod):
             kernel.
         newton_weights: weigh the kernel by the curvature of the loss; ``tests/benchmarks/lds.py`` compares both.
         seed: of the default projector.
+        per_layer: one kernel a layer, each damped on its own, whose features do not interact; for projectors that keep
+            the layers apart. Larger projections can be afforded so.
 
     Raises:
         ValueError: if the damping is negative.
@@ -61,12 +59,21 @@ class TRAK(AttributionMethod):
         damping: float = 1.0,
         newton_weights: bool = True,
         seed: int = 0,
+        per_layer: bool = False,
     ) -> None:
-        if not damping >= 0:
-            raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")
-        super().__init__(projector or KroneckerProjector(proj_dim, seed))
-        self.damping = damping
+        super().__init__(projector or KroneckerProjector(proj_dim, seed), damping, per_layer)
         self.newton_weights = newton_weights
+
+    def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
+        """Weigh by the curvature of the loss, or not at all; see :meth:`KernelMethod.kernel_weights`.
+
+        Args:
+            columns: of the store.
+
+        Returns:
+            ``(b,)``, or None.
+        """
+        return columns["newton_weight"] if self.newton_weights else None
 
     def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
         """Average over the snapshots; see :meth:`AttributionMethod.score`.
@@ -82,67 +89,18 @@ class TRAK(AttributionMethod):
         Raises:
             ValueError: if a kernel is singular, or not finite.
         """
-        solutions = [self._solve(snapshot) for snapshot in snapshots]
+        kernels = [self.solve(snapshot) for snapshot in snapshots]
         for rows, train in in_step(snapshots):
             m, count = len(snapshots[0].targets["features"]), len(snapshots)
-            like = solutions[0][0]
+            like = kernels[0].targets
             scores, self_influence, push = (like.new_zeros(size) for size in ((len(rows), m), len(rows), len(rows)))
-            for columns, (solved, inverse) in zip(train, solutions, strict=True):
+            for columns, kernel in zip(train, kernels, strict=True):
                 features, q = columns["features"].to(like), columns["out_to_loss"].to(like)
-                leverage = _squared_norms(features, inverse)
+                leverage = kernel.leverage(features)
                 if self.newton_weights:
                     leverage, features = q * leverage, q[:, None] * features
-                scores.addmm_(features, solved)
+                scores.addmm_(features, kernel.targets)
                 self_influence += leverage
                 push += q
             weight = torch.full_like(push, 1 / count) if self.newton_weights else push / count**2
             yield ScoreBlock(rows, scores.mul_(weight[:, None]), self_influence * weight)
-
-    def _solve(self, snapshot: SnapshotFeatures) -> tuple[Tensor, Tensor]:
-        """Return the solved targets ``(k, m)`` and, with the kernel L L^T, the inverse of L, ``(k, k)``."""
-        if "factor" not in snapshot.memo:
-            snapshot.memo["factor"] = self._factor(snapshot)
-        factor = snapshot.memo["factor"]
-        targets = compute_precision(snapshot.targets["features"])
-        solved = targets.new_empty(targets.shape[1], len(targets))
-        for start in range(0, len(targets), _SOLVE):
-            part = slice(start, start + _SOLVE)
-            solved[:, part] = torch.cholesky_solve(targets[part].T.double(), factor)
-        unit = torch.eye(len(factor), dtype=targets.dtype, device=factor.device)
-        return solved, torch.linalg.solve_triangular(factor.to(targets.dtype), unit, upper=False)
-
-    def _factor(self, snapshot: SnapshotFeatures) -> Tensor:
-        """Return the lower triangular factor of the kernel, float64."""
-        k = snapshot.targets["features"].shape[1]
-        upper = torch.zeros(k, k, dtype=torch.float64, device=snapshot.targets["features"].device)
-        for _, columns in snapshot.blocks():
-            features = compute_precision(columns["features"])
-            if self.newton_weights:
-                features = features * columns["newton_weight"].to(features).sqrt()[:, None]
-            for start in range(0, k, _STRIP):
-                strip = slice(start, start + _STRIP)
-                upper[strip, start:] += features[:, strip].T @ features[:, start:]
-        kernel = snapshot.reduce(upper.triu_() + upper.triu(1).T)
-        kernel.diagonal().add_(self.damping * kernel.diagonal().mean())
-        if not kernel.isfinite().all():
-            raise ValueError(
-                "Expected finite features, but the kernel of the training features holds NaN or infinite values. Look "
-                "for them in the columns `features` and `newton_weight` of the store, and featurize these rows again."
-            )
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(kernel)
-        if failed:
-            raise ValueError(
-                f"The kernel of {k} features is singular with `damping={self.damping}`. Raise the damping (1.0 is a "
-                "good value), or lower `proj_dim` below the number of training samples."
-            )
-        return factor
-
-
-def _squared_norms(features: Tensor, lower: Tensor) -> Tensor:
-    """Return the squared norms ``(b,)`` of ``features @ lower.T``, without the half of the product that is zeros."""
-    norms = features.new_zeros(len(features))
-    for start in range(0, len(lower), _STRIP):
-        stop = start + _STRIP
-        norms += (features[:, :stop] @ lower[start:stop, :stop].T).square_().sum(1)
-    return norms

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_attr.projectors.base import IdentityProjector, Projection, Projector
+from lightning_attr.projectors.base import (
+    IdentityProjector,
+    MatrixProjection,
+    NoProjection,
+    Projection,
+    Projector,
+)
 from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
 from lightning_attr.projectors.factored_sjlt import FactoredSJLTProjector
 from lightning_attr.projectors.fast_jl import FastJLProjector
@@ -19,6 +25,8 @@ __all__ = [
     "GraSSProjector",
     "IdentityProjector",
     "KroneckerProjector",
+    "MatrixProjection",
+    "NoProjection",
     "Projection",
     "Projector",
     "RademacherProjector",

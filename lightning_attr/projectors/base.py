@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.layout import ParameterLayout
 
-__all__ = ["IdentityProjector", "Projection", "Projector"]
+__all__ = ["IdentityProjector", "MatrixProjection", "NoProjection", "Projection", "Projector"]
 
 
 class Projection(ABC):
@@ -24,6 +24,9 @@ class Projection(ABC):
 
     Args:
         dim: number of features.
+
+    Attributes:
+        layers: module path of each layer -> the columns of its features; None where a feature mixes layers.
 
     Example:
         >>> class Sum(Projection):                         # a map of your own: all entries of the gradient, added up
@@ -34,6 +37,8 @@ class Projection(ABC):
         >>> features
         tensor([[7.]])
     """
+
+    layers: Mapping[str, slice] | None = None
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -142,11 +147,63 @@ class IdentityProjector(Projector):
         return {"kind": self.kind}
 
 
+class NoProjection(Projection):
+    """No features at all: only the values beside them are wanted.
+
+    Example:
+        >>> NoProjection().dim
+        0
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:  # noqa: D102 - inherited
+        return
+
+
+class MatrixProjection(Projection):
+    r"""Inner products with given vectors, :math:`\phi_r = v_r \cdot g`.
+
+    A sample's gradient of a layer is formed once for all vectors, which no order of the factors would undercut.
+
+    Args:
+        layout: the parameters.
+        vectors: ``(r, p)``, flattened in the order of the layout, in the dtype and on the device of the features.
+
+    Raises:
+        ValueError: if the vectors do not fit the layout.
+
+    Example:
+        >>> projection = MatrixProjection(ParameterLayout({"w": (2,)}), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+        >>> features = torch.zeros(1, 2)
+        >>> projection.accumulate(features, "w", torch.tensor([[3.0, 4.0]]))
+        >>> features
+        tensor([[3., 7.]])
+    """
+
+    def __init__(self, layout: ParameterLayout, vectors: Tensor) -> None:
+        if vectors.ndim != 2 or vectors.shape[1] != layout.numel:
+            raise ValueError(
+                f"Expected argument `vectors` to have the shape (r, {layout.numel}), one row a vector, but got "
+                f"{tuple(vectors.shape)}."
+            )
+        super().__init__(len(vectors))
+        self.layout = layout
+        self.vectors = vectors
+        self.slots = flat_slots(layout)
+
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:  # noqa: D102 - inherited
+        rows = flat_rows(gradient, self.layout.shapes[name]).to(features.dtype)
+        features.addmm_(rows, self.vectors[:, self.slots[name]].T)
+
+
 class _Flattening(Projection):
     def __init__(self, layout: ParameterLayout) -> None:
         super().__init__(layout.numel)
         self.layout = layout
         self.slots = flat_slots(layout)
+        self.layers = by_layer(self.slots)
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         features[:, self.slots[name]] += flat_rows(gradient, self.layout.shapes[name])
@@ -190,3 +247,23 @@ def flat_slots(layout: ParameterLayout) -> dict[str, slice]:
         slots[name] = slice(start, stop)
         start = stop
     return slots
+
+
+def by_layer(slots: Mapping[str, slice]) -> dict[str, slice]:
+    """Join the intervals of each layer's own parameters.
+
+    Args:
+        slots: parameter name -> interval; those of a layer follow each other.
+
+    Returns:
+        Module path -> interval.
+
+    Example:
+        >>> by_layer({"0.weight": slice(0, 6), "0.bias": slice(6, 8), "2.weight": slice(8, 10)})
+        {'0': slice(0, 8, None), '2': slice(8, 10, None)}
+    """
+    layers: dict[str, slice] = {}
+    for name, slot in slots.items():
+        layer = name.rpartition(".")[0]
+        layers[layer] = slice(layers.get(layer, slot).start, slot.stop)
+    return layers

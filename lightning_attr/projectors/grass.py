@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lightning_attr.gradients.factored import FactoredGradient, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector, flat_rows, flat_slots
+from lightning_attr.projectors.base import Projection, Projector, by_layer, flat_rows, flat_slots
 from lightning_attr.projectors.sjlt import Sketch
 from lightning_attr.randomness import random_words
 
@@ -50,7 +51,21 @@ class _MaskedProjector(Projector):
             The linear map.
         """
         key = (self.seed, snapshot)
-        return _MaskedProjection(self.masks(layout, key), Sketch(self.proj_dim, key))
+        masks = self.masks(layout, key)
+        return _MaskedProjection(masks, self.sketches(masks, key))
+
+    def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> dict[str, tuple[slice, Sketch]]:
+        """Draw the map of the entries that are kept: one for all parameters.
+
+        Args:
+            masks: of each parameter.
+            key: what the map depends on.
+
+        Returns:
+            Parameter name -> columns of the features, and the map to them.
+        """
+        sketch = Sketch(self.proj_dim, key)
+        return {name: (slice(0, self.proj_dim), sketch) for name in masks}
 
     @abstractmethod
     def masks(self, layout: ParameterLayout, key: tuple[object, ...]) -> dict[str, _Mask]:
@@ -124,6 +139,8 @@ class FactGraSSProjector(_MaskedProjector):
         proj_dim: projection dimension ``k``.
         seed: projections of equal seed, layout and snapshot are equal everywhere.
         mask_factor: entries kept for each feature.
+        per_layer: give each layer features of its own, in proportion to the entries it keeps and at least one, instead
+            of adding all up in the same; for methods with a kernel a layer.
 
     Raises:
         ValueError: if ``proj_dim`` or ``mask_factor`` is not a positive integer.
@@ -139,6 +156,48 @@ class FactGraSSProjector(_MaskedProjector):
     """
 
     kind: ClassVar[str] = "factgrass"
+
+    def __init__(self, proj_dim: int = 2048, seed: int = 0, mask_factor: int = 4, per_layer: bool = False) -> None:
+        super().__init__(proj_dim, seed, mask_factor)
+        self.per_layer = per_layer
+
+    def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> dict[str, tuple[slice, Sketch]]:
+        """Draw the map of the entries that are kept: one for all parameters, or one a layer.
+
+        Args:
+            masks: of each parameter.
+            key: what the maps depend on.
+
+        Returns:
+            Parameter name -> columns of the features, and the map to them.
+
+        Raises:
+            ValueError: if the layers are more than the features.
+        """
+        if not self.per_layer:
+            return super().sketches(masks, key)
+        kept: dict[str, int] = {}
+        for name, mask in masks.items():
+            layer = name.rpartition(".")[0]
+            kept[layer] = kept.get(layer, 0) + mask.kept
+        spare, total = self.proj_dim - len(kept), sum(kept.values())
+        if spare < 0:
+            raise ValueError(
+                f"Expected argument `proj_dim` to be at least {len(kept)}, one for each layer, but got "
+                f"{self.proj_dim}. Raise it, or freeze parameters that should not be attributed."
+            )
+        own: dict[str, tuple[slice, Sketch]] = {}
+        start = 0
+        for layer, count in kept.items():
+            dim = min(count, 1 + spare * count // total)
+            own[layer] = (slice(start, start + dim), Sketch(dim, key))
+            start += dim
+        return {name: own[name.rpartition(".")[0]] for name in masks}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a store records of the projector: kind and arguments."""
+        return {**super().config, "per_layer": True} if self.per_layer else super().config
 
     def masks(self, layout: ParameterLayout, key: tuple[object, ...]) -> dict[str, _Mask]:
         """Draw the rows and columns that each matrix keeps, and the entries of each vector.
@@ -179,21 +238,24 @@ class FactGraSSProjector(_MaskedProjector):
 
 
 class _MaskedProjection(Projection):
-    def __init__(self, masks: dict[str, _Mask], sketch: Sketch) -> None:
-        super().__init__(sketch.dim)
+    def __init__(self, masks: dict[str, _Mask], sketches: dict[str, tuple[slice, Sketch]]) -> None:
+        super().__init__(max(columns.stop for columns, _ in sketches.values()))
         self.masks = masks
-        self.sketch = sketch
+        self.sketches = sketches
+        if len({sketch for _, sketch in sketches.values()}) > 1:
+            self.layers = by_layer({name: columns for name, (columns, _) in sketches.items()})
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         if name in self.masks:
-            mask = self.masks[name]
-            self.sketch.add(features, name, mask.apply(gradient, features) * mask.scale)
+            mask, (columns, sketch) = self.masks[name], self.sketches[name]
+            sketch.add(features[:, columns], name, mask.apply(gradient, features) * mask.scale)
 
 
 class _Mask(ABC):
-    """What is kept of one parameter."""
+    """What is kept of one parameter: how many entries, and by what they are multiplied."""
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, kept: int, scale: float) -> None:
+        self.kept = kept
         self.scale = scale
 
     @abstractmethod
@@ -205,7 +267,7 @@ class _EntryMask(_Mask):
     """Keeps single entries of a parameter."""
 
     def __init__(self, entries: Tensor, shape: tuple[int, ...], scale: float) -> None:
-        super().__init__(scale)
+        super().__init__(len(entries), scale)
         self.entries = entries
         self.shape = shape
         self.size = math.prod(shape)
@@ -227,7 +289,7 @@ class _SideMask(_Mask):
     """Keeps rows and columns of a matrix."""
 
     def __init__(self, row: Tensor, column: Tensor, shape: tuple[int, int], scale: float) -> None:
-        super().__init__(scale)
+        super().__init__(len(row) * len(column), scale)
         self.row = row
         self.column = column
         self.shape = shape

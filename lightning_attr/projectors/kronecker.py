@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient, RowSum, two_sided
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector
+from lightning_attr.projectors.base import Projection, Projector, by_layer
 from lightning_attr.randomness import rademacher
 
 __all__ = ["KroneckerProjector"]
@@ -118,6 +118,7 @@ class _KroneckerProjection(Projection):
             if block.bias is not None:
                 self.last_columns[block.bias] = _LastColumn(two_sided)
             start = stop
+        self.layers = by_layer({name: two_sided.slot for name, two_sided in self.maps.items()})
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         (self.maps.get(name) or self.last_columns[name]).accumulate(features, gradient)

@@ -1,0 +1,242 @@
+"""The module as it was at a snapshot, with the data: for methods that need more than stored features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_attr.batch import select_rows
+from lightning_attr.checkpoints import load_weights, weights_of
+from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
+from lightning_attr.files import read_tensors, write_tensors
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.memory import MemoryBudget
+from lightning_attr.projectors import Projection
+
+__all__ = ["Batches", "Replay", "SnapshotModel"]
+
+Batches: TypeAlias = "Iterator[tuple[Sequence[int], Any]]"
+
+_KEPT_BYTES = 2**28
+"""Batches that stay in memory between passes: a solver goes through the data a hundred times."""
+
+
+@dataclass(frozen=True)
+class SnapshotModel:
+    """One snapshot, ready to run on the training samples of this process and on all targets.
+
+    Several snapshots may share a module: call :meth:`load` before anything that runs it.
+
+    Args:
+        module: the user's module, in eval mode.
+        plan: what is attributed, and the gradient path of each parameter.
+        key: of the snapshot's random streams; like the key of its projection, it is the same wherever the snapshot is.
+        n_train: training samples, of all processes.
+        load: puts the snapshot's weights into the module.
+        train_batches: gives this process's training samples as ``(rows, batch)`` on the module's device, the rows of a
+            batch in sequence.
+        target_batches: gives the targets of the rows wanted, likewise; every process has all targets.
+        target_plan: as ``plan``, of the targets, where another function of the module is measured there.
+        precision: the context that forward passes run in.
+        memory: what a batch may take; without it, nothing is split.
+        reduce: sums a tensor over all processes, in place, and returns it.
+        folder: the snapshot's own, for :meth:`kept`; None keeps nothing.
+        writer: whether this process writes there.
+
+    Example:
+        >>> from lightning_attr import AttributionMixin
+        >>> from lightning_attr.projectors import IdentityProjector
+        >>> class Classifier(AttributionMixin, nn.Linear): ...
+        >>> batch = (torch.eye(2), torch.tensor([0, 1]))
+        >>> model = SnapshotModel.of(Classifier(2, 3).eval(), [batch], [batch])
+        >>> identity = IdentityProjector().bind(model.layout, model.key)
+        >>> [(rows, tuple(columns["features"].shape)) for rows, columns in model.train(identity)]
+        [(range(0, 2), (2, 9))]
+    """
+
+    module: nn.Module
+    plan: AttributionPlan
+    key: str
+    n_train: int
+    load: Callable[[], None]
+    train_batches: Callable[[], Batches]
+    target_batches: Callable[[Sequence[int]], Batches]
+    target_plan: AttributionPlan | None = None
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    memory: MemoryBudget | None = None
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    folder: Path | None = None
+    writer: bool = True
+    layout: ParameterLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", ParameterLayout.of(self.module))
+
+    @classmethod
+    def of(cls, module: nn.Module, train: Sequence[Any], targets: Sequence[Any], key: str = "current") -> SnapshotModel:
+        """Make one of a module at its current weights and of batches that are in memory.
+
+        Args:
+            module: a module that can be attributed, in eval mode.
+            train: batches of the training samples, in order.
+            targets: batches of the targets, in order.
+            key: of the random streams.
+
+        Returns:
+            The model, of one process.
+        """
+        numbered = [_numbered(batches) for batches in (train, targets)]
+        weights = {name: tensor.clone() for name, tensor in weights_of(module).items()}
+        return cls(
+            module,
+            plan(module, train[0], len(numbered[0][0][0])),
+            key,
+            n_train=sum(len(rows) for rows, _ in numbered[0]),
+            load=lambda: load_weights(module, weights),
+            train_batches=lambda: iter(numbered[0]),
+            target_batches=lambda rows: _restricted(numbered[1], rows),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which its features and gradients are: float32, or float64 for a float64 module."""
+        trainable = next(p for p in self.module.parameters() if p.requires_grad)
+        return torch.promote_types(trainable.dtype, torch.float32)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Name the attributed parameters, in the order of the layout.
+
+        Returns:
+            Name -> tensor, detached, not copied.
+        """
+        return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def train(self, projection: Projection) -> Iterator[tuple[range, dict[str, Tensor]]]:
+        """Featurize this process's training samples.
+
+        Args:
+            projection: of the gradients; any linear map, a matrix of solved targets for instance.
+
+        Yields:
+            Rows, and their columns as :class:`lightning_attr.featurizer.Featurizer` gives them.
+        """
+        featurizer = Featurizer(self.module, self.plan, projection, self.memory)
+        for rows, batch in self.train_batches():
+            with self.precision():
+                columns = featurizer(batch, rows)
+            yield range(rows[0], rows[-1] + 1), columns
+
+    def targets(self, projection: Projection, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Featurize targets.
+
+        Args:
+            projection: of the gradients.
+            rows: of the targets wanted.
+
+        Returns:
+            Columns ``(len(rows), ...)``, in that order.
+        """
+        featurizer = Featurizer(self.module, self.target_plan or self.plan, projection, self.memory)
+        parts: list[dict[str, Tensor]] = []
+        for numbers, batch in self.target_batches(rows):
+            with self.precision():
+                parts.append(featurizer(batch, numbers))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Sum the training loss over a batch, as a function of the parameters, for products with its curvature.
+
+        Args:
+            params: name -> tensor; those that are missing keep their values.
+            batch: ``batch_size`` samples.
+            batch_size: how many.
+
+        Returns:
+            The sum, ``()``.
+        """
+        return self.plan.attributed.total_loss(self.module, params, batch, batch_size)
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Compute something costly once: a run that was killed, or the next one, reads it.
+
+        All processes call it together; ``compute`` has to :attr:`reduce` at least once, so that none is still looking
+        for the file when it appears.
+
+        Args:
+            name: of the file, with all that its content depends on besides the snapshot and the data.
+            compute: computes the tensors, the same in every process.
+
+        Returns:
+            The tensors.
+        """
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        if path is not None and path.exists():
+            return read_tensors(path, remedy="Delete it: it is computed again.")
+        tensors = compute()
+        if path is not None and self.writer:
+            write_tensors(path, tensors)
+        return tensors
+
+
+def _numbered(batches: Sequence[Any]) -> list[tuple[range, Any]]:
+    numbered, start = [], 0
+    for batch in batches:
+        size = len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
+        numbered.append((range(start, start + size), batch))
+        start += size
+    return numbered
+
+
+def _restricted(numbered: Sequence[tuple[range, Any]], rows: Sequence[int]) -> Batches:
+    for numbers, batch in numbered:
+        wanted = [i for i, row in enumerate(numbers) if row in rows]
+        if wanted:
+            yield [numbers[i] for i in wanted], select_rows(batch, len(numbers), wanted)
+
+
+class Replay:
+    """Goes through batches again and again, and keeps them after the first time if they are small.
+
+    Args:
+        read: reads them.
+
+    Example:
+        >>> reads = []
+        >>> replay = Replay(lambda: iter([reads.append("read") or (range(1), torch.ones(1))]))
+        >>> for _ in range(3):
+        ...     batches = list(replay())
+        >>> reads
+        ['read']
+    """
+
+    def __init__(self, read: Callable[[], Batches]) -> None:
+        self.read = read
+        self._kept: list[tuple[Sequence[int], Any]] | None = None
+
+    def __call__(self) -> Batches:
+        """Yield ``(rows, batch)``."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        for item in self.read():
+            size += sum(leaf.nbytes for leaf in tree_leaves(item[1]) if isinstance(leaf, Tensor))
+            if size <= _KEPT_BYTES:
+                kept.append(item)
+            else:
+                kept.clear()
+            yield item
+        if size <= _KEPT_BYTES:
+            self._kept = kept

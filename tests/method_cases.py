@@ -1,0 +1,122 @@
+"""What the contract tests run on: one recorded run, and the methods that are enrolled, a line each.
+
+It is a module of its own, so that processes started by the tests can import it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from cases import loader_of, quiet_trainer
+from lightning_attr import AttributionMixin, AttributionResult, FeatureStore, attribute, store
+from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.methods import TRAK, AttributionMethod, GradCos, GradDot
+from lightning_attr.projectors import IdentityProjector
+
+N_TRAIN, N_TARGET = 24, 5
+TWINS = (20, 3)
+"""Two training samples that are the same."""
+COPY, FLIPPED = 22, 23
+"""Training copies of target 0: with its label, and with the other one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, and the clauses of the contract that do not hold for it, each with its reason."""
+
+    name: str
+    make: Callable[[], AttributionMethod]
+    except_for: Mapping[str, str] = field(default_factory=dict)
+
+
+CASES = [
+    Case("TRAK", lambda: TRAK(projector=IdentityProjector())),
+    Case("TRAK, projected", lambda: TRAK(proj_dim=16)),
+    Case("TRAK, as published", lambda: TRAK(projector=IdentityProjector(), newton_weights=False)),
+    Case("GradDot", lambda: GradDot(IdentityProjector())),
+    Case("GradCos", lambda: GradCos(IdentityProjector())),
+]
+
+
+class Classifier(AttributionMixin, L.LightningModule):
+    """A small MLP for two classes, with dropout while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+def training_data() -> TensorDataset:
+    """Two noisy classes, a pair of twins, and both copies of target 0."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(N_TRAIN) % 2
+    x = torch.randn(N_TRAIN, 4, generator=generator) + (2 * y[:, None] - 1) * torch.tensor([1.0, 0, 0, 0])
+    x[TWINS[0]], y[TWINS[0]] = x[TWINS[1]], y[TWINS[1]]
+    target, label = target_data()[0]
+    x[COPY], y[COPY] = target, label
+    x[FLIPPED], y[FLIPPED] = target, 1 - label
+    return TensorDataset(x, y)
+
+
+def target_data() -> TensorDataset:
+    """The first far from all training samples but its copies."""
+    x = torch.randn(N_TARGET, 4, generator=torch.Generator().manual_seed(1))
+    x[0] = torch.tensor([0.5, 0.0, 3.0, -3.0])
+    return TensorDataset(x, torch.tensor([1, 0, 1, 0, 1]))
+
+
+def record(folder: Path) -> Path:
+    """Train once; the store has snapshots only, and takes any order of the training samples."""
+    callback = AttributionCallback(folder, method=TRAK(proj_dim=4), snapshots=[0, 3, 9], featurize=False, log=False)
+    trainer = quiet_trainer(max_epochs=10, callbacks=[callback])
+    torch.manual_seed(0)
+    trainer.fit(Classifier(), loader_of(training_data(), shuffle=True))
+    found = FeatureStore.open(folder)
+    found.manifest = replace(found.manifest, fingerprint=replace(found.fingerprint, data=None), shard_rows=8)
+    found._save(found.manifest)
+    return folder
+
+
+def scored(method: AttributionMethod, path: Path | None, **settings: Any) -> AttributionResult:
+    """Attribute the targets of the recorded run."""
+    trainer = settings.pop("trainer", None) or quiet_trainer()
+    train, batch_size = settings.pop("train", training_data()), settings.pop("batch_size", 8)
+    targets = loader_of(settings.pop("targets", target_data()), batch_size=settings.pop("target_batch_size", 2))
+    settings = {"train_dataloaders": loader_of(train, batch_size=batch_size), "target_dataloaders": targets, **settings}
+    return attribute(trainer, model=Classifier(), method=method, store=path, **settings)
+
+
+def main(stores: Path, results: Path) -> None:
+    """What each of two processes runs: every case, on a store of its own."""
+    torch.set_num_threads(1)
+    store._SHARD_ROWS = 8
+    for i, case in enumerate(CASES):
+        if "two processes" not in case.except_for:
+            trainer = quiet_trainer(strategy="ddp", devices=2)
+            scored(case.make(), stores / str(i), trainer=trainer).save(results / f"{i}-{trainer.global_rank}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
