@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,7 +18,21 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 
-__all__ = ["digest", "link_tree", "move_aside", "read_tensors", "remains", "write_bytes", "write_tensors"]
+__all__ = [
+    "RESTORE",
+    "digest",
+    "link_tree",
+    "move_aside",
+    "read_manifest",
+    "read_tensors",
+    "remains",
+    "whole_file",
+    "write_bytes",
+    "write_tensors",
+]
+
+RESTORE = "Restore it from a copy, or start afresh in another directory."
+"""What to do about a damaged file that nothing else holds."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -33,7 +49,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         ...     [file.name for file in Path(folder).iterdir()]
         ['a']
     """
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -64,14 +80,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             own[name] = own[name].clone()
         storages.add(own[name].untyped_storage().data_ptr())
     content = digest(own)
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         safetensors.torch.save_file(own, temporary, {**(metadata or {}), "sha256": content})
     return content
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside the wanted one; on success flush it to the disk and rename it."""
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside the wanted one; on success flush it to the disk and rename it.
+
+    Args:
+        path: where the file is to be; an existing one is replaced.
+
+    Yields:
+        Where to write it.
+
+    Raises:
+        AttributionError: if that fails; what was there before is intact.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with whole_file(Path(folder) / "a") as temporary:
+        ...         _ = temporary.write_bytes(b"text")
+        ...     (Path(folder) / "a").read_bytes()
+        b'text'
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +121,41 @@ def _whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # what went wrong before is what matters
             temporary.unlink()
+
+
+def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
+    """Read the JSON file that says what a directory holds.
+
+    Args:
+        path: the file.
+        what: the directory holds, for the message.
+        version: the format that is read.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CorruptedStoreError: if it is missing, damaged, or of another format.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(Path(folder) / "a", b'{"format": 1}')
+        ...     read_manifest(Path(folder) / "a", "ground truth", 1)
+        {'format': 1}
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptedStoreError(f"{path.parent} holds no {what}: {path.name} is missing.") from error
+    except ValueError as error:
+        raise CorruptedStoreError(f"{path} is damaged: {error}. {RESTORE}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != version:
+        raise CorruptedStoreError(
+            f"{path} has the format {found!r}, but this version of lightning_attr reads {version}."
+        )
+    return dict(manifest)
 
 
 def read_tensors(path: Path, expected: str | None = None, remedy: str = "", hashed: bool = True) -> dict[str, Tensor]:

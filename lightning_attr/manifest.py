@@ -11,12 +11,11 @@ from typing import Any
 
 from lightning_attr.encoding import check_feature_dtype
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
-from lightning_attr.files import write_bytes
+from lightning_attr.files import RESTORE, read_manifest, write_bytes
 
 __all__ = ["Fingerprint", "Manifest", "Snapshot"]
 
 FORMAT = 1
-_DAMAGED = "Restore it from a copy, or start afresh in another directory."
 
 
 @dataclass(frozen=True)
@@ -175,21 +174,11 @@ class Manifest:
         Raises:
             CorruptedStoreError: if it is missing or no manifest of this format.
         """
-        try:
-            record = json.loads(path.read_text())
-        except FileNotFoundError as error:
-            raise CorruptedStoreError(f"{path.parent} holds no attribution store: {path.name} is missing.") from error
-        except ValueError as error:
-            raise CorruptedStoreError(f"{path} is damaged: {error}. {_DAMAGED}") from error
-        found = record.get("format") if isinstance(record, dict) else None
-        if found != FORMAT:
-            raise CorruptedStoreError(
-                f"{path} has the format {found!r}, but this version of lightning_attr reads {FORMAT}."
-            )
+        record = read_manifest(path, "attribution store", FORMAT)
         try:
             return cls._of(record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptedStoreError(f"{path} is damaged: {type(error).__name__} {error}. {_DAMAGED}") from error
+            raise CorruptedStoreError(f"{path} is damaged: {type(error).__name__} {error}. {RESTORE}") from error
 
     @classmethod
     def _of(cls, record: dict[str, Any]) -> Manifest:

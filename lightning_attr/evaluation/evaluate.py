@@ -10,11 +10,10 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth
-from lightning_attr.metrics.comparison_plots import plot_leave_one_out_correlation
+from lightning_attr.metrics.comparison_plots import plot_datamodeling_score, plot_leave_one_out_correlation
 from lightning_attr.metrics.correlation import CorrelationScore
 from lightning_attr.metrics.datamodeling import DatamodelingScore, linear_datamodeling_score
 from lightning_attr.metrics.leave_one_out import LeaveOneOutScore, leave_one_out_correlation
-from lightning_attr.metrics.plotting import plot_datamodeling_score
 from lightning_attr.result import AttributionResult
 from lightning_attr.scores import ScoreMatrix
 from lightning_attr.top_scores import TopScores

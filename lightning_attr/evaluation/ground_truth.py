@@ -16,13 +16,12 @@ from torch import Tensor
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.claims import STALE_AFTER, Claim, Claims, create_once
 from lightning_attr.evaluation.subsets import Retraining, RetrainingPlan
-from lightning_attr.files import digest, read_tensors, remains, write_tensors
+from lightning_attr.files import RESTORE, digest, read_manifest, read_tensors, remains, write_tensors
 
 __all__ = ["GroundTruth", "Records"]
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
-_DAMAGED = "Restore it from a copy, or start afresh in another directory."
 
 
 class Records:
@@ -54,7 +53,7 @@ class Records:
         self.dirpath = dirpath
         self.manifest = _read_manifest(dirpath)
         path = dirpath / "masks.safetensors"
-        masks = read_tensors(path, self.manifest["plan"]["masks"], _DAMAGED)["masks"]
+        masks = read_tensors(path, self.manifest["plan"]["masks"], RESTORE)["masks"]
         kind, repeats, seed = (self.manifest["plan"][name] for name in ("kind", "repeats", "seed"))
         self.plan = RetrainingPlan(kind, masks, repeats, seed)
         self.claims = Claims(dirpath / "claims")
@@ -288,20 +287,10 @@ class GroundTruth:
 
 def _read_manifest(dirpath: Path) -> dict[str, Any]:
     path = dirpath / _MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptedStoreError(f"{dirpath} holds no ground truth: {_MANIFEST} is missing.") from error
-    except ValueError as error:
-        raise CorruptedStoreError(f"{path} is damaged: {error}. {_DAMAGED}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CorruptedStoreError(
-            f"{path} has the format {found!r}, but this version of lightning_attr reads {FORMAT}."
-        )
+    manifest = read_manifest(path, "ground truth", FORMAT)
     if not all(isinstance(manifest.get(name), dict) for name in ("plan", "recipe")):
-        raise CorruptedStoreError(f"{path} is damaged: plan or recipe is missing. {_DAMAGED}")
-    return dict(manifest)
+        raise CorruptedStoreError(f"{path} is damaged: plan or recipe is missing. {RESTORE}")
+    return manifest
 
 
 _MEANINGS = {

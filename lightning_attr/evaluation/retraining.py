@@ -22,7 +22,7 @@ from lightning_attr.evaluation.factories import Factories
 from lightning_attr.evaluation.loaders import subset_loader
 from lightning_attr.evaluation.subsets import Retraining
 from lightning_attr.evaluation.targets import digest_of_all, target_outputs
-from lightning_attr.files import digest
+from lightning_attr.files import digest, whole_file
 from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator, restore_generator
 from lightning_attr.loader import DataSource
 from lightning_attr.randomness import hashed_seed
@@ -96,6 +96,7 @@ class LightningRetraining:
             train = train_source(trainer, module, datamodule)
             subset_loader(train.loader, torch.ones(len(train), dtype=torch.bool))
             targets = target_source(trainer, module, datamodule, targets=self.targets) or train
+            target_probe = targets.digest()
             return {
                 "module": type(module).__name__,
                 "parameters": digest({
@@ -112,8 +113,8 @@ class LightningRetraining:
                 "train_data": train.digest(),
                 "targets": self.targets,
                 "n_target": len(targets),
-                "target_probe": targets.digest(),
-                "target_data": digest_of_all(targets) if targets.digest() is not None else None,
+                "target_probe": target_probe,
+                "target_data": digest_of_all(targets) if target_probe is not None else None,
             }
 
     # One training ---------------------------------------------------------------------------------------------------
@@ -350,11 +351,12 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
     Args:
         trainer: the Trainer.
         path: where.
+
+    Raises:
+        AttributionError: if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    trainer.save_checkpoint(temporary, weights_only=True)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        trainer.save_checkpoint(temporary, weights_only=True)
 
 
 @contextmanager

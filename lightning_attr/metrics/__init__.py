@@ -7,6 +7,7 @@ from lightning_attr.metrics.agreement import RankAgreement, RankAgreementScore, 
 from lightning_attr.metrics.brittleness import BrittlenessCurve, FlipCurve, brittleness_curve
 from lightning_attr.metrics.comparison_plots import (
     plot_brittleness_curve,
+    plot_datamodeling_score,
     plot_datamodeling_score_against_cost,
     plot_leave_one_out_correlation,
     plot_output_change,
@@ -38,7 +39,6 @@ from lightning_attr.metrics.output_change import (
     tail_patch,
 )
 from lightning_attr.metrics.plotting import (
-    plot_datamodeling_score,
     plot_image_grid,
     plot_recall_curve,
     plot_samples,

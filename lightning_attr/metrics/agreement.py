@@ -11,8 +11,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.comparison_plots import plot_rank_agreement
-from lightning_attr.metrics.functional import _check_finite, _check_matrix, _check_vector, _rank_correlation
-from lightning_attr.metrics.plotting import new_axes
+from lightning_attr.metrics.functional import (
+    _chance_in_top,
+    _check_finite,
+    _check_matrix,
+    _check_vector,
+    _rank_correlation,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +119,7 @@ def rank_agreement(
     return _agreement_score(_statistics(first, second, k), bootstrap, confidence, seed)
 
 
-class RankAgreement(IntervalMetric):
+class RankAgreement(IntervalMetric[RankAgreementScore]):
     """Agreement of two methods' rankings as a metric; the pure function is :func:`rank_agreement`.
 
     Several updates add targets.
@@ -168,31 +173,11 @@ class RankAgreement(IntervalMetric):
         """Return the mean over targets of each statistic, float64 scalars."""
         return self._score(bootstrap=0).mean
 
-    def summary(self) -> RankAgreementScore:
-        """Return the statistics with intervals and values by target, over all processes."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-            return self._score(self.bootstrap)
-
-    def plot(
-        self, val: dict[str, Tensor] | list[dict[str, Tensor]] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure, Axes]:
-        """Plot the spread of each statistic over the targets with mean and interval, or given values of the metric.
-
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            return plot_rank_agreement(self.summary(), self.k, ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
-
     def _score(self, bootstrap: int) -> RankAgreementScore:
         return _agreement_score(dim_zero_cat(self.statistics), bootstrap, self.confidence, self.seed)
+
+    def _draw(self, summary: RankAgreementScore, ax: Axes | None) -> tuple[Figure, Axes]:
+        return plot_rank_agreement(summary, self.k, ax)
 
 
 def _agreement_score(statistics: Tensor, bootstrap: int, confidence: float, seed: int) -> RankAgreementScore:
@@ -222,16 +207,9 @@ def _statistics(first: Tensor, second: Tensor, k: int) -> Tensor:
         raise ValueError(f"Expected argument `k` to be from 1 to n_train = {len(first)}, but got {k}.")
     rows = []
     for a, b in zip(first.T.split(64), second.to(first.device).T.split(64), strict=True):  # bounds the working memory
-        shared = (_chance_in_top_rows(a, k) * _chance_in_top_rows(b, k)).sum(1)
+        shared = (_chance_in_top(a, k) * _chance_in_top(b, k)).sum(1)
         rows.append(torch.stack([_kendall(a, b), _rank_correlation(a, b), shared / k, shared / (2 * k - shared)], 1))
     return torch.cat(rows)
-
-
-def _chance_in_top_rows(values: Tensor, k: int) -> Tensor:
-    """Return each value's chance `(q, n)` to be among the k highest of its row when ties are broken at random."""
-    threshold = values.topk(k, dim=1).values[:, -1:]
-    above, tied = (values > threshold).double(), (values == threshold).double()
-    return above + tied * (k - above.sum(1, keepdim=True)) / tied.sum(1, keepdim=True)
 
 
 def _kendall(a: Tensor, b: Tensor) -> Tensor:

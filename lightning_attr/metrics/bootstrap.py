@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics import Metric
 
+from lightning_attr.metrics.plotting import new_axes
 
-class IntervalMetric(Metric):
-    """A metric with a bootstrap interval behind its summary.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Summary = TypeVar("Summary")
+
+
+class IntervalMetric(Metric, Generic[Summary]):
+    """A metric with a bootstrap interval behind its summary, the result of the pure function.
 
     Args:
         bootstrap: Number of resamples; 0 skips the interval.
@@ -37,6 +46,39 @@ class IntervalMetric(Metric):
         super().__init__(**kwargs)
         check_bootstrap(bootstrap, confidence)
         self.bootstrap, self.confidence, self.seed = bootstrap, confidence, seed
+
+    def summary(self) -> Summary:
+        """Return means, intervals and values by target, as the pure function does, over all processes."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            return self._score(self.bootstrap)
+
+    def plot(
+        self,
+        val: Tensor | dict[str, Tensor] | list[Tensor] | list[dict[str, Tensor]] | None = None,
+        ax: Axes | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Plot the values by target with means and intervals, or given values of the metric.
+
+        Args:
+            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes.
+        """
+        if val is None:
+            return self._draw(self.summary(), ax)
+        fig, ax = new_axes(ax)
+        self._plot(val, ax)
+        return fig, ax
+
+    @abstractmethod
+    def _score(self, bootstrap: int) -> Summary:
+        """Compute the summary from the states, with so many resamples."""
+
+    @abstractmethod
+    def _draw(self, summary: Summary, ax: Axes | None) -> tuple[Figure, Axes]:
+        """Plot a summary."""
 
 
 class Centering(Protocol):

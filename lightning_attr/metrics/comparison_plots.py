@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_attr.metrics.plotting import _COLORS, BLACK, BLUE, GREY, _legend_above, _percent_ticks, new_axes
+from lightning_attr.metrics.plotting import (
+    _COLORS,
+    BLACK,
+    BLUE,
+    GREY,
+    _draw_inspection,
+    _legend_above,
+    _percent_ticks,
+    new_axes,
+)
 from lightning_attr.metrics.precision import noisy_label_precision, noisy_label_precision_curve
 
 if TYPE_CHECKING:
@@ -22,12 +31,43 @@ if TYPE_CHECKING:
 
     from lightning_attr.metrics.agreement import RankAgreementScore
     from lightning_attr.metrics.brittleness import FlipCurve
+    from lightning_attr.metrics.correlation import CorrelationScore
+    from lightning_attr.metrics.datamodeling import DatamodelingScore
     from lightning_attr.metrics.leave_one_out import LeaveOneOutScore
     from lightning_attr.metrics.output_change import OutputChange
     from lightning_attr.metrics.retrieval import RetrievalScore
 
 ORANGE = _COLORS[1]
 _MARKERS = "os^Dvph*"
+
+
+def plot_datamodeling_score(score: DatamodelingScore, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot the correlations by target as a histogram, with their mean, its interval and the ceiling.
+
+    Args:
+        score: Result of :func:`~lightning_attr.metrics.linear_datamodeling_score`.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import linear_datamodeling_score, plot_datamodeling_score
+        >>> scores, masks = torch.eye(4), 1 - torch.eye(4)
+        >>> fig, ax = plot_datamodeling_score(linear_datamodeling_score(scores, masks, outputs=masks, bootstrap=0))
+        >>> ax.get_xlabel()
+        'Spearman correlation over subsets'
+    """
+    fig, ax = new_axes(ax)
+    defined = _defined(score.per_target).numpy()
+    ax.hist(defined, bins="auto", range=(min(0.0, defined.min(initial=0)), 1), color=BLUE, alpha=0.35)
+    _draw_mean(ax, "mean", score)
+    if not score.ceiling.isnan():
+        ax.axvline(float(score.ceiling), linestyle="--", color=BLACK, label=f"ceiling {float(score.ceiling):.3f}")
+    ax.set(xlabel="Spearman correlation over subsets", ylabel="targets")
+    _legend_above(ax)
+    return fig, ax
 
 
 def plot_datamodeling_score_against_cost(
@@ -124,21 +164,14 @@ def plot_precision_curve(
         >>> ax.get_ylabel()
         'mislabelled among inspected'
     """
-    curves = self_influence if isinstance(self_influence, Mapping) else {"self-influence": self_influence}
-    fig, ax = new_axes(ax)
-    for i, (name, values) in enumerate(curves.items()):
-        inspected, precision = (curve.cpu() for curve in noisy_label_precision_curve(values, noise_mask))
-        color = _COLORS[i % len(_COLORS)]
-        if fraction is not None:
-            found = float(noisy_label_precision(values, noise_mask, fraction))
-            ax.plot([fraction], [found], "o", color=color)
-            name = f"{name} ({found:.0%} at {fraction:.0%})"
-        ax.plot(inspected, precision, color=color, label=name)
+    fig, ax = _draw_inspection(
+        self_influence, noise_mask, fraction, noisy_label_precision_curve, noisy_label_precision, ax
+    )
     share = float(noise_mask.double().mean())
+    inspected = torch.linspace(0, 1, len(noise_mask) + 1, dtype=torch.float64)[1:]
     ax.plot(inspected, (share / inspected).clamp(max=1), "--", color=BLACK, linewidth=1, label="ideal")
     ax.plot([0, 1], [share, share], ":", color=GREY, label="random")
-    ax.set(xlabel="training samples inspected", ylabel="mislabelled among inspected", xlim=(0, 1), ylim=(0, 1.02))
-    _percent_ticks(ax, "x", "y")
+    ax.set_ylabel("mislabelled among inspected")
     _legend_above(ax)
     return fig, ax
 
@@ -168,11 +201,7 @@ def plot_leave_one_out_correlation(score: LeaveOneOutScore, ax: Axes | None = No
     bins = torch.linspace(min(0.0, lowest), 1, 25).tolist()
     for name, (result, color) in results.items():
         ax.hist(values[name].clamp(max=1).numpy(), bins=bins, color=color, alpha=0.35)
-        ax.axvline(
-            float(result.mean), color=color, label=f"{name} {_with_interval(result.mean, result.low, result.high)}"
-        )
-        if not result.low.isnan():
-            ax.axvspan(float(result.low), float(result.high), color=color, alpha=0.25, linewidth=0)
+        _draw_mean(ax, name, result, color)
     if not score.spearman.ceiling.isnan():
         ceiling = float(score.spearman.ceiling)
         ax.axvline(ceiling, linestyle="--", color=BLACK, label=f"ceiling of Spearman's {ceiling:.3f}")
@@ -279,9 +308,7 @@ def plot_retrieval(
     """
     fig, ax = new_axes(ax)
     ax.hist(_defined(score.per_target).numpy(), bins=torch.linspace(0, 1, 21).tolist(), color=BLUE, alpha=0.35)
-    ax.axvline(float(score.mean), color=BLUE, label=f"mean {_with_interval(score.mean, score.low, score.high)}")
-    if not score.low.isnan():
-        ax.axvspan(float(score.low), float(score.high), color=BLUE, alpha=0.25, linewidth=0)
+    _draw_mean(ax, "mean", score)
     ax.set(xlabel=label, ylabel="targets", xlim=(-0.02, 1.02))
     _legend_above(ax)
     return fig, ax
@@ -324,6 +351,12 @@ def plot_rank_agreement(
     ax.set(ylabel="agreement", xlim=(0.5, len(labels) + 0.85), ylim=(min(ax.get_ylim()[0], -0.05), 1.05))
     _legend_above(ax)
     return fig, ax
+
+
+def _draw_mean(ax: Axes, name: str, score: CorrelationScore | RetrievalScore, color: str = BLUE) -> None:
+    ax.axvline(float(score.mean), color=color, label=f"{name} {_with_interval(score.mean, score.low, score.high)}")
+    if not score.low.isnan():
+        ax.axvspan(float(score.low), float(score.high), color=color, alpha=0.25, linewidth=0)
 
 
 def _defined(values: Tensor) -> Tensor:

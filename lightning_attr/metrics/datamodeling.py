@@ -9,9 +9,9 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
+from lightning_attr.metrics.comparison_plots import plot_datamodeling_score
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, warn_undefined
 from lightning_attr.metrics.functional import _as_mask, _check_finite, _check_matrix, score_blocks
-from lightning_attr.metrics.plotting import new_axes, plot_datamodeling_score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,7 @@ def linear_datamodeling_score(
     return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, confidence, seed)
 
 
-class LinearDatamodelingScore(IntervalMetric):
+class LinearDatamodelingScore(IntervalMetric[DatamodelingScore]):
     """Linear datamodeling score as a metric; the pure function is :func:`linear_datamodeling_score`.
 
     Several updates append subsets for the same scores. States are the summed scores and the outputs of each subset, so
@@ -162,31 +162,13 @@ class LinearDatamodelingScore(IntervalMetric):
         """Return the score, a float64 scalar."""
         return self._score(bootstrap=0).mean
 
-    def summary(self) -> DatamodelingScore:
-        """Return the score with its interval, ceiling and correlations by target, over all processes."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-            return self._score(self.bootstrap)
-
-    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot the correlations by target with mean, interval and ceiling, or given values of the metric.
-
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            return plot_datamodeling_score(self.summary(), ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
-
     def _score(self, bootstrap: int) -> DatamodelingScore:
         _check_same_scores(dim_zero_cat(self.checksum))
         predicted, outputs = dim_zero_cat(self.predicted), dim_zero_cat(self.outputs).transpose(0, 1)
         return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, self.confidence, self.seed)
+
+    def _draw(self, summary: DatamodelingScore, ax: Axes | None) -> tuple[Figure, Axes]:
+        return plot_datamodeling_score(summary, ax)
 
 
 def _datamodeling_score(

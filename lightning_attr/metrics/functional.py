@@ -375,10 +375,10 @@ def _top_count(n: int, fraction: float) -> int:
 
 
 def _chance_in_top(values: Tensor, count: int) -> Tensor:
-    """Return the chance `(n,)` of each value to be among the `count` highest when ties are broken at random."""
-    threshold = values.topk(count).values[-1]
-    above, tied = values > threshold, values == threshold
-    return above.double() + tied.double() * (count - above.sum()) / tied.sum()
+    """Return each value's chance `(..., n)` to be among the `count` highest of its row, ties broken at random."""
+    threshold = values.topk(count).values[..., -1:]
+    above, tied = (values > threshold).double(), (values == threshold).double()
+    return above + tied * (count - above.sum(-1, keepdim=True)) / tied.sum(-1, keepdim=True)
 
 
 def _positive_sums(block: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
 from lightning_attr.metrics.comparison_plots import plot_leave_one_out_correlation
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, signal_to_noise, warn_undefined
 from lightning_attr.metrics.functional import _check_finite, _check_matrix
-from lightning_attr.metrics.plotting import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +86,7 @@ def leave_one_out_correlation(
     return _leave_one_out_score(scores.double(), _with_seeds(scores, differences), bootstrap, confidence, seed)
 
 
-class LeaveOneOutCorrelation(IntervalMetric):
+class LeaveOneOutCorrelation(IntervalMetric[LeaveOneOutScore]):
     """Leave-one-out correlation as a metric; the pure function is :func:`leave_one_out_correlation`.
 
     Several updates append left-out samples.
@@ -148,33 +147,13 @@ class LeaveOneOutCorrelation(IntervalMetric):
         score = self._score(bootstrap=0)
         return {"pearson": score.pearson.mean, "spearman": score.spearman.mean}
 
-    def summary(self) -> LeaveOneOutScore:
-        """Return the correlations with intervals, ceilings and values by target, over all processes."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-            return self._score(self.bootstrap)
-
-    def plot(
-        self, val: dict[str, Tensor] | list[dict[str, Tensor]] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure, Axes]:
-        """Plot both correlations by target with mean, interval and ceiling, or given values of the metric.
-
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            return plot_leave_one_out_correlation(self.summary(), ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
-
     def _score(self, bootstrap: int) -> LeaveOneOutScore:
         scores, differences = dim_zero_cat(self.scores), dim_zero_cat(self.differences).transpose(0, 1)
         _check_least(differences.shape[1], 2)
         return _leave_one_out_score(scores, differences, bootstrap, self.confidence, self.seed)
+
+    def _draw(self, summary: LeaveOneOutScore, ax: Axes | None) -> tuple[Figure, Axes]:
+        return plot_leave_one_out_correlation(summary, ax)
 
 
 def _leave_one_out_score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -54,6 +55,20 @@ class _NoisyLabelMetric(Metric):
         self.self_influence.append(self_influence)
         self.noise_mask.append(noisy)
 
+    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot one value, or one for each step.
+
+        Args:
+            val: Result of :meth:`compute`, or a list of them; by default the current value.
+            ax: Where to draw; a new figure by default.
+
+        Returns:
+            The figure and its axes.
+        """
+        fig, ax = new_axes(ax)
+        self._plot(val, ax)
+        return fig, ax
+
 
 class NoisyLabelAUROC(_NoisyLabelMetric):
     """Area under the ROC curve of self-influence as a detector of mislabelled samples.
@@ -76,22 +91,35 @@ class NoisyLabelAUROC(_NoisyLabelMetric):
         """Return the area, a float64 scalar in [0, 1]; a ValueError if all samples or none are mislabelled."""
         return noisy_label_auroc(dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask))
 
+
+class _InspectionMetric(_NoisyLabelMetric):
+    """What inspecting the most self-influential `fraction` gives; the figure shows it for every fraction."""
+
+    _plot_curve: Callable[..., tuple[Figure, Axes]]
+
+    def __init__(self, fraction: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_fraction(fraction)
+        self.fraction = fraction
+
     def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot one value, or one for each step.
+        """Plot the value against the share inspected, with random and ideal inspection, or given values of the metric.
 
         Args:
-            val: Result of :meth:`compute`, or a list of them; by default the current value.
+            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
             ax: Where to draw; a new figure by default.
 
         Returns:
             The figure and its axes.
         """
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
+        if val is not None:
+            return super().plot(val, ax)
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            samples = dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask)
+        return self._plot_curve(*samples, fraction=self.fraction, ax=ax)
 
 
-class NoisyLabelRecall(_NoisyLabelMetric):
+class NoisyLabelRecall(_InspectionMetric):
     """Share of the mislabelled samples found by inspecting the most self-influential `fraction` of the training set.
 
     The pure function is :func:`~lightning_attr.metrics.noisy_label_recall`. Several updates add samples.
@@ -112,35 +140,14 @@ class NoisyLabelRecall(_NoisyLabelMetric):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    def __init__(self, fraction: float = 0.1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        _check_fraction(fraction)
-        self.fraction = fraction
+    _plot_curve = staticmethod(plot_recall_curve)
 
     def compute(self) -> Tensor:
         """Return the recall, a float64 scalar in [0, 1]; a ValueError if all samples or none are mislabelled."""
         return noisy_label_recall(dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask), self.fraction)
 
-    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot recall against the share inspected, with random and ideal inspection, or given values of the metric.
 
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-                samples = dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask)
-            return plot_recall_curve(*samples, fraction=self.fraction, ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
-
-
-class NoisyLabelPrecision(_NoisyLabelMetric):
+class NoisyLabelPrecision(_InspectionMetric):
     """Share of mislabelled samples among the most self-influential `fraction` of the training set.
 
     The pure function is :func:`~lightning_attr.metrics.noisy_label_precision`. Several updates add samples.
@@ -161,29 +168,8 @@ class NoisyLabelPrecision(_NoisyLabelMetric):
         tensor(1., dtype=torch.float64)
     """
 
-    def __init__(self, fraction: float = 0.1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        _check_fraction(fraction)
-        self.fraction = fraction
+    _plot_curve = staticmethod(plot_precision_curve)
 
     def compute(self) -> Tensor:
         """Return the precision, a float64 scalar in [0, 1]; a ValueError if all samples or none are mislabelled."""
         return noisy_label_precision(dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask), self.fraction)
-
-    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot precision against the share inspected, with random and ideal inspection, or given values of the metric.
-
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-                samples = dim_zero_cat(self.self_influence), dim_zero_cat(self.noise_mask)
-            return plot_precision_curve(*samples, fraction=self.fraction, ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax

@@ -11,7 +11,6 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, mean_interval
 from lightning_attr.metrics.comparison_plots import plot_output_change
 from lightning_attr.metrics.functional import _check_finite, _check_vector
-from lightning_attr.metrics.plotting import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +113,7 @@ def tail_patch(
     return _output_change(_changes(before, method, random), bootstrap, confidence, seed)
 
 
-class _OutputChangeMetric(IntervalMetric):
+class _OutputChangeMetric(IntervalMetric[OutputChange]):
     """Keeps two changes for each target: by the method's samples and by random ones."""
 
     sign: float
@@ -141,31 +140,13 @@ class _OutputChangeMetric(IntervalMetric):
 
     def compute(self) -> Tensor:
         """Return the mean difference between method and random samples, a float64 scalar."""
-        return self._change(bootstrap=0).mean
+        return self._score(bootstrap=0).mean
 
-    def summary(self) -> OutputChange:
-        """Return the changes by target, their mean difference and its interval, over all processes."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-            return self._change(self.bootstrap)
-
-    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot the spread over targets of the changes by the method's and by random samples, or given values.
-
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            return plot_output_change(self.summary(), self.label, ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
-
-    def _change(self, bootstrap: int) -> OutputChange:
+    def _score(self, bootstrap: int) -> OutputChange:
         return _output_change(dim_zero_cat(self.changes), bootstrap, self.confidence, self.seed)
+
+    def _draw(self, summary: OutputChange, ax: Axes | None) -> tuple[Figure, Axes]:
+        return plot_output_change(summary, self.label, ax)
 
 
 class QueryLossDifference(_OutputChangeMetric):

@@ -6,8 +6,7 @@ stands for what helps or is found by attribution, red for what hurts, grey for c
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lightning_attr.metrics.data_selection import SelectionCurve
-    from lightning_attr.metrics.datamodeling import DatamodelingScore
 
 BLUE, RED, GREY, BLACK = "#0072B2", "#D55E00", "#7F7F7F", "#222222"  # told apart with any colour vision
 _COLORS = (BLUE, "#E69F00", "#009E73", "#CC79A7", RED)
@@ -82,22 +80,36 @@ def plot_recall_curve(
         >>> ax.get_ylabel()
         'mislabelled samples found'
     """
+    fig, ax = _draw_inspection(self_influence, noise_mask, fraction, noisy_label_recall_curve, noisy_label_recall, ax)
+    share = float(noise_mask.double().mean())
+    ax.plot([0, share, 1], [0, 1, 1], "--", color=BLACK, linewidth=1, label="ideal")
+    ax.plot([0, 1], [0, 1], ":", color=GREY, label="random")
+    ax.set_ylabel("mislabelled samples found")
+    _legend_above(ax)
+    return fig, ax
+
+
+def _draw_inspection(
+    self_influence: Tensor | Mapping[str, Tensor],
+    noise_mask: Tensor,
+    fraction: float | None,
+    curve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    value: Callable[[Tensor, Tensor, float], Tensor],
+    ax: Axes | None,
+) -> tuple[Figure, Axes]:
+    """Draw a curve over the share inspected for each suspicion, with its value at `fraction` marked."""
     curves = self_influence if isinstance(self_influence, Mapping) else {"self-influence": self_influence}
     fig, ax = new_axes(ax)
-    for i, (name, values) in enumerate(curves.items()):
-        inspected, recall = noisy_label_recall_curve(values, noise_mask)
+    for i, (name, suspicion) in enumerate(curves.items()):
+        inspected, found = (points.cpu() for points in curve(suspicion, noise_mask))
         color = _COLORS[i % len(_COLORS)]
         if fraction is not None:
-            found = float(noisy_label_recall(values, noise_mask, fraction))
-            ax.plot([fraction], [found], "o", color=color)
-            name = f"{name} ({found:.0%} at {fraction:.0%})"
-        ax.plot(inspected.cpu(), recall.cpu(), color=color, label=name)
-    noise_share = float(noise_mask.double().mean())
-    ax.plot([0, noise_share, 1], [0, 1, 1], "--", color=BLACK, linewidth=1, label="ideal")
-    ax.plot([0, 1], [0, 1], ":", color=GREY, label="random")
-    ax.set(xlabel="training samples inspected", ylabel="mislabelled samples found", xlim=(0, 1), ylim=(0, 1.02))
+            marked = float(value(suspicion, noise_mask, fraction))
+            ax.plot([fraction], [marked], "o", color=color)
+            name = f"{name} ({marked:.0%} at {fraction:.0%})"
+        ax.plot(inspected, found, color=color, label=name)
+    ax.set(xlabel="training samples inspected", xlim=(0, 1), ylim=(0, 1.02))
     _percent_ticks(ax, "x", "y")
-    _legend_above(ax)
     return fig, ax
 
 
@@ -137,39 +149,6 @@ def plot_selection_curve(
     ax.set_xticks(curve.fractions.tolist())
     ax.minorticks_off()
     _percent_ticks(ax, "x")
-    _legend_above(ax)
-    return fig, ax
-
-
-def plot_datamodeling_score(score: DatamodelingScore, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Plot the correlations by target as a histogram, with their mean, its interval and the ceiling.
-
-    Args:
-        score: Result of :func:`~lightning_attr.metrics.linear_datamodeling_score`.
-        ax: Where to draw; a new figure by default.
-
-    Returns:
-        The figure and its axes.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics import linear_datamodeling_score, plot_datamodeling_score
-        >>> scores, masks = torch.eye(4), 1 - torch.eye(4)
-        >>> fig, ax = plot_datamodeling_score(linear_datamodeling_score(scores, masks, outputs=masks, bootstrap=0))
-        >>> ax.get_xlabel()
-        'Spearman correlation over subsets'
-    """
-    fig, ax = new_axes(ax)
-    defined = score.per_target[~score.per_target.isnan()].cpu().numpy()
-    ax.hist(defined, bins="auto", range=(min(0.0, defined.min(initial=0)), 1), color=BLUE, alpha=0.35)
-    low, high = float(score.low), float(score.high)
-    interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
-    ax.axvline(float(score.mean), color=BLUE, label=f"mean {float(score.mean):.3f}{interval}")
-    if interval:
-        ax.axvspan(low, high, color=BLUE, alpha=0.25, linewidth=0)
-    if not score.ceiling.isnan():
-        ax.axvline(float(score.ceiling), linestyle="--", color=BLACK, label=f"ceiling {float(score.ceiling):.3f}")
-    ax.set(xlabel="Spearman correlation over subsets", ylabel="targets")
     _legend_above(ax)
     return fig, ax
 

@@ -15,7 +15,6 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.comparison_plots import plot_retrieval
 from lightning_attr.metrics.functional import _as_mask, _check_matrix, score_blocks
-from lightning_attr.metrics.plotting import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +122,7 @@ def recall_at_k(
     return _retrieval_score(per_target, f"recall at {k}", bootstrap, confidence, seed)
 
 
-class _RetrievalMetric(IntervalMetric):
+class _RetrievalMetric(IntervalMetric[RetrievalScore]):
     """Keeps one value for each target, so the training samples may differ between updates."""
 
     plot_lower_bound = 0.0
@@ -140,30 +139,12 @@ class _RetrievalMetric(IntervalMetric):
         """Return the mean over the targets where it is defined, a float64 scalar."""
         return self._score(bootstrap=0).mean
 
-    def summary(self) -> RetrievalScore:
-        """Return the mean with its interval and the values by target, over all processes."""
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
-            return self._score(self.bootstrap)
-
-    def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """Plot the values by target with their mean and its interval, or given values of the metric.
-
-        Args:
-            val: Result of :meth:`compute`, or a list of them, drawn as they are; by default the state is drawn.
-            ax: Where to draw; a new figure by default.
-
-        Returns:
-            The figure and its axes.
-        """
-        if val is None:
-            return plot_retrieval(self.summary(), self.value_name, ax=ax)
-        fig, ax = new_axes(ax)
-        self._plot(val, ax)
-        return fig, ax
-
     def _score(self, bootstrap: int) -> RetrievalScore:
         per_target = dim_zero_cat(self.per_target)
         return _retrieval_score(per_target, self.value_name, bootstrap, self.confidence, self.seed)
+
+    def _draw(self, summary: RetrievalScore, ax: Axes | None) -> tuple[Figure, Axes]:
+        return plot_retrieval(summary, self.value_name, ax)
 
 
 class MeanReciprocalRank(_RetrievalMetric):
