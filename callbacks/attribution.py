@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_attr.attributed import check_module, describe_output
-from lightning_attr.batch import batched_tensors
+from lightning_attr.attributed import check_module, describe_output, set_up
+from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.progress import progress
 from lightning_attr.callbacks.recording import Recording, announce, give_up
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
+from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
-from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
@@ -34,11 +34,13 @@ from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
-from lightning_attr.prediction import probe, to_device
+from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.projectors import Projection
 from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainer import attribute, check_noise_mask, check_strategy
+from lightning_attr.transfer import probe, samples_on_device, to_device
 
 __all__ = ["AttributionCallback"]
 
@@ -55,8 +57,9 @@ class AttributionCallback(L.Callback):
         dirpath: directory of the feature store; by default ``attribution`` in the Trainer's log directory. A store of
             the same run is continued, one of another run is refused.
         method: how to score, and with it the projection of the features; TRAK by default.
-        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ..., "all", an integer n for every n-th, or a list of epoch
-            indices; the last epoch always has one.
+        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ..., "start+geometric" for the weights that training starts
+            from as well, "all", an integer n for every n-th, or a list of epoch indices, with -1 for the start; the
+            last epoch always has one.
         featurize: compute features at once; otherwise ``trainer.attribute`` does, from the snapshots. A method that
             runs the module instead of reading features has only snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
@@ -67,6 +70,8 @@ class AttributionCallback(L.Callback):
             float64 module's stay float64.
         memory_budget: bytes that the tensors of a featurized batch may take: a larger batch goes through in parts. By
             default half of what is free on the device.
+        optimizer_state: keep the optimizer's moments with each snapshot, twice the size of the parameters; they are
+            kept in any case if the method needs them.
 
     Raises:
         ValueError: if an argument is none of these.
@@ -108,6 +113,7 @@ class AttributionCallback(L.Callback):
         batch_size: int | None = None,
         feature_dtype: str = "float16",
         memory_budget: int | None = None,
+        optimizer_state: bool = False,
     ) -> None:
         check_feature_dtype(feature_dtype)
         self.memory = MemoryBudget(memory_budget)
@@ -120,6 +126,7 @@ class AttributionCallback(L.Callback):
         self.batch_size = batch_size
         self.feature_dtype = feature_dtype
         self.memory_budget = memory_budget
+        self.optimizer_state = optimizer_state or self.method.needs_optimizer_state
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
         self._path: Path | None = None
@@ -168,11 +175,15 @@ class AttributionCallback(L.Callback):
         resumed = self._path is not None
         self._open_store(trainer, pl_module)
         weight_bytes = sum(tensor.nbytes for tensor in weights_of(pl_module).values())
+        if self.optimizer_state:
+            weight_bytes += 2 * sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
         snapshots = self.schedule.count(epoch_limit(trainer))
         announce(self.store, bytes_a_row=bytes_a_row, weight_bytes=weight_bytes, snapshots=snapshots)
         epoch = trainer.current_epoch - 1
         if resumed and epoch > self._recorded.epoch and self.schedule.due(epoch):
             self._record(trainer, pl_module, epoch)  # the checkpoint was written just before this epoch's snapshot
+        if trainer.global_step == 0 and self.schedule.due(-1):
+            self._record(trainer, pl_module, -1)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -183,10 +194,21 @@ class AttributionCallback(L.Callback):
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         """Go the whole way with a few samples; return how many bytes the store keeps of each."""
         self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
-        featurizer = Featurizer(pl_module, self.plan, self.method.bind(self.layout, ""), self.memory)
+        projection = self._projection("", self._optimizer_state(trainer, pl_module))
+        self.layers = projection.layers
+        featurizer = Featurizer(pl_module, self.plan, projection, self.memory)
         with trainer.precision_plugin.forward_context():
             columns = featurizer(batch, rows)
         return row_bytes(columns, self.feature_dtype) if self.featurize else 0
+
+    def _projection(self, key: str, state: OptimizerState | None) -> Projection:
+        projection = self.method.bind(self.layout, key)
+        if self.method.needs_optimizer_state and state is not None:
+            return self.method.precondition(projection, self.layout, state)
+        return projection
+
+    def _optimizer_state(self, trainer: L.Trainer, pl_module: L.LightningModule) -> OptimizerState | None:
+        return OptimizerState.of(trainer.optimizers, pl_module) if self.optimizer_state else None
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution"
@@ -246,13 +268,19 @@ class AttributionCallback(L.Callback):
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if self._rehearsal or trainer.global_step == self._recorded.global_step:
             return
-        key = f"epoch={epoch:04d}-step={trainer.global_step:06d}"
+        key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         with self._beside_training(trainer, pl_module):
-            self._check_weights(pl_module, epoch)
+            check_weights(pl_module, self.source, epoch)
             if trainer.is_global_zero:
-                step, rate = trainer.global_step, self._learning_rate
+                state = self._optimizer_state(trainer, pl_module)
                 self._recorded.add(
-                    self.store, key, weights_of(pl_module), epoch=epoch, global_step=step, learning_rate=rate
+                    self.store,
+                    key,
+                    weights_of(pl_module),
+                    epoch=epoch,
+                    global_step=trainer.global_step,
+                    learning_rate=self._learning_rate,
+                    optimizer=None if state is None else state.tensors(),
                 )
             self._synchronise(trainer, key)
             if self.featurize:
@@ -263,32 +291,18 @@ class AttributionCallback(L.Callback):
         self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
         self._learning_rate = 0.0
 
-    def _check_weights(self, pl_module: L.LightningModule, epoch: int) -> None:
-        """Refuse a diverged model before it gets into the store, and look for a sample that explains it."""
-        bad = [name for name, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all()]
-        if not bad:
-            return
-        everything = OrderedLoader(self.source, self.source.batches(range(len(self.source))))
-        sample = next(_nonfinite_samples(everything), None)
-        cause = (
-            f"Training sample {sample} holds NaN or Inf: look at dataset[{sample}]."
-            if sample is not None
-            else "No training sample holds NaN or Inf: look at the learning rate and at the loss."
-        )
-        raise NonFiniteGradientError(
-            f"The weights are NaN or Inf after epoch {epoch} (`{bad[0]}`{' and others' if bad[1:] else ''}): a "
-            f"diverged model has no attribution. {cause} The snapshots before are intact."
-        )
-
     def _featurize(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]
         if not batches:
             return
         snapshot = self.store.snapshot(key)
-        projection = self.method.bind(self.layout, snapshot.projection)
-        featurizer = Featurizer(pl_module, self.plan, projection, self.memory)
-        title = f"Featurizing epoch {snapshot.epoch}"
+        state = self.store.optimizer_state(key) if self.method.needs_optimizer_state else None
+        projection = self._projection(snapshot.projection, state)
+        with trainer.precision_plugin.forward_context():
+            set_up(pl_module, self._samples(trainer, pl_module), snapshot.projection)
+        featurizer = Featurizer(pl_module, self.plan, projection, self.memory, snapshot.projection)
+        title = f"Featurizing epoch {snapshot.epoch}" if snapshot.epoch >= 0 else "Featurizing the start"
         with ShardWriter(self.store, key) as writer, progress(trainer, title, len(batches)) as advance:
             for rows, batch in OrderedLoader(self.source, batches):
                 on_device = self._to_device(trainer, pl_module, batch)
@@ -304,6 +318,9 @@ class AttributionCallback(L.Callback):
             self.store.adopt(key)
         trainer.strategy.barrier("attribution manifest")
         self.store.reload()
+
+    def _samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Samples:
+        return samples_on_device(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
 
     def _to_device(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -334,7 +351,14 @@ class AttributionCallback(L.Callback):
     def _self_influence(self, snapshot: Snapshot) -> Tensor:
         dim = self.store.shard(snapshot.key, 0)["features"].shape[1]
         no_targets = {"features": torch.zeros(0, dim)}
-        features = SnapshotFeatures(lambda: self.store.blocks(snapshot.key), no_targets, snapshot.learning_rate)
+        features = SnapshotFeatures(
+            lambda: self.store.blocks(snapshot.key),
+            no_targets,
+            snapshot.learning_rate,
+            layers=self.layers,
+            n_train=len(self.source),
+            key=snapshot.key,
+        )
         return score_self_influence(self.method, features, len(self.source))
 
     # Resuming ---------------------------------------------------------------------------------------------------
@@ -351,10 +375,3 @@ class AttributionCallback(L.Callback):
         self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
         self._learning_rate = state_dict["learning_rate"]
         self._recorded = Recording(*state_dict["recorded"])
-
-
-def _nonfinite_samples(loader: OrderedLoader) -> Iterator[int]:
-    for rows, batch in loader:
-        for tensor in batched_tensors(batch, len(rows)):
-            finite = tensor.isfinite().reshape(len(rows), -1).all(1)
-            yield from (rows[i] for i in (~finite).nonzero().flatten().tolist())

@@ -124,6 +124,7 @@ class Recording:
         epoch: int,
         global_step: int,
         learning_rate: float,
+        optimizer: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Store the next snapshot, unless an earlier run through here did; see :meth:`FeatureStore.add_snapshot`.
 
@@ -134,14 +135,18 @@ class Recording:
             epoch: index of the epoch.
             global_step: optimizer steps taken.
             learning_rate: its sum over the steps since the snapshot before.
+            optimizer: the optimizer's state as tensors; None if it is not wanted.
         """
         ahead = self.ahead(store)
         for expected in ahead[:1]:
             same = expected.key == key and expected.learning_rate == learning_rate
+            same = same and (optimizer is None or expected.optimizer == digest(optimizer))
             if same and expected.weights == digest(weights):
                 return  # this run again, after it was killed
         give_up(store, ahead)
-        store.add_snapshot(key, weights, epoch=epoch, global_step=global_step, learning_rate=learning_rate)
+        store.add_snapshot(
+            key, weights, epoch=epoch, global_step=global_step, learning_rate=learning_rate, optimizer=optimizer
+        )
 
 
 def give_up(store: FeatureStore, gone: Sequence[Snapshot]) -> None:

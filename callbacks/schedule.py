@@ -14,8 +14,9 @@ class SnapshotSchedule:
     """Epochs with a snapshot; the last epoch of a run has one in any case.
 
     Args:
-        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ...; "all"; an integer ``n`` for every ``n``-th epoch, the
-            first included; or a list of epoch indices, counted from 0.
+        snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ...; "start+geometric" for the weights that training starts
+            from as well; "all"; an integer ``n`` for every ``n``-th epoch, the first included; or a list of epoch
+            indices, counted from 0, with -1 for the start.
 
     Raises:
         ValueError: if it is none of these.
@@ -24,21 +25,21 @@ class SnapshotSchedule:
         >>> schedule = SnapshotSchedule("geometric")
         >>> [epoch for epoch in range(20) if schedule.due(epoch)]
         [0, 1, 2, 4, 8, 16]
-        >>> schedule.count(20), SnapshotSchedule(5).count(20), SnapshotSchedule([0, 3]).count(4)
+        >>> schedule.count(20), SnapshotSchedule(5).count(20), SnapshotSchedule([-1, 3]).count(4)
         (7, 5, 2)
     """
 
     def __init__(self, snapshots: str | int | Sequence[int] = "geometric") -> None:
         listed = isinstance(snapshots, Sequence) and not isinstance(snapshots, str)
         valid = (
-            all(_is_integer(epoch) and epoch >= 0 for epoch in snapshots)  # type: ignore[union-attr,operator]  # if listed
+            all(_is_integer(epoch) and epoch >= -1 for epoch in snapshots)  # type: ignore[union-attr,operator]  # if listed
             if listed
-            else snapshots in {"geometric", "all"} or (_is_integer(snapshots) and snapshots > 0)  # type: ignore[operator]
+            else snapshots in {"geometric", "start+geometric", "all"} or (_is_integer(snapshots) and snapshots > 0)  # type: ignore[operator]
         )
         if not valid:
             raise ValueError(
-                "Expected argument `snapshots` to be 'geometric', 'all', a positive integer n for every n epochs, or a "
-                f"list of epoch indices >= 0, but got {snapshots!r}."
+                "Expected argument `snapshots` to be 'geometric', 'start+geometric', 'all', a positive integer n for "
+                f"every n epochs, or a list of epoch indices >= 0 and -1 for the start, but got {snapshots!r}."
             )
         self.snapshots = frozenset(snapshots) if listed else snapshots  # type: ignore[arg-type]  # a sequence if listed
 
@@ -46,12 +47,16 @@ class SnapshotSchedule:
         """Whether an epoch has a snapshot, be it the last or not.
 
         Args:
-            epoch: its index, from 0.
+            epoch: its index, from 0; -1 for the weights that training starts from.
 
         Returns:
             True if it has.
         """
-        if self.snapshots == "geometric":
+        if epoch < 0:
+            return self.snapshots == "start+geometric" or (
+                isinstance(self.snapshots, frozenset) and -1 in self.snapshots
+            )
+        if self.snapshots in {"geometric", "start+geometric"}:
             return epoch & (epoch - 1) == 0
         if self.snapshots == "all":
             return True
@@ -68,7 +73,7 @@ class SnapshotSchedule:
         Returns:
             Snapshots, that of the last epoch included.
         """
-        return sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))
+        return self.due(-1) + sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))
 
 
 def epoch_limit(trainer: L.Trainer) -> int:

@@ -9,9 +9,11 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.draws import Draw, Samples
 from lightning_attr.gradients import check_batch_independence
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
+from lightning_attr.mixin import AttributionMixin
 from lightning_attr.outputs import ModelOutput
 from lightning_attr.testing import check_model_output
 from lightning_attr.training_step import check_training_step, has_training_step
@@ -24,7 +26,11 @@ __all__ = [
     "TrainingLoss",
     "attributed",
     "check_module",
+    "completed",
     "describe_output",
+    "draws_of",
+    "needs_setup",
+    "set_up",
 ]
 
 TargetFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -48,6 +54,9 @@ class Attributed(Protocol):
 
     def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum the training loss over the samples of a batch at given parameters, ``()``."""
+
+    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Compute the training loss of each sample at given parameters, ``(b,)``, each with its own gradient."""
 
 
 def check_module(module: Any) -> None:
@@ -76,12 +85,86 @@ def check_module(module: Any) -> None:
     check_training_step(module)
 
 
+def completed(module: Any, batch: Any, draw: Draw) -> Any:
+    """Complete a batch with what the module's mixin draws for its samples.
+
+    Args:
+        module: any that can be attributed.
+        batch: samples, on the module's device.
+        draw: which draw, of which rows.
+
+    Returns:
+        What is attributed takes this batch.
+
+    Example:
+        >>> completed(nn.Linear(1, 1), "batch", Draw([0]))
+        'batch'
+    """
+    return module.attribution_batch(batch, draw) if _has_mixin(module) else batch
+
+
+def set_up(module: Any, samples: Samples, snapshot: str) -> None:
+    """Let the module's mixin compute what it needs of the training samples at a snapshot.
+
+    Args:
+        module: any that can be attributed, at the snapshot's weights, in eval mode.
+        samples: the training samples.
+        snapshot: key of the snapshot.
+
+    Example:
+        >>> set_up(nn.Linear(1, 1), Samples(0, lambda rows: iter(())), "final")
+    """
+    if _has_mixin(module):
+        with torch.no_grad():
+            module.attribution_setup(samples, snapshot)
+
+
+def needs_setup(module: Any) -> bool:
+    """Say whether the module's mixin computes anything of the training samples.
+
+    Args:
+        module: any that can be attributed.
+
+    Returns:
+        Whether its class overrides ``attribution_setup``.
+
+    Example:
+        >>> needs_setup(nn.Linear(1, 1))
+        False
+    """
+    return _has_mixin(module) and type(module).attribution_setup is not AttributionMixin.attribution_setup
+
+
+def draws_of(module: Any) -> int:
+    """Count the draws that a model output is the mean of.
+
+    Args:
+        module: any that can be attributed.
+
+    Returns:
+        At least one.
+
+    Raises:
+        ValueError: if the module's ``attribution_draws`` is no positive integer.
+
+    Example:
+        >>> draws_of(nn.Linear(1, 1))
+        1
+    """
+    count = getattr(module, "attribution_draws", 1) if _has_mixin(module) else 1
+    if not (isinstance(count, int) and count >= 1):
+        raise ValueError(
+            f"Expected `attribution_draws` of {type(module).__name__} to be a positive integer, but got {count!r}."
+        )
+    return count
+
+
 def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
     """Choose what of a module is attributed, and check it on a few samples.
 
     Args:
         module: the module, in eval mode.
-        batch: a few samples, on the module's device.
+        batch: a few samples, on the module's device, :func:`completed`.
         batch_size: number of samples in it.
 
     Returns:
@@ -181,8 +264,12 @@ class MixinOutput:
 
     def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum of the losses at given parameters, ``()``."""
+        return self.losses(module, params, batch, batch_size).sum()
+
+    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Losses at given parameters, ``(b,)``."""
         losses: Tensor = module.functional_loss(params, {}, batch)
-        return losses.sum()
+        return losses
 
 
 def _mixin_output(module: Any, batch: Any) -> tuple[Tensor, tuple[Any, Any]]:
@@ -236,4 +323,8 @@ class MeasuredOutput:
 
     def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Negative sum of the values at given parameters, ``()``."""
-        return -self.functional_output(module, params, batch).sum()
+        return self.losses(module, params, batch, batch_size).sum()
+
+    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Negative values at given parameters, ``(b,)``."""
+        return -self.functional_output(module, params, batch)

@@ -4,9 +4,11 @@ __all__ = [
     "AttributionError",
     "BatchDependenceError",
     "CorruptedStoreError",
+    "DivergenceError",
     "IncompleteFeaturesError",
     "MemoryBudgetError",
     "MissingDependencyError",
+    "NegativeCurvatureError",
     "NonFiniteGradientError",
     "StoreMismatchError",
     "UnsupportedLayerError",
@@ -53,3 +55,24 @@ class MemoryBudgetError(AttributionError):
 
 class MissingDependencyError(AttributionError, ImportError):
     """An optional dependency is needed; the message names the extra that installs it."""
+
+
+class NegativeCurvatureError(AttributionError):
+    """A curvature that must be positive is not; the message names the directions and what to do.
+
+    Args:
+        message: what happened.
+        rows: the right-hand sides that met it; empty where the curvature as a whole is meant.
+    """
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        """Keep the rows where the error is pickled, as between processes."""
+        return type(self), (str(self), self.rows)
+
+
+class DivergenceError(AttributionError):
+    """An iteration grows where it should settle; the message says which setting to change."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.attributed import Attributed, attributed, check_module
+from lightning_attr.attributed import Attributed, attributed, check_module, completed, draws_of
+from lightning_attr.draws import Draw
 from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.gradients import (
     GradientPlan,
@@ -75,6 +76,7 @@ def plan(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
     """
     check_module(module)
     check_layers(module)
+    batch = completed(module, batch, Draw(range(batch_size), device=_device(module)))
     subject = attributed(module, batch, batch_size)
     gradients = plan_gradients(
         module,
@@ -95,6 +97,7 @@ class Featurizer:
         plan: from :func:`plan`, made once for all snapshots.
         projection: the snapshot's.
         memory: what a batch may take before it goes through in parts; without it, nothing is split.
+        snapshot: key of the random numbers that a module draws for its samples.
 
     Example:
         >>> import torch
@@ -111,16 +114,26 @@ class Featurizer:
     """
 
     def __init__(
-        self, module: Any, plan: AttributionPlan, projection: Projection, memory: MemoryBudget | None = None
+        self,
+        module: Any,
+        plan: AttributionPlan,
+        projection: Projection,
+        memory: MemoryBudget | None = None,
+        snapshot: str = "",
     ) -> None:
         self.module = module
         self.plan = plan
         self.projection = projection
         self.memory = memory
-        self.gradients = HookedGradients(module, plan.hooked, plan.direct)
+        self.snapshot = snapshot
+        wanted = projection.names
+        hooked, fallback = (
+            [name for name in names if wanted is None or name in wanted] for names in (plan.hooked, plan.fallback)
+        )
+        self.gradients = HookedGradients(module, hooked, plan.direct)
         trainable = next(p for p in module.parameters() if p.requires_grad)
         self.dtype = torch.promote_types(trainable.dtype, torch.float32)
-        self.fallback = {name: p for name, p in module.named_parameters() if name in plan.fallback}
+        self.fallback = {name: p for name, p in module.named_parameters() if name in fallback}
 
     def __call__(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         """Featurize a batch.
@@ -143,15 +156,31 @@ class Featurizer:
         return self.memory.run(self._featurize, batch, rows)
 
     def _featurize(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
-        b, device, subject = len(rows), next(self.module.parameters()).device, self.plan.attributed
-        features = torch.zeros(b, self.projection.dim, dtype=self.dtype, device=device)
+        device, draws = _device(self.module), draws_of(self.module)
+        features = torch.zeros(len(rows), self.projection.dim, dtype=self.dtype, device=device)
+        values: dict[str, Tensor] = {}
+        for number in range(draws):
+            given = completed(self.module, batch, Draw(rows, self.snapshot, number, device))
+            for name, column in self._draw(given, len(rows), features).items():
+                # Projections are linear: the mean of features is the feature of the mean.
+                share = column if name == "label" or draws == 1 else column / draws
+                values[name] = values[name] + share if name in values and name != "label" else share
+        if draws > 1:
+            features /= draws
+        columns = self.projection.finish({"features": features, **values})
+        _check_finite(columns, rows)
+        return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
+
+    def _draw(self, batch: Any, batch_size: int, features: Tensor) -> dict[str, Tensor]:
+        """Add the features of one draw, and return the values beside them."""
+        subject = self.plan.attributed
         seen: list[Any] = []
 
         def add(gradients: Mapping[str, ParameterGradient]) -> None:
             self.projection.accumulate_layer(features, gradients)
 
         def forward() -> Tensor:
-            output, behind = subject.forward(self.module, batch, b)
+            output, behind = subject.forward(self.module, batch, batch_size)
             seen.append(behind)
             return output
 
@@ -159,11 +188,10 @@ class Featurizer:
             with torch.no_grad():
                 output = forward()
         else:
-            output = self.gradients(forward, b, add)
-            add({name: gradient.to(self.dtype) for name, gradient in self._fallback_gradients(batch, b).items()})
-        columns = {"features": features, **subject.columns(self.module, batch, output, seen[0])}
-        _check_finite(columns, rows)
-        return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
+            output = self.gradients(forward, batch_size, add)
+            fallback = self._fallback_gradients(batch, batch_size)
+            add({name: gradient.to(self.dtype) for name, gradient in fallback.items()})
+        return subject.columns(self.module, batch, output, seen[0])
 
     def _fallback_gradients(self, batch: Any, batch_size: int) -> dict[str, Tensor]:
         if not self.fallback:
@@ -176,6 +204,11 @@ class Featurizer:
         # The plan was checked outside autocast, and vmap cannot run all layers inside it (BatchNorm mixes dtypes).
         with torch.autocast(next(iter(self.fallback.values())).device.type, enabled=False):
             return per_sample(functional_output, self.fallback, batch, batch_size)
+
+
+def _device(module: Any) -> torch.device:
+    device: torch.device = next(module.parameters()).device
+    return device
 
 
 def _check_finite(columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:

@@ -21,6 +21,7 @@ from lightning_attr.errors import AttributionError, CorruptedStoreError
 __all__ = [
     "RESTORE",
     "digest",
+    "link_file",
     "link_tree",
     "move_aside",
     "read_manifest",
@@ -244,10 +245,24 @@ def link_tree(source: Path, target: Path) -> None:
         ...     (Path(folder) / "b" / "file").read_bytes()
         b'text'
     """
-    shutil.copytree(source, target, copy_function=_link_or_copy)
+    shutil.copytree(source, target, copy_function=link_file)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_file(source: Path | str, target: Path | str) -> None:
+    """Repeat a file elsewhere; it is linked where the file system allows, else copied.
+
+    Args:
+        source: the file.
+        target: where; not there yet.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(Path(folder) / "a", b"text")
+        ...     link_file(Path(folder) / "a", Path(folder) / "b")
+        ...     (Path(folder) / "b").read_bytes()
+        b'text'
+    """
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links

@@ -82,7 +82,17 @@ class TrainingLoss:
     def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum of the losses at given parameters, ``()``."""
         loss: Tensor = call_with(module, params, lambda batch: training_loss(module, batch), batch)
-        return loss * batch_size if self.reduction == "mean" else loss
+        total: Tensor = batch_size * loss if self.reduction == "mean" else loss
+        return total
+
+    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+        """Losses at given parameters, ``(b,)``; one sample after the other where they can not be captured."""
+        output: Tensor
+        output, seen = call_with(module, params, lambda batch: self.forward(module, batch, batch_size), batch)
+        if seen is not None:
+            parts = [select_rows(batch, batch_size, [i]) for i in range(batch_size)]
+            output = torch.cat([self.functional_output(module, params, part) for part in parts])
+        return -output
 
 
 def _losses_apart(module: Any, batch: Any, batch_size: int) -> Tensor:

@@ -94,13 +94,17 @@ class Snapshot:
 
     Args:
         key: its name in the store.
-        epoch: epochs completed before this one, so 0 at the end of the first.
+        epoch: epochs completed before this one, so 0 at the end of the first; -1 at the start of training.
         global_step: optimizer steps taken.
-        learning_rate: sum of the learning rate over the optimizer steps since the snapshot before.
+        learning_rate: sum of the learning rate over the optimizer steps since the snapshot before; 0 if there is no
+            record of them.
         folder: where it is, relative to the store.
         weights: digest of the weights.
         projection: key of its random projection; its name, unless it was merged from another store.
         shards: shard number -> digest, for the rows that have features.
+        optimizer: digest of the optimizer's state, None if it was not recorded.
+        frozen: digest of those weights that lie in a file of their own, because training does not change them; None
+            without.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -115,6 +119,8 @@ class Snapshot:
     weights: str
     projection: str
     shards: Mapping[int, str] = field(default_factory=dict)
+    optimizer: str | None = None
+    frozen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,9 @@ class Manifest:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
             snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
+            for name in ("optimizer", "frozen"):
+                if snapshot[name] is None:
+                    del snapshot[name]  # as it was before there were any
         write_bytes(path, json.dumps(record, indent=1).encode())
 
     @classmethod

@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_attr.attributed import MeasuredOutput, TargetFunction
+from lightning_attr.attributed import MeasuredOutput, TargetFunction, set_up
 from lightning_attr.checkpoints import load_weights, weights_of
-from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, Featurizer, plan
+from lightning_attr.draws import Samples
+from lightning_attr.featurizer import AttributionPlan, Featurizer
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
@@ -26,75 +26,9 @@ from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.store import FeatureStore
+from lightning_attr.transfer import probe, samples_on_device, to_device
 
-__all__ = ["AttributionStep", "probe", "to_device"]
-
-
-def to_device(
-    batch: Any,
-    module: L.LightningModule,
-    datamodule: L.LightningDataModule | None,
-    device: torch.device,
-) -> Any:
-    """Move a batch to the device through the transfer hooks of the user's datamodule or module, as training does.
-
-    Args:
-        batch: what the loader yields.
-        module: the user's module.
-        datamodule: the user's datamodule, if any; a hook that it overrides wins.
-        device: where to.
-
-    Returns:
-        The batch on the device.
-
-    Example:
-        >>> to_device((torch.ones(1),), L.LightningModule(), None, torch.device("cpu"))
-        (tensor([1.]),)
-    """
-
-    def owner(hook: str) -> Any:
-        own = datamodule is not None and is_overridden(hook, datamodule, L.LightningDataModule)
-        return datamodule if own else module
-
-    batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
-    batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
-    return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
-
-
-def probe(
-    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, source: DataSource
-) -> tuple[AttributionPlan, Any, list[int]]:
-    """Check the module on the first samples, in the trainer's precision and on its device.
-
-    Args:
-        trainer: the trainer.
-        module: the user's module, in eval mode.
-        datamodule: the user's datamodule, if any.
-        source: the training data.
-
-    Returns:
-        The gradient path of each parameter, and the samples as a batch with their rows.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(2, 2)
-        ...     def forward(self, x):
-        ...         return self.layer(x)
-        >>> source = DataSource.of(DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1]))), "training")
-        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-        >>> probe(trainer, Classifier().eval(), None, source)[0].hooked
-        ('layer.weight', 'layer.bias')
-    """
-    rows, batch = source.first(PROBE_SIZE)
-    device, precision = trainer.strategy.root_device, trainer.precision_plugin
-    batch = to_device(precision.convert_input(batch), module, datamodule, device)
-    # The comparisons want all digits: the default dtype of the precision, but no autocast.
-    with precision.forward_context(), torch.autocast(device.type, enabled=False):
-        return plan(module, batch, len(rows)), batch, rows
+__all__ = ["AttributionStep"]
 
 
 class AttributionStep(L.LightningModule):
@@ -169,7 +103,8 @@ class AttributionStep(L.LightningModule):
         if not FeatureStore.exists(self.store_path):
             store = FeatureStore.create(self.store_path, self.fingerprint, batch_size=self.train_data.batch_size)
             step, epoch = self.trainer.global_step, max(0, self.trainer.current_epoch - 1)
-            store.add_snapshot("current", weights_of(self.module), epoch=epoch, global_step=step, learning_rate=1.0)
+            # Nothing was recorded while these weights were trained, and so no learning rate either.
+            store.add_snapshot("current", weights_of(self.module), epoch=epoch, global_step=step, learning_rate=0.0)
         store = FeatureStore.open(self.store_path)
         for snapshot in store.snapshots:
             store.adopt(snapshot.key)
@@ -244,12 +179,21 @@ class AttributionStep(L.LightningModule):
             self.target_plan = self.plan
             if self.target_function is not None:
                 self.target_plan = replace(self.plan, attributed=MeasuredOutput(self.target_function))
-        projection = self.method.bind(self.layout, self.store.snapshot(key).projection)
-        self.featurizer = Featurizer(self.module, self.plan, projection, self.memory)
-        self.target_featurizer = Featurizer(self.module, self.target_plan, projection, self.memory)
+        stream = self.store.snapshot(key).projection
+        self._set_up(stream)
+        projection = self.method.bind(self.layout, stream)
+        if self.method.needs_optimizer_state:
+            projection = self.method.precondition(projection, self.layout, self.store.optimizer_state(key))
+        of_targets = self.method.bind_targets(projection)
+        self.featurizer = Featurizer(self.module, self.plan, projection, self.memory, stream)
+        self.target_featurizer = Featurizer(self.module, self.target_plan, of_targets, self.memory, stream)
         self.writer = ShardWriter(self.store, key)
         self.layers = projection.layers  # the same at all snapshots
         self.current = key
+
+    def _set_up(self, stream: str) -> None:
+        with self.trainer.precision_plugin.forward_context():
+            set_up(self.module, self._samples(self.train_data), stream)
 
     def on_predict_end(self) -> None:
         """Score, once every process has featurized its share."""
@@ -266,7 +210,8 @@ class AttributionStep(L.LightningModule):
         self.trainer.strategy.barrier("attribution result")
 
     def _score(self) -> AttributionResult:
-        train = Replay(lambda: self._on_device(OrderedLoader(self.train_data, self._batches(self.own_shards))))
+        own_rows = [row for shard in self.own_shards for row in self.store.rows(shard)]
+        train = Replay(lambda: self._samples(self.train_data).batches(own_rows))
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
         scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
@@ -275,8 +220,11 @@ class AttributionStep(L.LightningModule):
             **self.method.config,
             "snapshots": [snapshot.key for snapshot in self.used],
             "train_data": self.fingerprint.data,
-            "target_probe": self.target_data.digest() if self.target_data is not None else self.fingerprint.data,
+            "target_probe": self._target_digest,
         }
+        evidence = {used.key: own.evidence for used, own in zip(self.used, snapshots, strict=True) if own.evidence}
+        if evidence:
+            provenance["evidence"] = evidence
         if self.topk is not None:
             provenance["topk"] = self.topk
         if self.target_function is not None:
@@ -288,6 +236,10 @@ class AttributionStep(L.LightningModule):
             labels=labels,
             noise_mask=self.noise_mask,
         )
+
+    @property
+    def _target_digest(self) -> str | None:
+        return self.target_data.digest() if self.target_data is not None else self.fingerprint.data
 
     def _training_values(self) -> tuple[Tensor, Tensor | None]:
         """Loss and, if there is one, label of every training sample, at the last snapshot."""
@@ -311,6 +263,8 @@ class AttributionStep(L.LightningModule):
             target_rows=self.target_rows,
             model=self._model(snapshot, train) if self.method.projector is None else None,
             layers=self.layers,
+            n_train=len(self.train_data),
+            key=snapshot.key,
         )
 
     def _joined(self, columns: dict[str, Tensor], own: Sequence[int], count: int) -> dict[str, Tensor]:
@@ -327,26 +281,31 @@ class AttributionStep(L.LightningModule):
     def _model(self, snapshot: Snapshot, train: Replay) -> SnapshotModel:
         assert self.plan is not None  # every snapshot went through `_load`
         source = self.target_data or self.train_data
+
+        def load() -> None:
+            load_weights(self.module, self.store.weights(snapshot.key))
+            self._set_up(snapshot.projection)
+
         return SnapshotModel(
             self.module,
             self.plan,
             snapshot.projection,
             len(self.train_data),
-            load=lambda: load_weights(self.module, self.store.weights(snapshot.key)),
+            load=load,
             train_batches=train,
-            target_batches=lambda rows: self._on_device(OrderedLoader(source, source.batches(rows))),
+            target_batches=self._samples(source).batches,
             target_plan=self.target_plan,
             precision=self.trainer.precision_plugin.forward_context,
             memory=self.memory,
             reduce=self._sum,
             folder=self.store.path / snapshot.folder / "computed",
             writer=self.trainer.is_global_zero,
+            train_digest=self.fingerprint.data,
+            target_digest=self._target_digest,
         )
 
-    def _on_device(self, loader: OrderedLoader) -> Iterator[tuple[Sequence[int], Any]]:
-        device, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
-        for rows, batch in loader:
-            yield rows, to_device(precision.convert_input(batch), self.module, self.datamodule, device)
+    def _samples(self, source: DataSource) -> Samples:
+        return samples_on_device(self.trainer, self.module, self.datamodule, source)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over the processes."""

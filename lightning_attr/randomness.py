@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian", "hashed_seed", "packed_bits", "rademacher", "random_words", "unpacked_bits"]
+__all__ = [
+    "gaussian",
+    "hashed_seed",
+    "packed_bits",
+    "philox",
+    "rademacher",
+    "random_words",
+    "row_uniforms",
+    "unpacked_bits",
+]
+
+_Words: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 
 
 def hashed_seed(*key: object) -> int:
@@ -129,3 +142,57 @@ def random_words(count: int, *key: object) -> np.ndarray[tuple[int], np.dtype[np
         True
     """
     return np.random.Philox(key=hashed_seed(*key)).random_raw(count)
+
+
+def row_uniforms(rows: Sequence[int], count: int, *key: object) -> Tensor:
+    """Draw uniform numbers for rows of a data set, each row its own: no row's depend on the others asked for.
+
+    Args:
+        rows: non-negative row numbers, ``b`` of them in any order.
+        count: how many a row; the first ones do not depend on it.
+        key: what they depend on, besides the row.
+
+    Returns:
+        ``(b, count)``, float64, in the open interval (0, 1), on the CPU.
+
+    Example:
+        >>> u = row_uniforms([5, 3], 4, 0, "labels")
+        >>> bool((row_uniforms([3], 2, 0, "labels") == u[1:, :2]).all())
+        True
+    """
+    seed = hashed_seed(*key)
+    row = np.asarray(rows, dtype=np.uint64)[:, None]
+    block = np.arange(-(-count // 2), dtype=np.uint64)[None]
+    words = philox((row & _LOW, row >> _HALF, block & _LOW, block >> _HALF), (seed & 0xFFFFFFFF, seed >> 32))
+    pairs = np.stack([words[0] << _HALF | words[1], words[2] << _HALF | words[3]], axis=-1)  # (b, blocks, 2)
+    values = ((pairs >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
+    return torch.from_numpy(values.reshape(len(row), block.size * 2)[:, :count])
+
+
+def philox(counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int]) -> tuple[_Words, ...]:
+    """Run Philox4x32-10 (Salmon et al., 2011) on many counters at once.
+
+    Args:
+        counter: four words of 32 bits in arrays of uint64, which broadcast.
+        key: two words of 32 bits.
+
+    Returns:
+        Four words of 32 bits, uint64, in the shape of the counters together.
+
+    Example:
+        >>> zero = np.zeros(1, dtype=np.uint64)
+        >>> [f"{int(word[0]):08x}" for word in philox((zero, zero, zero, zero), (0, 0))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    c0, c1, c2, c3 = np.broadcast_arrays(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 bits: no overflow
+        c0, c1 = second >> _HALF ^ c1 ^ np.uint64(k0), second & _LOW
+        c2, c3 = first >> _HALF ^ c3 ^ np.uint64(k1), first & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)

@@ -70,6 +70,7 @@ def score(
     self_influence = torch.zeros(n_train)
     width = max(1, min(m, _MOST_TARGETS, _TARGET_ELEMENTS // max(1, len(snapshots) * k)))
     height = max(1, _TILE_ELEMENTS // max(width, len(snapshots) * k))
+    method.prepare(snapshots)
     for start in range(0, m, width):
         targets = slice(start, min(start + width, m))
         for block in method.score([_tile(snapshot, targets, height) for snapshot in snapshots]):

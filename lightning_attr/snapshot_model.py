@@ -49,6 +49,8 @@ class SnapshotModel:
         reduce: sums a tensor over all processes, in place, and returns it.
         folder: the snapshot's own, for :meth:`kept`; None keeps nothing.
         writer: whether this process writes there.
+        train_digest: hash of the training data, where it is known.
+        target_digest: hash of the targets; that of the training data where they are the targets.
 
     Example:
         >>> from lightning_attr import AttributionMixin
@@ -74,6 +76,8 @@ class SnapshotModel:
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     folder: Path | None = None
     writer: bool = True
+    train_digest: str | None = None
+    target_digest: str | None = None
     layout: ParameterLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,7 +136,7 @@ class SnapshotModel:
         Yields:
             Rows, and their columns as :class:`lightning_attr.featurizer.Featurizer` gives them.
         """
-        featurizer = Featurizer(self.module, self.plan, projection, self.memory)
+        featurizer = Featurizer(self.module, self.plan, projection, self.memory, self.key)
         for rows, batch in self.train_batches():
             with self.precision():
                 columns = featurizer(batch, rows)
@@ -148,7 +152,7 @@ class SnapshotModel:
         Returns:
             Columns ``(len(rows), ...)``, in that order.
         """
-        featurizer = Featurizer(self.module, self.target_plan or self.plan, projection, self.memory)
+        featurizer = Featurizer(self.module, self.target_plan or self.plan, projection, self.memory, self.key)
         parts: list[dict[str, Tensor]] = []
         for numbers, batch in self.target_batches(rows):
             with self.precision():

@@ -6,6 +6,8 @@
       manifest.json                                 what, how, which rows; checksums
       snapshots/epoch=0003-step=000092/
         weights.safetensors                         parameters and buffers
+        frozen.safetensors                          linked, where most weights are frozen, as under adapters
+        optimizer.safetensors                       moments of the optimizer, if they were asked for
         features/00000.safetensors                  rows 0 .. shard_rows - 1 in data set order
         features/00001.safetensors                  ...
 
@@ -21,18 +23,20 @@ default, see :mod:`lightning_attr.encoding`; without this package they are read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_attr.encoding import check_columns, decode, decode_features, encode
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
-from lightning_attr.files import digest, link_tree, move_aside, read_tensors, remains, write_tensors
-from lightning_attr.manifest import Fingerprint, Manifest, Snapshot
+from lightning_attr.files import digest, read_tensors, remains, write_tensors
+from lightning_attr.manifest import Fingerprint, Manifest
+from lightning_attr.snapshot_store import OPTIMIZER, SnapshotStore
 
 __all__ = ["FeatureStore"]
 
@@ -41,7 +45,7 @@ _SHARD_ROWS = 512
 _MOST_SHARDS = 256
 
 
-class FeatureStore:
+class FeatureStore(SnapshotStore):
     """Snapshots of a run and the features of its training set at each of them.
 
     Args:
@@ -62,9 +66,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:
-        self.path = Path(path)
-        self.manifest = manifest
-        self.writer = writer
+        super().__init__(path, manifest, writer)
         self._verified: set[str] = set()  # digests: a name may come to mean another shard
 
     @classmethod
@@ -101,128 +103,6 @@ class FeatureStore:
         store = cls(path, Manifest(fingerprint, shard_rows, run, feature_dtype=feature_dtype))
         store._save(store.manifest)
         return store
-
-    @classmethod
-    def open(cls, path: str | Path, writer: bool = True) -> FeatureStore:
-        """Open a store.
-
-        Args:
-            path: its directory.
-            writer: as in the constructor.
-
-        Returns:
-            The store.
-        """
-        return cls(path, Manifest.read(Path(path) / "manifest.json"), writer)
-
-    def reload(self) -> None:
-        """Read the manifest again, to see what another process entered."""
-        self.manifest = Manifest.read(self.path / "manifest.json")
-
-    @staticmethod
-    def exists(path: str | Path) -> bool:
-        """Whether a directory holds a store.
-
-        Args:
-            path: a directory, which need not exist.
-
-        Returns:
-            True if its manifest is there.
-        """
-        return (Path(path) / "manifest.json").exists()
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What the store was written for."""
-        return self.manifest.fingerprint
-
-    @property
-    def snapshots(self) -> tuple[Snapshot, ...]:
-        """The snapshots, in the order of training."""
-        return self.manifest.snapshots
-
-    def snapshot(self, key: str) -> Snapshot:
-        """Look a snapshot up.
-
-        Args:
-            key: its name.
-
-        Returns:
-            The snapshot.
-
-        Raises:
-            KeyError: if there is none of this name.
-        """
-        by_key = {snapshot.key: snapshot for snapshot in self.snapshots}
-        if key not in by_key:
-            raise KeyError(f"{self.path} has no snapshot {key!r}; it has {list(by_key)}.")
-        return by_key[key]
-
-    def check(self, fingerprint: Fingerprint) -> None:
-        """Refuse another data set, model or projection than the store's; adopt the projection if it has none yet.
-
-        Args:
-            fingerprint: what is at hand.
-        """
-        self.fingerprint.check(fingerprint, str(self.path))
-        if self.fingerprint.projector is None and fingerprint.projector is not None:
-            self._save(replace(self.manifest, fingerprint=replace(self.fingerprint, projector=fingerprint.projector)))
-
-    # Snapshots ------------------------------------------------------------------------------------------------------
-
-    def add_snapshot(
-        self, key: str, weights: Mapping[str, Tensor], *, epoch: int, global_step: int, learning_rate: float
-    ) -> Snapshot:
-        """Store the weights of a moment of training.
-
-        Args:
-            key: a name that no other snapshot of the store has.
-            weights: parameter or buffer name -> tensor.
-            epoch: index of the epoch.
-            global_step: optimizer steps taken.
-            learning_rate: its sum over the steps since the snapshot before.
-
-        Returns:
-            The snapshot.
-
-        Raises:
-            StoreMismatchError: if the name is taken.
-        """
-        if any(snapshot.key == key for snapshot in self.snapshots):
-            raise StoreMismatchError(f"{self.path} already holds the snapshot {key!r}.")
-        folder = f"snapshots/{key}"
-        self._abandon(folder)  # remains of a killed run, whose features are not of these weights
-        content = write_tensors(self.path / folder / "weights.safetensors", weights)
-        snapshot = Snapshot(key, epoch, global_step, learning_rate, folder, content, projection=key)
-        self._save(replace(self.manifest, snapshots=(*self.snapshots, snapshot)))
-        return snapshot
-
-    def weights(self, key: str) -> dict[str, Tensor]:
-        """Read the weights of a snapshot.
-
-        Args:
-            key: its name.
-
-        Returns:
-            Parameter or buffer name -> tensor.
-        """
-        snapshot = self.snapshot(key)
-        remedy = f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
-        return read_tensors(self.path / snapshot.folder / "weights.safetensors", snapshot.weights, remedy)
-
-    def set_aside(self, keys: Iterable[str]) -> None:
-        """Take snapshots out of the store; their files move to ``abandoned/``, nothing is deleted.
-
-        Args:
-            keys: names of snapshots, of a branch of training that was given up, for instance.
-        """
-        gone = [self.snapshot(key) for key in keys]
-        self._save(replace(self.manifest, snapshots=tuple(s for s in self.snapshots if s not in gone)))
-        for snapshot in gone:
-            self._abandon(snapshot.folder)
-
-    def _abandon(self, folder: str) -> None:
-        move_aside(self.path / folder, self.path / "abandoned" / Path(folder).relative_to("snapshots"))
 
     # Features -------------------------------------------------------------------------------------------------------
 
@@ -262,7 +142,7 @@ class FeatureStore:
         """
         check_columns(columns, self.rows(shard))
         content = write_tensors(self._shard_path(key, shard), encode(columns, self.manifest.feature_dtype))
-        self._enter(key, {**self.snapshot(key).shards, shard: content})
+        self._enter(key, shards={**self.snapshot(key).shards, shard: content})
 
     def adopt(self, key: str) -> None:
         """Enter the shards that other processes, or one that was killed, wrote without entering them.
@@ -277,7 +157,7 @@ class FeatureStore:
                 found[shard] = digest(columns)
                 self._verified.add(found[shard])
         if found:
-            self._enter(key, {**self.snapshot(key).shards, **found})
+            self._enter(key, shards={**self.snapshot(key).shards, **found})
 
     def shard(self, key: str, shard: int) -> dict[str, Tensor]:
         """Read a shard; its checksum is verified the first time.
@@ -337,63 +217,37 @@ class FeatureStore:
     # Upkeep ---------------------------------------------------------------------------------------------------------
 
     def repair(self) -> list[Path]:
-        """Drop shards that are missing or damaged, and the remains of killed runs.
+        """Drop shards and optimizer states that are missing or damaged, and the remains of killed runs.
 
         Returns:
-            The files dropped. Their rows count as not computed: ``trainer.attribute`` computes them again.
+            The files dropped. Rows of a shard count as not computed: ``trainer.attribute`` computes them again. A
+            snapshot without its optimizer state serves all methods that do not need it.
         """
         dropped = []
+
+        def intact(path: Path, content: str) -> bool:
+            try:
+                read_tensors(path, content)
+            except CorruptedStoreError:
+                self._verified.discard(content)
+                path.unlink(missing_ok=True)
+                dropped.append(path)
+                return False
+            return True
+
         for snapshot in self.snapshots:
-            intact = {}
-            for shard, content in snapshot.shards.items():
-                path = self._shard_path(snapshot.key, shard)
-                try:
-                    read_tensors(path, content)
-                    intact[shard] = content
-                except CorruptedStoreError:
-                    self._verified.discard(content)
-                    path.unlink(missing_ok=True)
-                    dropped.append(path)
-            self._enter(snapshot.key, intact)
+            state, file = snapshot.optimizer, self.path / snapshot.folder / OPTIMIZER
+            shards = {s: c for s, c in snapshot.shards.items() if intact(self._shard_path(snapshot.key, s), c)}
+            self._enter(snapshot.key, shards=shards, optimizer=state if state and intact(file, state) else None)
         for rest in remains(self.path):
             rest.unlink()
             dropped.append(rest)
         return dropped
 
-    @classmethod
-    def merge(cls, stores: Sequence[str | Path | FeatureStore], path: str | Path) -> FeatureStore:
-        """Join the snapshots of several runs into one ensemble; the files are linked where the file system allows.
-
-        Args:
-            stores: stores of the same data, model and projection, its seed among them.
-            path: a new directory.
-
-        Returns:
-            The ensemble. Its snapshots are named ``run<i>/<key>``.
-
-        Raises:
-            StoreMismatchError: if data, parameters, projection or shards differ, or the directory is not empty.
-            ValueError: if no store is given.
-        """
-        sources = [store if isinstance(store, FeatureStore) else cls.open(store) for store in stores]
-        merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
-        if merged.path.exists() and any(merged.path.iterdir()):
-            raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
-        folders = [source.path / snapshot.folder for source in sources for snapshot in source.snapshots]
-        for folder, snapshot in zip(folders, merged.snapshots, strict=True):
-            link_tree(folder, merged.path / snapshot.folder)
-        merged._save(merged.manifest)
-        return merged
-
-    def _enter(self, key: str, shards: Mapping[int, str]) -> None:
-        """Record which shards a snapshot has."""
-        snapshots = tuple(replace(s, shards=dict(shards)) if s.key == key else s for s in self.snapshots)
+    def _enter(self, key: str, **changes: Any) -> None:
+        """Record which files a snapshot has."""
+        snapshots = tuple(replace(s, **changes) if s.key == key else s for s in self.snapshots)
         self._save(replace(self.manifest, snapshots=snapshots))
-
-    def _save(self, manifest: Manifest) -> None:
-        if self.writer:
-            manifest.write(self.path / "manifest.json")
-        self.manifest = manifest
 
     def _shard_path(self, key: str, shard: int) -> Path:
         return self.path / self.snapshot(key).folder / "features" / f"{shard:05d}.safetensors"

@@ -16,12 +16,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from truths import truth_of
 
 from cases import loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, AttributionResult, FeatureStore, attribute, store
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.methods import TRAK, AttributionMethod, GradCos, GradDot
-from lightning_attr.projectors import IdentityProjector
+from lightning_attr.evaluation import GroundTruth
+from lightning_attr.methods import (
+    EKFAC,
+    GAS,
+    LESS,
+    RPS,
+    TRAK,
+    AttributionMethod,
+    ConjugateGradient,
+    Datamodel,
+    DropoutEnsemble,
+    EmpiricalInfluence,
+    FactGraSS,
+    GradCos,
+    GradDot,
+    Influence,
+    KNNShapley,
+    LiSSA,
+    LoGra,
+    ProjectedInfluence,
+    RepresentationSimilarity,
+    SoftThreshold,
+    TracIn,
+)
+from lightning_attr.projectors import IdentityProjector, LayerSubset
 
 N_TRAIN, N_TARGET = 24, 5
 TWINS = (20, 3)
@@ -39,12 +63,83 @@ class Case:
     except_for: Mapping[str, str] = field(default_factory=dict)
 
 
+def random_truth() -> GroundTruth:
+    """Models that were never retrained: something to choose by."""
+    return truth_of(torch.randn(N_TRAIN, N_TARGET, generator=torch.Generator().manual_seed(0)))
+
+
 CASES = [
     Case("TRAK", lambda: TRAK(projector=IdentityProjector())),
     Case("TRAK, projected", lambda: TRAK(proj_dim=16)),
     Case("TRAK, as published", lambda: TRAK(projector=IdentityProjector(), newton_weights=False)),
+    Case("TRAK, leave-one-out", lambda: TRAK(projector=IdentityProjector(), loo_correction=True)),
+    Case(
+        "TRAK, damping chosen",
+        lambda: TRAK(projector=IdentityProjector(), damping="auto", truth=random_truth()),
+        {"order": "the truth is of one order", "diagonal": "the truth is of the targets"},
+    ),
+    Case("soft threshold", lambda: SoftThreshold(TRAK(projector=IdentityProjector()), 0.01)),
+    Case(
+        "soft threshold, some kept",
+        lambda: SoftThreshold(TRAK(projector=IdentityProjector()), keep=10),
+        {"diagonal": "the threshold is of the target"},
+    ),
+    Case(
+        "soft threshold, chosen",
+        lambda: SoftThreshold(TRAK(projector=IdentityProjector()), truth=random_truth()),
+        {"order": "the truth is of one order", "diagonal": "the truth is of the targets"},
+    ),
+    Case("dropout ensemble", lambda: DropoutEnsemble(TRAK(projector=IdentityProjector()), masks=2)),
+    Case(
+        "dropout ensemble, forward only",
+        lambda: DropoutEnsemble(TRAK(projector=IdentityProjector()), masks=3, rate=0.2, forward_only=True),
+    ),
     Case("GradDot", lambda: GradDot(IdentityProjector())),
     Case("GradCos", lambda: GradCos(IdentityProjector())),
+    Case("TracIn", lambda: TracIn(IdentityProjector())),
+    Case(
+        "TracIn of the last layer",
+        lambda: TracIn(LayerSubset(IdentityProjector(), ["network.3"])),
+        {"sign": "behind the hidden layer, like samples with a larger loss are beyond a copy"},
+    ),
+    Case("TracIn in Adam's metric", lambda: TracIn(IdentityProjector(), preconditioner="adam")),
+    Case("GAS", lambda: GAS(IdentityProjector())),
+    Case("GAS layer by layer", lambda: GAS(IdentityProjector(), layerwise=True)),
+    Case("LESS", lambda: LESS(IdentityProjector())),
+    Case("influence, EK-FAC", lambda: Influence(solver=EKFAC(labels="exact"))),
+    Case(
+        "influence, K-FAC, sampled labels",
+        lambda: Influence(solver="kfac"),
+        {"order": "labels are drawn by row number"},
+    ),
+    Case("influence, explicit", lambda: Influence(solver="explicit")),
+    Case("influence, CG", lambda: Influence(solver=ConjugateGradient(tolerance=1e-6))),
+    Case("influence, LiSSA", lambda: Influence(solver=LiSSA(iterations=1000), damping=1.0)),
+    Case("influence, Arnoldi", lambda: Influence(solver="arnoldi")),
+    Case("influence, DataInf", lambda: Influence(solver="datainf")),
+    Case("influence, RelatIF", lambda: Influence("empirical_fisher", "explicit", relative="theta", snapshots="all")),
+    Case("projected influence", lambda: ProjectedInfluence(IdentityProjector())),
+    Case("projected influence, RelatIF", lambda: ProjectedInfluence(IdentityProjector(), relative="loss")),
+    Case("LoGra", lambda: LoGra(proj_dim=16)),
+    Case("FactGraSS", lambda: FactGraSS(proj_dim=16)),
+    Case("RPS", lambda: RPS(), {"sign": "labels of training samples do not enter"}),
+    Case(
+        "RPS, cosine of the predicted class",
+        lambda: RPS(target_class="prediction", normalize=True, snapshots="all"),
+        {"sign": "labels of training samples do not enter"},
+    ),
+    Case("representations", lambda: RepresentationSimilarity(), {"sign": "labels do not enter"}),
+    Case("KNN-Shapley", lambda: KNNShapley(k=3)),
+    Case(
+        "empirical influence",
+        lambda: EmpiricalInfluence(random_truth()),
+        dict.fromkeys(("sign", "order", "twins", "diagonal"), "the truth is of its own, in one order"),
+    ),
+    Case(
+        "datamodel",
+        lambda: Datamodel(random_truth(), "ridge"),
+        dict.fromkeys(("sign", "order", "twins", "diagonal"), "the truth is of its own, in one order"),
+    ),
 ]
 
 
@@ -89,7 +184,9 @@ def target_data() -> TensorDataset:
 
 def record(folder: Path) -> Path:
     """Train once; the store has snapshots only, and takes any order of the training samples."""
-    callback = AttributionCallback(folder, method=TRAK(proj_dim=4), snapshots=[0, 3, 9], featurize=False, log=False)
+    callback = AttributionCallback(
+        folder, method=TRAK(proj_dim=4), snapshots=[0, 3, 9], featurize=False, log=False, optimizer_state=True
+    )
     trainer = quiet_trainer(max_epochs=10, callbacks=[callback])
     torch.manual_seed(0)
     trainer.fit(Classifier(), loader_of(training_data(), shuffle=True))

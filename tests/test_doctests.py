@@ -21,6 +21,7 @@ PUBLIC = {
     "lightning_attr",
     "lightning_attr.callbacks",
     "lightning_attr.evaluation",
+    "lightning_attr.func",
     "lightning_attr.gradients",
     "lightning_attr.interop",
     "lightning_attr.methods",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from copy import deepcopy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -140,6 +142,79 @@ def test_a_batch_that_is_no_pair(batch: Any, found: str) -> None:
     expected = rf"Expected a batch \(x, y\), but got {found}. Override `attribution_step\(self, batch\)` in Classifier"
     with pytest.raises(TypeError, match=expected):
         _classifier().attribution_step(batch)
+
+
+class Words(AttributionMixin, L.LightningModule):
+    """Takes the keys of a batch, as the models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        return SimpleNamespace(logits=self.head(self.embedding(input_ids).mean(1)), loss=labels)
+
+
+IDS = torch.tensor([[1, 2], [3, 4], [5, 6], [1, 6]])
+TEXT = {"input_ids": IDS, "labels": Y}
+
+
+@pytest.mark.parametrize("wrap", [dict, UserDict])
+def test_a_dict_with_labels_goes_to_forward_by_its_keys(wrap: Any) -> None:
+    module = Words()
+    outputs, targets = module.attribution_step(wrap(TEXT))
+    assert torch.equal(outputs, module(IDS).logits)
+    assert targets is Y
+    expected = module.model_output.output(module(IDS).logits, Y)
+    assert torch.equal(module.functional_output({}, {}, wrap(TEXT)), expected)
+
+
+def test_forward_may_return_the_logits_themselves() -> None:
+    class Plain(Words):
+        def forward(self, **batch: Tensor) -> Tensor:
+            return super().forward(**batch).logits
+
+    assert torch.equal(Plain().attribution_step(TEXT)[0].isfinite(), torch.ones(B, 3).bool())
+
+
+class Other(Words):
+    def forward(self, batch: Any) -> Any:
+        return batch
+
+
+class Losses(Words):
+    def forward(self, **batch: Tensor) -> Any:
+        return {"loss": batch["labels"]}
+
+
+class WithoutForward(AttributionMixin, L.LightningModule):
+    pass
+
+
+class Broken(Words):
+    def forward(self, **batch: Tensor) -> Any:
+        return batch["input_ids"] + None
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "message"),
+    [
+        (Other, TEXT, r"`forward` of Other to take the keys of the batch, \['input_ids', 'labels'\], but missing"),
+        (Words, {**TEXT, "id": IDS}, r"but got an unexpected keyword argument 'id'. With the model in an attribute"),
+        (WithoutForward, TEXT, r"WithoutForward to have a `forward`, but it has none. With the model in an attribute"),
+        (Losses, TEXT, r"Losses to return logits, .* but got a dict. With the model in an attribute, override"),
+        (Words, {**TEXT, "labels": [0, 1, 1, 2]}, r"`labels` of the batch to be a tensor .* but got a list: nobody"),
+        (
+            Words,
+            {**TEXT, "input_ids": [[1], [2, 3]]},
+            r"`input_ids` of the batch .* \(`tokenizer.pad_token =",
+        ),
+        (Broken, TEXT, r"unsupported operand type"),
+    ],
+)
+def test_a_dict_that_forward_does_not_take(kind: type[Words], batch: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        kind().attribution_step(batch)
 
 
 def test_the_model_output_is_a_choice_of_class_or_instance() -> None:

@@ -196,3 +196,36 @@ def test_arguments_that_are_not_positive(value: float) -> None:
 def test_a_loss_that_cannot_be_called() -> None:
     with pytest.raises(TypeError, match="`loss_fn` to be a callable, but got str"):
         NegativeLoss("cross_entropy")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_multiclass_loss_is_the_likelihood_of_its_distribution(temperature: float) -> None:
+    logits, output = _logits(), MulticlassMargin(temperature)
+    found = -output.distribution(logits, torch.zeros_like(LABELS)).log_prob(LABELS)
+    torch.testing.assert_close(found, output.loss(logits, LABELS))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_binary_loss_is_the_likelihood_of_its_distribution(shape: tuple[int, ...]) -> None:
+    logits, labels = torch.randn(5).double(), torch.tensor([0, 1, 1, 0, 1]).reshape(shape)
+    found = -BinaryMargin().distribution(logits, torch.zeros_like(labels)).log_prob(labels.double())
+    assert found.shape == shape
+    torch.testing.assert_close(found.reshape(5), BinaryMargin().loss(logits, labels))
+
+
+@pytest.mark.parametrize("variance", [1.0, 0.5, 3.0])
+def test_regression_loss_is_the_likelihood_of_its_distribution(variance: float) -> None:
+    predictions, targets, output = torch.randn(5, 1).double(), torch.randn(5).double(), Regression(variance)
+    distribution = output.distribution(predictions, torch.zeros_like(targets))
+    found = distribution.log_prob(distribution.mean) - distribution.log_prob(targets)
+    torch.testing.assert_close(found, output.loss(predictions, targets))
+
+
+def test_a_loss_of_its_own_has_no_distribution() -> None:
+    class Ours(NegativeLoss):
+        pass
+
+    with pytest.raises(
+        NotImplementedError, match=r'Ours does not .*`curvature="empirical_fisher"`.*`Ours\.distribution`'
+    ):
+        Ours(lambda outputs, targets: outputs).distribution(torch.zeros(2), torch.zeros(2))

@@ -27,8 +27,8 @@ from lightning_attr import AttributionMixin, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, GradDot, ModelMethod, ScoreBlock, model_of
 from lightning_attr.outputs import BinaryMargin, NegativeLoss, Regression
-from lightning_attr.prediction import to_device
 from lightning_attr.projectors import IdentityProjector
+from lightning_attr.transfer import to_device
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from lightning_attr.randomness import gaussian, hashed_seed, rademacher
+from lightning_attr.randomness import gaussian, hashed_seed, philox, rademacher, row_uniforms
 
 PINNED_SEED = 2352347809427705324
 PINNED_SIGNS = "+-+-+--++--+++---++-++---++-+-+--+-++++++-++-++---+++++---+-++--"
@@ -67,3 +67,46 @@ def test_signs_are_fair_and_independent() -> None:
 
 def test_normal_numbers_are_normal() -> None:
     assert kstest(gaussian((20000,), 0, "key").numpy(), "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the known answers that come with Random123
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: str) -> None:
+    words = philox(tuple(np.array([word], dtype=np.uint64) for word in counter), key)  # type: ignore[arg-type]
+    assert " ".join(f"{int(word[0]):08x}" for word in words) == expected
+
+
+def test_numbers_of_a_row_depend_on_it_and_the_key_alone() -> None:
+    rows = [0, 1, 5, 2**32, 2**32 + 1, 2**40]
+    whole = row_uniforms(rows, 5, 0, "labels")
+    assert whole.shape == (6, 5)
+    assert whole.dtype == torch.float64
+    assert len(set(whole.flatten().tolist())) == 30
+    assert torch.equal(row_uniforms(rows[::-1], 5, 0, "labels"), whole.flip(0))
+    for count in (1, 2, 3, 4):
+        assert torch.equal(row_uniforms([5], count, 0, "labels"), whole[2:3, :count])
+    assert not torch.equal(row_uniforms(rows, 5, 1, "labels"), whole)
+
+
+@pytest.mark.parametrize(("rows", "count"), [([], 3), ([1, 2], 0)])
+def test_no_uniform_numbers(rows: list[int], count: int) -> None:
+    assert row_uniforms(rows, count, 0).shape == (len(rows), count)
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    values = row_uniforms(range(4000), 5, 0, "labels")
+    assert 0 < values.min() < values.max() < 1
+    assert kstest(values.flatten().numpy(), "uniform").pvalue > 0.01
+    correlations = values.T.corrcoef() - torch.eye(5)
+    assert correlations.abs().max() < 0.06
+    assert abs(torch.stack([values[:-1, 0], values[1:, 0]]).corrcoef()[0, 1].item()) < 0.06  # neighbouring rows

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth
+from lightning_attr.methods.subset_truth import mask_digests
 from lightning_attr.metrics.comparison_plots import plot_datamodeling_score, plot_leave_one_out_correlation
 from lightning_attr.metrics.correlation import CorrelationScore
 from lightning_attr.metrics.datamodeling import DatamodelingScore, linear_datamodeling_score
@@ -126,7 +127,9 @@ def evaluate(
     curve for sets of top proponents.
 
     Scores and ground truth must be of the same data: the numbers of samples are compared, and where the provenance of
-    the scores tells hashes of the data (``train_data``, ``target_probe``), these too.
+    the scores tells hashes of the data (``train_data``, ``target_probe``), these too. Scores that were fitted to
+    retrained models, a datamodel's for instance, are compared with others only: ``fitted_on`` in their provenance names
+    the subsets.
 
     Args:
         result: all scores of all training samples.
@@ -139,7 +142,8 @@ def evaluate(
         The figures, in ``metrics`` as plain numbers.
 
     Raises:
-        AttributionError: if the scores are only the extremes of each target, or the ground truth is not finished.
+        AttributionError: if the scores are only the extremes of each target, the ground truth is not finished, or the
+            scores were fitted to one of its subsets.
         StoreMismatchError: if the ground truth is of other data.
         ValueError: if fewer than two sets were retrained on, or an argument is out of range.
 
@@ -155,6 +159,7 @@ def evaluate(
     scores = _all_scores(result)
     _check_finished(ground_truth)
     _check_same_data(scores, ground_truth)
+    _check_not_fitted(scores, ground_truth)
     values = _in_order(scores)
     seeds, subsets, targets = ground_truth.outputs.shape
     least = 2 if ground_truth.kind == "lds" else 3  # with the full set
@@ -211,6 +216,17 @@ def _check_same_data(scores: ScoreMatrix, truth: GroundTruth) -> None:
         raise StoreMismatchError(
             f"This is ground truth of another dataset ({truth.dirpath}): {', and '.join(wrong)}. Attribute with the "
             "datamodule and `targets` that the models were retrained with; a random split needs a fixed seed."
+        )
+
+
+def _check_not_fitted(scores: ScoreMatrix, truth: GroundTruth) -> None:
+    fitted = set(scores.provenance.get("fitted_on", ()))
+    count = sum(name in fitted for name in mask_digests(truth.masks)) if fitted else 0
+    if count:
+        raise AttributionError(
+            f"These scores were fitted to models retrained on {count} of the subsets (of {len(truth.masks)}) in "
+            f"{truth.dirpath}: there they would be right by construction. Compare with other subsets; `retrain_lds` "
+            "draws others from another `seed`, and the same first ones from the same."
         )
 
 

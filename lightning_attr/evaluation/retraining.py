@@ -183,7 +183,7 @@ class LightningRetraining:
             AttributionError: if they are not finite.
         """
         try:
-            return target_outputs(fitted.trainer, fitted.module, fitted.datamodule, fitted.targets, beat)
+            return target_outputs(fitted.trainer, fitted.module, fitted.datamodule, fitted.targets, beat, fitted.train)
         except NonFiniteGradientError as error:
             raise AttributionError(diverged(retraining, str(error))) from error
 

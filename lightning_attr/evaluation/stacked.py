@@ -32,7 +32,7 @@ from lightning_attr.gradients.functional import call_with
 from lightning_attr.isolation import find_generators
 from lightning_attr.loader import DataSource
 from lightning_attr.memory import free_bytes, peak_bytes
-from lightning_attr.prediction import to_device
+from lightning_attr.transfer import to_device
 
 __all__ = ["Stack"]
 
@@ -239,7 +239,9 @@ class Stack:
         loads = [partial(self.load, state, model) for model in range(count) if finite[model]]
         outputs = torch.full((count, len(fitted.targets)), torch.nan)
         if loads:
-            found = outputs_at(self.trainer, self.module, fitted.datamodule, fitted.targets, loads, beat)
+            found = outputs_at(
+                self.trainer, self.module, fitted.datamodule, fitted.targets, loads, beat, fitted.train
+            )
             outputs = outputs.to(found.dtype)
             outputs[torch.tensor(finite)] = found
         return outputs

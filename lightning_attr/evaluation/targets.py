@@ -9,13 +9,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_attr.attributed import attributed
+from lightning_attr.attributed import Attributed, attributed, completed, draws_of, needs_setup, set_up
 from lightning_attr.batch import map_tensors
+from lightning_attr.draws import Draw
 from lightning_attr.featurizer import PROBE_SIZE
 from lightning_attr.files import digest
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource, OrderedLoader
-from lightning_attr.prediction import to_device
+from lightning_attr.transfer import samples_on_device, to_device
 
 __all__ = ["digest_of_all", "outputs_at", "target_outputs"]
 
@@ -26,6 +27,7 @@ def target_outputs(
     datamodule: L.LightningDataModule | None,
     targets: DataSource,
     beat: Callable[[], None] = lambda: None,
+    train: DataSource | None = None,
 ) -> Tensor:
     """Compute what is attributed of a trained module, for each target, as the attribution step does.
 
@@ -35,6 +37,7 @@ def target_outputs(
         datamodule: the datamodule, for its transfer hooks.
         targets: the targets.
         beat: called after each batch.
+        train: all training data, for modules with an ``attribution_setup``, which runs at each set of weights.
 
     Returns:
         ``f``, float, ``(n_target,)``, on the CPU.
@@ -50,7 +53,7 @@ def target_outputs(
         >>> target_outputs(trainer, Classifier(), None, DataSource.of(loader, "target"))
         tensor([1., 1.])
     """
-    return outputs_at(trainer, module, datamodule, targets, [lambda: None], beat)[0]
+    return outputs_at(trainer, module, datamodule, targets, [lambda: None], beat, train)[0]
 
 
 def outputs_at(
@@ -60,8 +63,11 @@ def outputs_at(
     targets: DataSource,
     loads: Sequence[Callable[[], None]],
     beat: Callable[[], None] = lambda: None,
+    train: DataSource | None = None,
 ) -> Tensor:
-    """Compute what :func:`target_outputs` does for several sets of weights, reading each target once.
+    """Compute what :func:`target_outputs` does for several sets of weights.
+
+    Each target is read once, unless the module is to be set up at each set of weights: then once for each.
 
     Args:
         trainer: as for :func:`target_outputs`.
@@ -70,6 +76,7 @@ def outputs_at(
         targets: likewise.
         loads: each puts weights into the module; the first are those that the module is checked with.
         beat: likewise.
+        train: likewise.
 
     Returns:
         ``f``, float, ``(len(loads), n_target)``, on the CPU.
@@ -89,6 +96,8 @@ def outputs_at(
         tensor([[-1., -1., -1.],
                 [-2., -2., -2.]])
     """
+    if train is not None and needs_setup(module) and len(loads) > 1:
+        return torch.cat([outputs_at(trainer, module, datamodule, targets, [load], beat, train) for load in loads])
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     module.eval().to(device)
 
@@ -98,17 +107,27 @@ def outputs_at(
     with precision.forward_context():
         rows, batch = targets.first(PROBE_SIZE)
         loads[0]()
+        if train is not None:
+            set_up(module, samples_on_device(trainer, module, datamodule, train), "")
         with torch.autocast(device.type, enabled=False):
-            what = attributed(module, prepared(batch), len(rows))
+            what = attributed(module, completed(module, prepared(batch), Draw(rows, device=device)), len(rows))
         found: list[list[Tensor]] = [[] for _ in loads]
         for rows, given in OrderedLoader(targets, targets.batches(range(len(targets)))):
             batch = prepared(given)
             for load, own in zip(loads, found, strict=True):
                 load()
-                with torch.no_grad():
-                    own.append(what.sample_outputs(module, batch, len(rows)).cpu())
+                own.append(_mean_output(what, module, batch, rows, device))
                 beat()
     return torch.stack([torch.cat(own) for own in found])
+
+
+@torch.no_grad()
+def _mean_output(what: Attributed, module: Any, batch: Any, rows: Sequence[int], device: torch.device) -> Tensor:
+    """Average the outputs over the module's draws, the same for every set of weights."""
+    count = draws_of(module)
+    batches = (completed(module, batch, Draw(rows, number=number, device=device)) for number in range(count))
+    outputs = [what.sample_outputs(module, given, len(rows)) for given in batches]
+    return torch.stack(outputs).mean(0).cpu()
 
 
 def digest_of_all(source: DataSource) -> str:

@@ -240,13 +240,33 @@ class ConvSum(FactoredGradient):
         out = convolve(self.inputs, kernel, stride=self.stride, dilation=self.dilation, groups=self.groups)
         return out.reshape(out.shape[0], self.groups, right.shape[0], -1)
 
-    def _patches(self) -> Tensor:
+    def part(self, samples: slice) -> ConvSum:
+        """Take some samples of the batch.
+
+        Args:
+            samples: which.
+
+        Returns:
+            Their gradients, as views.
+        """
+        sizes = (self.kernel_size, self.stride, self.dilation, self.groups)
+        return ConvSum(self.inputs[samples], self.backprops[samples], *sizes)
+
+    def windows(self) -> Tensor:
+        """Unfold the input into the window of each position, as a view.
+
+        Returns:
+            ``(b, groups, c_in / groups, *out_size, *kernel_size)``.
+        """
         x = self.inputs
-        dims = len(self.kernel_size)
         for i, (size, step, spread) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + i, (size - 1) * spread + 1, step)[..., ::spread]  # (b, c_in, *out_size, ..., size)
-        b, c_in = x.shape[:2]
-        x = x.reshape(b, self.groups, c_in // self.groups, math.prod(x.shape[2 : 2 + dims]), -1)  # (b, g, c, l, window)
+        windows: Tensor = x.unflatten(1, (self.groups, -1))
+        return windows
+
+    def _patches(self) -> Tensor:
+        x, dims = self.windows(), len(self.kernel_size)
+        x = x.reshape(*x.shape[:3], math.prod(x.shape[3 : 3 + dims]), -1)  # (b, g, c, l, window)
         return x.transpose(3, 4).flatten(2, 3)  # (b, g, c * window, l)
 
 

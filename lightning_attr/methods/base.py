@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 
 from lightning_attr.layout import ParameterLayout
+from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import KroneckerProjector, NoProjection, Projection, Projector
 from lightning_attr.snapshot_model import SnapshotModel
 
-__all__ = ["AttributionMethod", "ScoreBlock", "SnapshotFeatures", "compute_precision", "in_step"]
+__all__ = [
+    "AttributionMethod",
+    "ScoreBlock",
+    "SnapshotFeatures",
+    "balanced_weights",
+    "compute_precision",
+    "in_step",
+]
 
 T = TypeVar("T")
 
@@ -35,6 +43,8 @@ class SnapshotFeatures:
         target_rows: which targets these are.
         model: the module at the snapshot; None where features are all there is.
         layers: columns of the features by layer; None where the projection mixes layers.
+        n_train: training samples of all processes; 0 where that is not known.
+        key: name of the snapshot in the store; snapshots of several runs differ in what is before its last slash.
 
     Example:
         >>> import torch
@@ -50,6 +60,14 @@ class SnapshotFeatures:
     target_rows: range = range(0)
     model: SnapshotModel | None = None
     layers: Mapping[str, slice] | None = None
+    n_train: int = 0
+    key: str = "current"
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """What the method found out at this snapshot, for the record of the result."""
+        found: dict[str, Any] = self.memo.setdefault("evidence", {})
+        return found
 
     @property
     def numel(self) -> int:
@@ -69,7 +87,8 @@ class SnapshotFeatures:
             One block of all rows.
         """
         rows = range(len(train["features"]))
-        return cls(lambda: iter([(rows, train)]), targets, target_rows=range(len(targets["features"])))
+        m = len(targets["features"])
+        return cls(lambda: iter([(rows, train)]), targets, target_rows=range(m), n_train=len(rows))
 
     @classmethod
     def at(cls, model: SnapshotModel, targets: Mapping[str, Tensor], learning_rate: float = 1.0) -> SnapshotFeatures:
@@ -89,7 +108,9 @@ class SnapshotFeatures:
             return iter(())
 
         columns = {"features": torch.zeros(m, 0), **targets}
-        return cls(blocks, columns, learning_rate, model.reduce, target_rows=range(m), model=model)
+        return cls(
+            blocks, columns, learning_rate, model.reduce, target_rows=range(m), model=model, n_train=model.n_train
+        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,25 @@ def in_step(snapshots: Sequence[SnapshotFeatures]) -> Iterator[tuple[range, list
         yield rows[0], [columns for _, columns in blocks]
 
 
+def balanced_weights(sizes: Sequence[float]) -> list[float]:
+    """Weigh snapshots so that each has an equal part in the average of their scores.
+
+    Args:
+        sizes: how large the scores of each snapshot are.
+
+    Returns:
+        Weights inverse to the sizes, with the sum one. A snapshot without any scores counts as the smallest of the
+        others.
+
+    Example:
+        >>> balanced_weights([1.0, 3.0]), balanced_weights([0.0, 0.0])
+        ([0.75, 0.25], [0.5, 0.5])
+    """
+    least = min((abs(size) for size in sizes if size), default=1.0)
+    inverse = [1 / (abs(size) or least) for size in sizes]
+    return [value / sum(inverse) for value in inverse]
+
+
 def compute_precision(features: Tensor) -> Tensor:
     """Give features in the precision that scores are computed in.
 
@@ -166,6 +206,8 @@ class AttributionMethod(ABC):
 
     Attributes:
         projector: None for a method that reads no stored features, but runs the module.
+        scale: "measurement" for scores in units of the model output, of one removal; "rank_only" for scores of which
+            only the order counts.
 
     Example:
         >>> import torch
@@ -181,6 +223,7 @@ class AttributionMethod(ABC):
     """
 
     projector: Projector | None
+    scale: str = "measurement"
 
     def __init__(self, projector: Projector | None = None) -> None:
         self.projector = projector or KroneckerProjector()
@@ -198,6 +241,35 @@ class AttributionMethod(ABC):
         return NoProjection() if self.projector is None else self.projector.bind(layout, snapshot)
 
     @property
+    def needs_optimizer_state(self) -> bool:
+        """Whether :meth:`precondition` wants what the optimizer knew at a snapshot; the callback records it then."""
+        return False
+
+    def precondition(self, projection: Projection, layout: ParameterLayout, state: OptimizerState) -> Projection:
+        """Give the projection what the optimizer knew at the snapshot; only where the method needs it.
+
+        Args:
+            projection: from :meth:`bind`.
+            layout: the parameters.
+            state: the optimizer's, at the snapshot.
+
+        Returns:
+            The map of the training samples.
+        """
+        return projection
+
+    def bind_targets(self, projection: Projection) -> Projection:
+        """Choose the map of the targets.
+
+        Args:
+            projection: of the training samples.
+
+        Returns:
+            The same, unless a method compares two different things.
+        """
+        return projection
+
+    @property
     def projector_config(self) -> dict[str, Any] | None:
         """What a store records of the projector; None without one."""
         return None if self.projector is None else self.projector.config
@@ -212,6 +284,13 @@ class AttributionMethod(ABC):
             Those it uses: all, unless a method says otherwise.
         """
         return snapshots
+
+    def prepare(self, snapshots: Sequence[SnapshotFeatures]) -> None:  # noqa: B027 - most methods have nothing to settle
+        """Settle what all targets decide together, before they are scored some at a time.
+
+        Args:
+            snapshots: in the order of training, with all targets; what is settled goes into their ``memo``.
+        """
 
     @abstractmethod
     def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
@@ -231,4 +310,4 @@ class AttributionMethod(ABC):
     def config(self) -> dict[str, Any]:
         """Name and arguments, for the record of a result."""
         own = {name: value for name, value in vars(self).items() if name != "projector"}
-        return {"method": type(self).__name__, **own, "projector": self.projector_config}
+        return {"method": type(self).__name__, "scale": self.scale, **own, "projector": self.projector_config}

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
+from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.tracin import TracIn
+from lightning_attr.projectors import Projector
 
 __all__ = ["GradCos", "GradDot"]
 
 T = TypeVar("T")
 
 
-class GradDot(AttributionMethod):
+class GradDot(TracIn):
     r"""Inner product of gradients at the last snapshot, :math:`-\nabla\ell_i \cdot \nabla f_j` (Charpiat et al., 2019).
 
     The first-order change of the target's output under one gradient step on the training sample, for a learning rate of
-    one.
+    one: :class:`TracIn` at one snapshot, with a weight of one. Scores are rank-only.
+
+    Args:
+        projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`.
 
     Example:
         >>> import torch
@@ -29,6 +31,9 @@ class GradDot(AttributionMethod):
         >>> block.scores.flatten(), block.self_influence
         (tensor([1., 6.]), tensor([ 0.5000, 25.0000]))
     """
+
+    def __init__(self, projector: Projector | None = None) -> None:
+        super().__init__(projector, weights="uniform")
 
     def select(self, snapshots: Sequence[T]) -> Sequence[T]:
         """Take the last one.
@@ -50,24 +55,16 @@ class GradDot(AttributionMethod):
         Yields:
             Scores, block after block.
         """
-        targets = self._scale(compute_precision(snapshots[-1].targets["features"]))  # (m, k)
-        for rows, columns in in_step(snapshots[-1:]):
-            features = self._scale(columns[0]["features"].to(targets))  # (b, k)
-            push = self._push(columns[0]["out_to_loss"].to(targets))  # (b,)
-            self_influence = push * features.square().sum(1)
-            yield ScoreBlock(rows, (push[:, None] * features) @ targets.T, self_influence)
-
-    def _scale(self, features: Tensor) -> Tensor:
-        return features
-
-    def _push(self, out_to_loss: Tensor) -> Tensor:
-        return out_to_loss
+        yield from super().score(snapshots[-1:])
 
 
 class GradCos(GradDot):
-    r"""Cosine of the gradients at the last snapshot, in [-1, 1].
+    r"""Cosine of the gradients at the last snapshot, in [-1, 1]: :class:`GAS` at one snapshot.
 
-    Self-influence is the sign of :math:`q` and tells nothing.
+    Self-influence is the sign of :math:`q` and tells nothing. Scores are rank-only.
+
+    Args:
+        projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`.
 
     Example:
         >>> import torch
@@ -78,8 +75,6 @@ class GradCos(GradDot):
         (tensor([1.0000, 0.6000]), tensor([1., 1.]))
     """
 
-    def _scale(self, features: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(features, dim=1)
-
-    def _push(self, out_to_loss: Tensor) -> Tensor:
-        return out_to_loss.sign()
+    def __init__(self, projector: Projector | None = None) -> None:
+        super().__init__(projector)
+        self.normalize = True

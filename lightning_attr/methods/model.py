@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import torch
+
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures
 from lightning_attr.snapshot_model import SnapshotModel
 
@@ -45,11 +47,14 @@ def model_of(snapshot: SnapshotFeatures) -> SnapshotModel:
 class ModelMethod(AttributionMethod):
     """A method that scores one snapshot after the other, and averages the scores over them.
 
+    In the average, each snapshot has an equal part: its weight is inverse to the mean size of the training samples'
+    self-influence.
+
     No features are stored for it. Its snapshots have a :class:`lightning_attr.snapshot_model.SnapshotModel`; its
     ``targets`` hold the values of each target, but no features.
 
     Args:
-        snapshots: "last" for the last snapshot, "all" for the mean over all of them.
+        snapshots: "last" for the last snapshot, "all" for all of them, each with an equal part.
 
     Raises:
         ValueError: if ``snapshots`` is neither.
@@ -112,10 +117,17 @@ class ModelMethod(AttributionMethod):
         if len(snapshots) == 1:
             yield from self.score_snapshot(snapshots[0])
             return
-        total = list(self.score_snapshot(snapshots[0]))
-        for snapshot in snapshots[1:]:
-            for sum_, block in zip(total, self.score_snapshot(snapshot), strict=True):
-                sum_.scores.add_(block.scores)
-                sum_.self_influence.add_(block.self_influence)
+        total: list[ScoreBlock] = []
+        weights = 0.0
+        for snapshot in snapshots:
+            blocks = list(self.score_snapshot(snapshot))
+            size = sum(block.self_influence.double().abs().sum().item() for block in blocks)
+            size = snapshot.reduce(torch.tensor([size], dtype=torch.float64)).item()
+            weight = 1 / size if size else 1.0
+            weights += weight
+            total = total or [ScoreBlock(b.rows, 0 * b.scores, 0 * b.self_influence) for b in blocks]
+            for sum_, block in zip(total, blocks, strict=True):
+                sum_.scores.add_(block.scores, alpha=weight)
+                sum_.self_influence.add_(block.self_influence, alpha=weight)
         for block in total:
-            yield ScoreBlock(block.rows, block.scores / len(snapshots), block.self_influence / len(snapshots))
+            yield ScoreBlock(block.rows, block.scores / weights, block.self_influence / weights)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
 from lightning_attr.methods.kernel import KernelMethod
+from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import KroneckerProjector, Projector
 
 __all__ = ["TRAK"]
@@ -18,30 +19,42 @@ class TRAK(KernelMethod):
     r"""Tracing with the randomly-projected after kernel (Park et al., 2023), every snapshot a member of the ensemble.
 
     .. math::
-        S = \tfrac1T \sum_t \operatorname{diag}(q_t)\, \Phi_t (\Phi_t^\top W_t \Phi_t + \lambda_t I)^{-1} \Psi_t^\top
+        S = \sum_t w_t \operatorname{diag}(q_t)\, \Phi_t (\Phi_t^\top W_t \Phi_t + \lambda_t I)^{-1} \Psi_t^\top
 
     with the projected output gradients of training samples :math:`\Phi_t` ``(n, k)`` and targets :math:`\Psi_t` ``(m,
     k)``, :math:`q = -d\ell/df` and :math:`W = \operatorname{diag}(d^2\ell/df^2)`: one Newton step of leaving a sample
-    out of the linearised model, averaged over snapshots. With ``newton_weights=False`` it is TRAK as published, which
-    drops :math:`W` and averages :math:`q` apart from the kernel term,
+    out of the linearised model, averaged over snapshots. Their weights :math:`w_t` sum to one and are inverse to the
+    mean size of the training samples' self-influence, so that each snapshot has an equal part in the scores. With
+    ``newton_weights=False`` it is TRAK as published, which drops :math:`W`, averages :math:`q` apart from the kernel
+    term, and weighs all snapshots alike,
 
     .. math::
         S = \Big[\tfrac1T \sum_t q_t\Big] \odot \Big[\tfrac1T \sum_t \Phi_t (\Phi_t^\top \Phi_t + \lambda_t I)^{-1}
         \Psi_t^\top\Big].
+
+    Stores of several runs joined by :meth:`lightning_attr.FeatureStore.merge` are one larger ensemble. The runs may be
+    of adapters on one frozen base, which are cheap to train again (a LoRA ensemble, Deng et al., 2024): gradients are
+    of what is trained. Leave the untrained adapter out, whose features are half empty as long as its ``B`` is zero.
 
     Args:
         proj_dim: projection dimension of the default projector.
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector` with ``proj_dim``
             and ``seed``.
         damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular
-            kernel.
+            kernel. "auto" chooses by the ``truth``, see :func:`lightning_attr.methods.damping.choose_damping`.
         newton_weights: weigh the kernel by the curvature of the loss; ``tests/benchmarks/lds.py`` compares both.
         seed: of the default projector.
         per_layer: one kernel a layer, each damped on its own, whose features do not interact; for projectors that keep
             the layers apart. Larger projections can be afforded so.
+        loo_correction: divide the scores of a sample by :math:`1 - h_{ii} w_i`, with its leverage :math:`h_{ii} =
+            \phi_i^\top (\Phi^\top W \Phi + \lambda I)^{-1} \phi_i`, at each snapshot: for a linear regression they
+            are exactly what leaving the sample out does.
+        truth: models retrained on at least 20 subsets, for ``damping="auto"``; an evaluation refuses these subsets.
+        balanced: weigh snapshots so that each has an equal part; otherwise their plain mean counts, in which early
+            snapshots, with their large ``q``, have more. Without Newton weights it is the plain mean in any case.
 
     Raises:
-        ValueError: if the damping is negative.
+        ValueError: if the damping is negative, or does not go with the truth.
 
     Example:
         >>> import torch
@@ -56,13 +69,18 @@ class TRAK(KernelMethod):
         self,
         proj_dim: int = 2048,
         projector: Projector | None = None,
-        damping: float = 1.0,
+        damping: float | str = 1.0,
         newton_weights: bool = True,
         seed: int = 0,
         per_layer: bool = False,
+        loo_correction: bool = False,
+        truth: SubsetTruth | None = None,
+        balanced: bool = True,
     ) -> None:
-        super().__init__(projector or KroneckerProjector(proj_dim, seed), damping, per_layer)
+        super().__init__(projector or KroneckerProjector(proj_dim, seed), damping, per_layer, truth)
         self.newton_weights = newton_weights
+        self.balanced = balanced
+        self.loo_correction = loo_correction
 
     def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
         """Weigh by the curvature of the loss, or not at all; see :meth:`KernelMethod.kernel_weights`.
@@ -87,20 +105,39 @@ class TRAK(KernelMethod):
             Scores, block after block.
 
         Raises:
-            ValueError: if a kernel is singular, or not finite.
+            ValueError: if a kernel is singular, or not finite, or a leverage leaves nothing to divide by.
         """
         kernels = [self.solve(snapshot) for snapshot in snapshots]
+        plain = not (self.balanced and self.newton_weights)
+        weights = [1 / len(kernels)] * len(kernels) if plain else self.balanced_weights(snapshots, kernels)
         for rows, train in in_step(snapshots):
-            m, count = len(snapshots[0].targets["features"]), len(snapshots)
+            m = len(snapshots[0].targets["features"])
             like = kernels[0].targets
             scores, self_influence, push = (like.new_zeros(size) for size in ((len(rows), m), len(rows), len(rows)))
-            for columns, kernel in zip(train, kernels, strict=True):
+            for columns, kernel, weight in zip(train, kernels, weights, strict=True):
                 features, q = columns["features"].to(like), columns["out_to_loss"].to(like)
                 leverage = kernel.leverage(features)
+                if self.loo_correction:
+                    left = self._left(leverage, columns, rows)
+                    leverage, features = leverage / left, features / left[:, None]
                 if self.newton_weights:
                     leverage, features = q * leverage, q[:, None] * features
-                scores.addmm_(features, kernel.targets)
-                self_influence += leverage
-                push += q
-            weight = torch.full_like(push, 1 / count) if self.newton_weights else push / count**2
-            yield ScoreBlock(rows, scores.mul_(weight[:, None]), self_influence * weight)
+                scores.addmm_(features, kernel.targets, alpha=weight)
+                self_influence += weight * leverage
+                push += weight * q
+            if not self.newton_weights:
+                scores, self_influence = scores * push[:, None], self_influence * push
+            yield ScoreBlock(rows, scores, self_influence)
+
+    def _left(self, leverage: Tensor, columns: Mapping[str, Tensor], rows: range) -> Tensor:
+        """Share of its own fit that a sample leaves to the others, ``(b,)``."""
+        weights = self.kernel_weights(columns)
+        left = 1 - (leverage if weights is None else leverage * weights.to(leverage))
+        alone = (~(left > 16 * torch.finfo(left.dtype).eps)).nonzero().flatten().tolist()
+        if alone:
+            raise ValueError(
+                f"Expected leverages below 1 for `loo_correction=True`, but that of training sample "
+                f"{rows[alone[0]]} is {1 - left[alone[0]].item():.6g}: nothing but itself determines its output, so "
+                "that there is no solution without it. Raise the damping, or lower `proj_dim`."
+            )
+        return left

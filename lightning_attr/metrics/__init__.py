@@ -54,6 +54,7 @@ from lightning_attr.metrics.retrieval import (
     mean_reciprocal_rank,
     recall_at_k,
 )
+from lightning_attr.metrics.trajectory_plots import plot_denoising_steps
 
 __all__ = [
     "BrittlenessCurve",
@@ -93,6 +94,7 @@ __all__ = [
     "plot_brittleness_curve",
     "plot_datamodeling_score",
     "plot_datamodeling_score_against_cost",
+    "plot_denoising_steps",
     "plot_image_grid",
     "plot_leave_one_out_correlation",
     "plot_output_change",

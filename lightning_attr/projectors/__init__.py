@@ -15,9 +15,12 @@ from lightning_attr.projectors.factored_sjlt import FactoredSJLTProjector
 from lightning_attr.projectors.fast_jl import FastJLProjector
 from lightning_attr.projectors.grass import FactGraSSProjector, GraSSProjector
 from lightning_attr.projectors.kronecker import KroneckerProjector
+from lightning_attr.projectors.layer_subset import LayerSubset
+from lightning_attr.projectors.preconditioned import AdamDirection, ScaledProjection
 from lightning_attr.projectors.sjlt import SJLTProjector
 
 __all__ = [
+    "AdamDirection",
     "FactGraSSProjector",
     "FactoredSJLTProjector",
     "FastJLProjector",
@@ -25,12 +28,14 @@ __all__ = [
     "GraSSProjector",
     "IdentityProjector",
     "KroneckerProjector",
+    "LayerSubset",
     "MatrixProjection",
     "NoProjection",
     "Projection",
     "Projector",
     "RademacherProjector",
     "SJLTProjector",
+    "ScaledProjection",
     "projector_from_config",
 ]
 
@@ -67,6 +72,8 @@ def projector_from_config(config: Mapping[str, Any]) -> Projector:
         3
     """
     arguments = {name: value for name, value in config.items() if name != "kind"}
+    if config["kind"] == LayerSubset.kind:
+        return LayerSubset(projector_from_config(config["projector"]), config["layers"])
     if config["kind"] not in _KINDS:
         raise ValueError(
             f"Expected a projector among {sorted(_KINDS)}, but the store was written with {config['kind']!r}. Pass "

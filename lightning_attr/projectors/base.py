@@ -27,6 +27,7 @@ class Projection(ABC):
 
     Attributes:
         layers: module path of each layer -> the columns of its features; None where a feature mixes layers.
+        names: parameters whose gradients it takes; None for all. Those of the others are not computed.
 
     Example:
         >>> class Sum(Projection):                         # a map of your own: all entries of the gradient, added up
@@ -39,6 +40,7 @@ class Projection(ABC):
     """
 
     layers: Mapping[str, slice] | None = None
+    names: frozenset[str] | None = None
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -62,6 +64,17 @@ class Projection(ABC):
         """
         for name, gradient in gradients.items():
             self.accumulate(features, name, gradient)
+
+    def finish(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Do what is to be done when all gradients of a batch have come; a linear map does nothing.
+
+        Args:
+            columns: ``features`` ``(b, dim)``, all gradients added up, and the values beside them, ``(b,)``.
+
+        Returns:
+            The columns to keep.
+        """
+        return columns
 
 
 class Projector(ABC):

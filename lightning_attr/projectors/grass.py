@@ -242,7 +242,7 @@ class _MaskedProjection(Projection):
         super().__init__(max(columns.stop for columns, _ in sketches.values()))
         self.masks = masks
         self.sketches = sketches
-        if len({sketch for _, sketch in sketches.values()}) > 1:
+        if len({sketch for _, sketch in sketches.values()}) == len({name.rpartition(".")[0] for name in sketches}):
             self.layers = by_layer({name: columns for name, (columns, _) in sketches.items()})
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:

@@ -69,17 +69,19 @@ def cnn() -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, the shape of its inputs and how long it trains; the rest of the recipe is the same for all."""
+    """A network, the shape of its inputs, how long it trains, on which batches; the rest is the same for all."""
 
     name: str
     network: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
     epochs: int
+    batch_size: int = BATCH_SIZE
 
 
 SETTINGS = {
     "mlp": Setting("mlp", mlp, (64,), epochs=20),
     "cnn": Setting("cnn", cnn, (1, 8, 8), epochs=25),
+    "mlp32": Setting("mlp32", mlp, (64,), epochs=40, batch_size=32),
 }
 
 
@@ -99,9 +101,9 @@ def sgd(parameters: Iterator[nn.Parameter], steps: int) -> tuple[SGD, LambdaLR]:
     return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
 
 
-def shuffled_batches(n: int, epochs: int) -> list[Tensor]:
+def shuffled_batches(n: int, epochs: int, batch_size: int = BATCH_SIZE) -> list[Tensor]:
     """Indices of every batch of a training, shuffled anew each epoch; the last, smaller batch is kept."""
-    return [batch for _ in range(epochs) for batch in torch.randperm(n).split(BATCH_SIZE)]
+    return [batch for _ in range(epochs) for batch in torch.randperm(n).split(batch_size)]
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, batches: Sequence[Tensor]) -> None:
@@ -118,7 +120,7 @@ def trained(setting: Setting, x: Tensor, y: Tensor, seed: int) -> nn.Module:
     """A network trained by the recipe; `seed` fixes its initialization and the order of its batches."""
     torch.manual_seed(seed)
     model = setting.network()
-    train(model, x, y, shuffled_batches(len(x), setting.epochs))
+    train(model, x, y, shuffled_batches(len(x), setting.epochs, setting.batch_size))
     return model.eval()
 
 
@@ -137,7 +139,7 @@ def subset_masks(seed: int) -> Tensor:
 def cache_path(setting: Setting, subsets: str, cache: Path) -> Path:
     """Where a ground truth is kept; its name holds a hash of all that its numbers depend on."""
     recipe = (
-        *(str(setting.network()), setting.epochs, BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY),
+        *(str(setting.network()), setting.epochs, setting.batch_size, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY),
         *(SPLIT_SEED, N_TRAIN, N_SUBSETS, N_RUNS, SUBSET_SIZE, SUBSET_SEEDS[subsets]),
     )
     return (
@@ -148,7 +150,7 @@ def cache_path(setting: Setting, subsets: str, cache: Path) -> Path:
 def ground_truth(setting: Setting, subsets: str, cache: Path = CACHE) -> tuple[Tensor, Tensor]:
     """Margins of the targets after retraining on half subsets, from the cache or, the first time, by training.
 
-    Training takes half a minute for the MLP and about three minutes for the CNN, on one CPU core.
+    Training takes half a minute for the MLP, about three minutes for the CNN, on one CPU core.
 
     Args:
         setting: The network and its recipe.
@@ -188,15 +190,16 @@ class DigitsData(L.LightningDataModule):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
+        self.batch_size = setting.batch_size
         x_train, x_test, y_train, y_test = load(setting)
         self.train_set = TensorDataset(x_train, y_train)
         self.test_set = TensorDataset(x_test, y_test)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.train_set, BATCH_SIZE, shuffle=True)
+        return DataLoader(self.train_set, self.batch_size, shuffle=True)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(self.test_set, BATCH_SIZE)
+        return DataLoader(self.test_set, self.batch_size)
 
 
 class DigitsClassifier(AttributionMixin, L.LightningModule):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_attr import FeatureStore, top_scores
 from lightning_attr.manifest import Fingerprint
-from lightning_attr.methods import TRAK, SnapshotFeatures, trak
+from lightning_attr.methods import TRAK, SnapshotFeatures, kernel
 from lightning_attr.scoring import score
 
 Seconds = dict[str, float]
@@ -39,17 +39,17 @@ class TimedTRAK(TRAK):
         super().__init__()
         self.seconds = seconds
 
-    def _factor(self, snapshot: SnapshotFeatures) -> Tensor:
+    def factor(self, snapshot: SnapshotFeatures) -> Any:
         reading = self.seconds["reading"]
         begin = time.perf_counter()
-        factor = super()._factor(snapshot)
+        factor = super().factor(snapshot)
         elapsed = time.perf_counter() - begin - (self.seconds["reading"] - reading)
         self.seconds["kernel and its factor"] += elapsed
         self.seconds["solving for the targets"] -= time.perf_counter() - begin
         return factor
 
-    def _solve(self, snapshot: SnapshotFeatures) -> tuple[Tensor, Tensor]:
-        return timed(self.seconds, "solving for the targets", super()._solve)(snapshot)
+    def solve(self, snapshot: SnapshotFeatures) -> Any:
+        return timed(self.seconds, "solving for the targets", super().solve)(snapshot)
 
 
 def timed(seconds: Seconds, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ def measure(store: FeatureStore, targets: dict[str, Tensor], topk: int | None, f
             yield block
 
     timings = [
-        (trak, "_squared_norms", "self-influence"),
+        (kernel, "squared_norms", "self-influence"),
         (top_scores.TopScoresSum, "add", "keeping the strongest"),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in timings]

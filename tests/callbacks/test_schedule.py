@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.checkpoints import weights_of
+from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.manifest import Snapshot
 
 # Only early stopping needs validation data here.
@@ -30,25 +32,54 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
         (7, [0, 7, 14, 21, 28, 35]),
         (1, list(range(40))),
         ([3, 1], [1, 3]),
+        ([3, -1], [-1, 3]),
+        ("start+geometric", [-1, 0, 1, 2, 4, 8, 16, 32]),
         ((), []),
         (range(2), [0, 1]),
     ],
 )
 def test_due(snapshots: Any, due: list[int]) -> None:
     schedule = SnapshotSchedule(snapshots)
-    assert [epoch for epoch in range(40) if schedule.due(epoch)] == due
+    assert [epoch for epoch in range(-1, 40) if schedule.due(epoch)] == due
     for epochs in range(1, 40):
         expected = {epoch for epoch in due if epoch < epochs} | {epochs - 1}
         assert schedule.count(epochs) == len(expected)
-    assert schedule.count(0) == 0
+    assert schedule.count(0) == (-1 in due)
 
 
-@pytest.mark.parametrize("snapshots", ["often", 0, -1, True, [-1], [0.5], [True], 2.0, None])
+@pytest.mark.parametrize("snapshots", ["often", 0, -1, True, [-2], [0.5], [True], 2.0, None])
 def test_bad_schedule(snapshots: Any) -> None:
-    with pytest.raises(ValueError, match="Expected argument `snapshots` to be 'geometric', 'all', a positive integer"):
+    with pytest.raises(
+        ValueError, match="Expected argument `snapshots` to be 'geometric', 'start\\+geometric', 'all', a positive"
+    ):
         SnapshotSchedule(snapshots)
     with pytest.raises(ValueError, match="Expected argument `snapshots`"):
         AttributionCallback(snapshots=snapshots)
+
+
+def test_the_start_of_training(tmp_path: Path) -> None:
+    module = BlobClassifier()
+    start = {name: tensor.clone() for name, tensor in weights_of(module).items()}
+    callback = AttributionCallback(tmp_path / "run", snapshots="start+geometric")
+    trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
+    trainer.fit(module, loader_of(blobs(20), shuffle=True))
+    first, second, third = callback.store.snapshots
+    assert (first.key, first.epoch, first.global_step, first.learning_rate) == ("start", -1, 0, 0.0)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in callback.store.weights("start").items())
+    assert not callback.store.missing("start")
+    assert (second.epoch, third.epoch) == (0, 1)
+    assert second.learning_rate == pytest.approx(3 * 0.1)
+    result = trainer.attribute(target_dataloaders=loader_of(blobs(5, seed=1)))
+    assert result.scores.provenance["snapshots"] == ["start", second.key, third.key]
+
+
+def test_a_start_that_is_nan_is_refused(tmp_path: Path) -> None:
+    module = BlobClassifier()
+    with torch.no_grad():
+        module.network[0].bias[0] = float("nan")
+    callback = AttributionCallback(tmp_path / "run", snapshots=[-1])
+    with pytest.raises(NonFiniteGradientError, match="NaN"):
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(module, loader_of(blobs(20)))
 
 
 class Weights(L.Callback):

@@ -141,6 +141,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two optimizers": {"module": TwoOptimizers},
     "clipping": {"trainer": lambda: {"gradient_clip_val": 0.1}},
     "snapshots only": {"callback": {"featurize": False}},
+    "optimizer state": {"callback": {"optimizer_state": True}},
     "workers": {"dataset": Noisy, "loader": lambda: {"num_workers": 2}},
     "own workers": {"dataset": OwnGenerators, "loader": lambda: {"num_workers": 2, "persistent_workers": True}},
 }

@@ -34,7 +34,12 @@ def test_a_method_of_your_own_needs_only_score() -> None:
     (block,) = method.score([snapshot, snapshot])
     assert block.scores.tolist() == [[2, 2], [8, 8], [18, 18]]
     assert block.self_influence.tolist() == [2, 8, 18]
-    assert method.config == {"method": "Loss", "power": 2, "projector": KroneckerProjector().config}
+    assert method.config == {
+        "method": "Loss",
+        "scale": "measurement",
+        "power": 2,
+        "projector": KroneckerProjector().config,
+    }
 
 
 @pytest.mark.parametrize("method", [Loss(), GradDot(), GradCos(), TRAK()])
@@ -45,8 +50,12 @@ def test_the_default_projection(method: AttributionMethod) -> None:
 def test_trak_config() -> None:
     assert TRAK(proj_dim=100, seed=5, damping=0.5, newton_weights=False).config == {
         "method": "TRAK",
+        "scale": "measurement",
         "damping": 0.5,
+        "per_layer": False,
         "newton_weights": False,
+        "loo_correction": False,
+        "balanced": True,
         "projector": {"kind": "kronecker", "proj_dim": 100, "seed": 5},
     }
     assert TRAK(projector=RademacherProjector(64)).config["projector"]["kind"] == "rademacher"

@@ -39,12 +39,20 @@ def snapshots(*values: float) -> list[SnapshotFeatures]:
     return found
 
 
-def test_scores_are_the_mean_over_the_snapshots() -> None:
+def test_scores_are_the_mean_over_the_snapshots_each_with_an_equal_part() -> None:
     method = FirstWeight(snapshots="all")
-    blocks = list(method.score(method.select(snapshots(1.0, 2.0, 6.0))))
+    blocks = list(method.score(method.select(snapshots(1.0, 2.0, 6.0))))  # weights 6/10, 3/10, 1/10
     assert [block.rows for block in blocks] == [range(4), range(4, 6)]
     assert all(block.scores.shape == (len(block.rows), 6) for block in blocks)
-    assert all((block.scores == 3).all() and (block.self_influence == 3).all() for block in blocks)
+    for block in blocks:
+        torch.testing.assert_close(block.scores, torch.full_like(block.scores, 1.8))
+        torch.testing.assert_close(block.self_influence, torch.full_like(block.self_influence, 1.8))
+
+
+def test_snapshots_without_any_scores_do_no_harm() -> None:
+    method = FirstWeight(snapshots="all")
+    (first, _) = method.score(snapshots(0.0, 0.0))
+    assert (first.scores == 0).all()
 
 
 def test_the_last_snapshot_is_the_default() -> None:
@@ -60,7 +68,7 @@ def test_nothing_is_featurized_for_them() -> None:
     assert method.projector is None
     assert method.projector_config is None
     assert isinstance(method.bind(snapshot.model.layout, "final"), NoProjection)
-    assert method.config == {"method": "FirstWeight", "snapshots": "last", "projector": None}
+    assert method.config == {"method": "FirstWeight", "scale": "measurement", "snapshots": "last", "projector": None}
     assert snapshot.numel == snapshot.model.layout.numel
 
 

@@ -203,12 +203,25 @@ def test_equal_snapshots_are_one(method: TRAK, count: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_newton_scores_are_the_mean_over_snapshots() -> None:
+@pytest.mark.parametrize("balanced", [True, False])
+def test_newton_scores_are_the_mean_over_snapshots(balanced: bool) -> None:
     snapshots = [(_columns(seed=s), _columns(M, seed=s + 10)) for s in range(3)]
-    found = _score(TRAK(), *snapshots)
+    for s, (train, _) in enumerate(snapshots):
+        train["out_to_loss"] *= 10.0**-s  # late snapshots push less
+    found = _score(TRAK(balanced=balanced), *snapshots)
     alone = [_score(TRAK(), snapshot) for snapshot in snapshots]
+    weights = torch.tensor([1 / one[1].abs().mean() if balanced else 1.0 for one in alone]).double()
+    weights /= weights.sum()
     for i in range(2):
-        torch.testing.assert_close(found[i], torch.stack([one[i] for one in alone]).mean(0))
+        expected = sum(weight * one[i] for weight, one in zip(weights, alone, strict=True))
+        torch.testing.assert_close(found[i], expected, rtol=1e-6, atol=1e-12)
+
+
+def test_a_snapshot_without_any_push_does_no_harm() -> None:
+    snapshots = [(_columns(seed=s), _columns(M, seed=s + 10)) for s in range(2)]
+    snapshots[0][0]["out_to_loss"] *= 0
+    found, alone = _score(TRAK(), *snapshots), _score(TRAK(), snapshots[1])
+    torch.testing.assert_close(found[0], alone[0] / 2)
 
 
 def test_published_trak_averages_q_apart() -> None:

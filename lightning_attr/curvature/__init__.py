@@ -1,0 +1,1 @@
+"""Numerics of curvature: products, solvers, and Kronecker factors; vectors are rows."""

@@ -1,0 +1,121 @@
+"""A curvature that is written out: factored once in float64, then solved for any number of vectors."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_attr.curvature.rows import Product, checked_rows
+from lightning_attr.randomness import gaussian
+
+__all__ = ["Factorisation", "factor"]
+
+log = logging.getLogger(__name__)
+
+# Smallest over largest eigenvalue below which a matrix of this precision counts as singular: what its rounding leaves
+# of an eigenvalue that is zero.
+_SINGULAR = {torch.float64: 1e-14}
+_SINGULAR_LOW = 5e-7
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    r"""The inverse of :math:`C + \lambda I`.
+
+    Args:
+        solve: a function from rows ``(r, p)`` to ``(r, p)``, solved in float64, in the rows' dtype.
+        negative_eigenvalues: how many of :math:`C + \lambda I` there are.
+
+    Example:
+        >>> factor(torch.diag(torch.tensor([2.0, -1.0]))).negative_eigenvalues
+        1
+    """
+
+    solve: Product
+    negative_eigenvalues: int
+
+
+def factor(matrix: Tensor, damping: float = 0.0, *, definite: bool = False) -> Factorisation:
+    r"""Factor :math:`C + \lambda I`, by Cholesky or, where that fails, as :math:`L D L^\top` (Bunch and Kaufman, 1977).
+
+    Negative eigenvalues are counted in D, which has as many (Sylvester's law of inertia), and reported by the log.
+
+    Args:
+        matrix: ``(p, p)``, symmetric, float32 or float64; it is symmetrised.
+        damping: :math:`\lambda \ge 0`, absolute.
+        definite: whether negative eigenvalues are impossible: the GGN and Fisher matrices have none.
+
+    Returns:
+        The factorisation, ``(p, p)`` in float64.
+
+    Raises:
+        ValueError: if the damping is negative, or the matrix is not square, not finite, or (damped) singular.
+
+    Example:
+        >>> factor(torch.eye(2), damping=1.0).solve(torch.ones(1, 2))
+        tensor([[0.5000, 0.5000]])
+    """
+    if not damping >= 0:
+        raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"Expected argument `matrix` to be square, but got shape {tuple(matrix.shape)}.")
+    if not matrix.isfinite().all():
+        raise ValueError(
+            "Expected a finite curvature, but it holds NaN or infinite values. Look for them in the parameters and the "
+            "data."
+        )
+    damped = matrix.double()
+    damped = (damped + damped.T).div_(2)
+    damped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        result = Factorisation(_row_solver(lambda columns: torch.cholesky_solve(columns, lower)), 0)
+    elif definite:
+        raise ValueError(_singular(len(matrix), damping))
+    else:
+        del lower
+        result = _indefinite(damped, damping)
+    limit = _SINGULAR.get(matrix.dtype, _SINGULAR_LOW)
+    if not damped.norm() * _inverse_norm(result.solve, damped) <= 1 / limit:
+        raise ValueError(_singular(len(matrix), damping))
+    if result.negative_eigenvalues:
+        log.warning(
+            "%d of %d eigenvalues of the damped curvature are negative: its inverse is no influence of a minimum. "
+            "Take the GGN instead of the Hessian, or raise the damping.",
+            result.negative_eigenvalues,
+            len(matrix),
+        )
+    return result
+
+
+def _indefinite(damped: Tensor, damping: float) -> Factorisation:
+    packed, pivots, failed = torch.linalg.ldl_factor_ex(damped)
+    if failed:
+        raise ValueError(_singular(len(damped), damping))
+    # A negative pivot marks a block of two rows; its determinant is negative, so that one eigenvalue is.
+    single = pivots > 0
+    negative = int((packed.diagonal()[single] < 0).sum()) + int((~single).sum()) // 2
+    return Factorisation(_row_solver(lambda columns: torch.linalg.ldl_solve(packed, pivots, columns)), negative)
+
+
+def _row_solver(solve_columns: Product) -> Product:
+    return lambda rows: solve_columns(checked_rows(rows).T.double()).T.to(rows.dtype)
+
+
+def _inverse_norm(solve: Product, like: Tensor) -> Tensor:
+    """Two steps of the power iteration on the inverse."""
+    vector = gaussian((1, len(like)), "inverse norm").to(like)
+    for _ in range(2):
+        vector = solve(vector / vector.norm())
+    norm: Tensor = vector.norm()
+    return norm
+
+
+def _singular(size: int, damping: float) -> str:
+    return (
+        f"The curvature of {size} parameters is singular with `damping={damping}`. Raise the damping: a thousandth of "
+        "the mean eigenvalue for a convex loss, a tenth for a network."
+    )

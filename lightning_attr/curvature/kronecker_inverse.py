@@ -1,0 +1,158 @@
+r"""The inverse of a K-FAC or EK-FAC curvature, applied to vectors and to per-sample gradients.
+
+In the eigenbasis of a layer the curvature is diagonal:
+:math:`V \mapsto Q_S [(Q_S^\top V Q_A) / (\Lambda + \lambda)] Q_A^\top` (Grosse et al., 2023, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.curvature.fisher import GradientStream
+from lightning_attr.curvature.kronecker_factors import BlockFactors, KroneckerFactors, KroneckerMethod
+from lightning_attr.curvature.kronecker_rotation import BatchUses, squared_gradients
+
+__all__ = ["KroneckerInverse"]
+
+
+class KroneckerInverse:
+    r"""Applies :math:`(C + \lambda I)^{-1}`, a block a layer; parameters without factors give zero.
+
+    Args:
+        factors: the fitted factors.
+        damping: :math:`\lambda` of each block in units of the mean of its eigenvalues.
+        method: "ekfac" or "kfac".
+        weight_decay: :math:`\rho` of an L2 term :math:`\frac\rho2 |\theta|^2` of the training objective, whose Hessian
+            is added.
+
+    Raises:
+        ValueError: if the damping or the weight decay is negative, or a block is singular without damping.
+
+    Example:
+        >>> from lightning_attr.curvature.kronecker_layout import KroneckerLayout
+        >>> from lightning_attr.curvature.fisher import GradientBatch
+        >>> from lightning_attr.gradients import OuterSum
+        >>> layer, x, delta = torch.nn.Linear(1, 1, bias=False), torch.full((1, 1, 1), 2.0), torch.ones(1, 1, 1)
+        >>> batch = GradientBatch([lambda sink: sink({"weight": OuterSum(delta, x)})], samples=1)
+        >>> factors = KroneckerFactors.fit(KroneckerLayout.of(layer), lambda number: [batch])
+        >>> KroneckerInverse(factors, damping=0.25).apply(torch.tensor([[10.0]]))  # 10 / (4 + 0.25 * 4)
+        tensor([[2.]])
+    """
+
+    def __init__(
+        self,
+        factors: KroneckerFactors,
+        *,
+        damping: float = 0.1,
+        method: KroneckerMethod = "ekfac",
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("damping", damping), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Expected argument `{name}` to be a non-negative number, but got {value}.")
+        self.factors = factors
+        self.layout = factors.layout
+        self._scales = {
+            name: _reciprocal(name, block, method, damping, weight_decay) for name, block in factors.blocks.items()
+        }
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """Apply the inverse to each row.
+
+        Args:
+            vectors: ``(r, p)``, float32 or float64, parameters in the order of the layout.
+
+        Returns:
+            ``(r, p)``, of the same dtype.
+
+        Raises:
+            ValueError: if the rows are not of ``p`` numbers.
+        """
+        size = self.layout.parameters.numel
+        if vectors.ndim != 2 or vectors.shape[1] != size:
+            raise ValueError(
+                f"Expected argument `vectors` of shape (r, {size}), one number a parameter, but got "
+                f"{tuple(vectors.shape)}."
+            )
+        slots = self.layout.slots
+        result = torch.zeros_like(vectors)
+        for block in self.layout.blocks:
+            solved = self._solve(block.weight, block.matrices({name: vectors[:, slots[name]] for name in block.names}))
+            for name, part in block.vectors(solved).items():
+                result[:, slots[name]] = part
+        return result
+
+    def apply_parameters(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Apply the inverse to one vector that is given parameter by parameter.
+
+        Args:
+            vectors: parameter name -> tensor of its shape, for all parameters of the layout.
+
+        Returns:
+            The same names and shapes.
+
+        Raises:
+            ValueError: if names are missing or unknown.
+        """
+        shapes = self.layout.parameters.shapes
+        if vectors.keys() != shapes.keys():
+            raise ValueError(
+                f"Expected argument `vectors` to have the parameters {sorted(shapes)}, but got {sorted(vectors)}."
+            )
+        row = torch.cat([vectors[name].reshape(-1) for name in shapes])
+        parts = self.apply(row.unsqueeze(0)).squeeze(0).split([math.prod(shape) for shape in shapes.values()])
+        return {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+
+    def quadratic_form(self, stream: GradientStream, batch_size: int, *, power: int = 1) -> Tensor:
+        r"""Compute :math:`g_i^\top (C + \lambda I)^{-k} g_i` for each sample of a batch from its factored gradients.
+
+        The first power is the self-influence of a sample, the root of the second the length of its influence on the
+        parameters; both normalise the scores of RelatIF (Barshan et al., 2020).
+
+        Args:
+            stream: streams the gradients of the batch.
+            batch_size: ``b``.
+            power: ``k``.
+
+        Returns:
+            ``(b,)``, of the dtype of the gradients; float32 if there are none.
+        """
+        uses = BatchUses({block.weight: block for block in self.layout.blocks})
+        stream(uses)
+        totals: Any = 0
+        for block, found in uses:
+            factors = self.factors.blocks[block.weight]
+            parts = [
+                squares.weighted(self._scales[block.weight].to(factors.rows_basis) ** power)
+                for _, squares in squared_gradients(block, found, factors.rows_basis, factors.columns_basis)
+            ]
+            totals = totals + torch.cat(parts)
+        return totals if isinstance(totals, Tensor) else torch.zeros(batch_size)
+
+    def _solve(self, name: str, matrices: Tensor) -> Tensor:
+        factors = self.factors.blocks[name]
+        rows, columns = factors.rows_basis.to(matrices), factors.columns_basis.to(matrices)
+        rotated = rows.mT @ matrices @ columns
+        return rows @ rotated.mul_(self._scales[name].to(matrices)) @ columns.mT
+
+
+def _reciprocal(
+    name: str, factors: BlockFactors, method: KroneckerMethod, damping: float, weight_decay: float
+) -> Tensor:
+    eigenvalues = factors.eigenvalues(method)
+    if not eigenvalues.any() and weight_decay == 0:
+        return eigenvalues  # all gradients are zero, and so is the influence
+    damped = eigenvalues + damping * eigenvalues.mean() + weight_decay
+    # Squares of what rounding leaves of a gradient along a direction in which it is zero.
+    noise = max(damped.shape[1:]) * torch.finfo(factors.rows_basis.dtype).eps ** 2 * damped.max()
+    if damped.min() <= noise:
+        raise ValueError(
+            f"Expected argument `damping` to be positive (0.1 is usual) for the singular curvature of `{name}`, but "
+            f"got {damping}: {int((damped <= noise).sum())} of its {damped.numel()} eigenvalues are zero."
+        )
+    return damped.reciprocal()

@@ -1,0 +1,156 @@
+"""Per-sample gradients of a batch in the eigenbasis of their layer, squared, without forming them where that is free.
+
+The uses of a layer within one batch belong together: a sample's gradient is their sum, and is squared after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lightning_attr.curvature.kronecker_layout import KroneckerBlock, WeightGradient
+from lightning_attr.gradients import ConvSum, ParameterGradient
+
+__all__ = ["BatchUses", "SquaredGradients", "chunks", "squared_gradients"]
+
+CHUNK = 1 << 25
+"""Numbers that a chunk of samples may take: 128 MiB of float32."""
+
+
+class BatchUses:
+    """A sink that keeps the gradients of one batch's weights; the activations stay in memory until it is let go.
+
+    Args:
+        blocks: the blocks wanted, by the name of their weight.
+
+    Example:
+        >>> uses = BatchUses({})
+        >>> uses({"weight": torch.ones(1, 2)})
+        >>> list(uses)
+        []
+    """
+
+    def __init__(self, blocks: Mapping[str, KroneckerBlock]) -> None:
+        self._blocks = blocks
+        self._uses: dict[str, list[WeightGradient]] = {}
+
+    def __call__(self, gradients: Mapping[str, ParameterGradient]) -> None:
+        """Keep what belongs to a block; the gradient of a bias follows from that of its weight."""
+        for name, gradient in gradients.items():
+            if name in self._blocks:
+                self._uses.setdefault(name, []).append(cast(WeightGradient, gradient))
+
+    def __iter__(self) -> Iterator[tuple[KroneckerBlock, list[WeightGradient]]]:
+        """Hand over the uses of each block, block by block, and forget them."""
+        while self._uses:
+            name, uses = self._uses.popitem()
+            yield self._blocks[name], uses
+
+
+@dataclass(frozen=True)
+class SquaredGradients:
+    r"""Squares of rotated gradients, :math:`(Q_S^\top G_i Q_A)^2`, formed or as products of one factor a side.
+
+    Args:
+        formed: ``(b, groups, d_o, d_i)``; or
+        rows: ``(b, groups, d_o)``, and
+        columns: ``(b, groups, d_i)``.
+
+    Example:
+        >>> squares = SquaredGradients(rows=torch.tensor([[[1.0, 2.0]]]), columns=torch.tensor([[[3.0]]]))
+        >>> squares.summed()
+        tensor([[[3.],
+                 [6.]]])
+        >>> squares.weighted(torch.ones(1, 2, 1))
+        tensor([9.])
+    """
+
+    formed: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def summed(self) -> Tensor:
+        """Sum over the samples, ``(groups, d_o, d_i)``."""
+        if self.formed is not None:
+            return self.formed.sum(0)
+        return torch.einsum("bgo,bgi->goi", self.rows, self.columns)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Sum over the entries times weights ``(groups, d_o, d_i)``; ``(b,)``."""
+        if self.formed is not None:
+            return self.formed.flatten(1) @ weights.flatten()
+        # In this order nothing of the size of the gradients is formed.
+        return torch.einsum("bgi,bgi->b", torch.einsum("bgo,goi->bgi", self.rows, weights), self.columns)
+
+
+def squared_gradients(
+    block: KroneckerBlock, uses: list[WeightGradient], rows_basis: Tensor, columns_basis: Tensor
+) -> Iterator[tuple[slice, SquaredGradients]]:
+    """Rotate the gradients of a batch, some samples at a time.
+
+    Args:
+        block: whose gradients they are.
+        uses: all uses of its weight in the batch.
+        rows_basis: ``Q_S``, eigenvectors in columns, ``(groups, d_o, d_o)``.
+        columns_basis: ``Q_A``, ``(groups, d_i, d_i)``.
+
+    Yields:
+        Which samples, and their squares.
+
+    Example:
+        >>> from lightning_attr.gradients import OuterSum
+        >>> use, one = OuterSum(torch.ones(2, 1, 1), torch.tensor([[[3.0]], [[4.0]]])), torch.ones(1, 1, 1)
+        >>> for samples, squares in squared_gradients(KroneckerBlock("w", None, (1, 1)), [use], one, one):
+        ...     print(samples, squares.summed())
+        slice(0, 2, None) tensor([[[25.]]])
+    """
+    formed = block.groups * block.rows * block.columns
+    for samples in chunks(block, uses, formed):
+        sides = [block.factors(use, samples) for use in uses]
+        rows, columns = (torch.cat(side, 2) if len(uses) > 1 else side[0] for side in zip(*sides, strict=True))
+        if rows.shape[2] == 1:
+            rows, columns = rows @ rows_basis, columns @ columns_basis
+            yield samples, SquaredGradients(rows=rows[:, :, 0].square(), columns=columns[:, :, 0].square())
+            continue
+        positions, d_o, d_i = rows.shape[2], block.rows, block.columns
+        if positions * (d_o**2 + d_i**2) < d_o * d_i * (d_o + d_i):
+            gradients = (rows @ rows_basis).mT @ (columns @ columns_basis)
+        else:
+            gradients = rows_basis.mT @ (rows.mT @ columns @ columns_basis)
+        yield samples, SquaredGradients(formed=gradients.square_())
+
+
+def chunks(block: KroneckerBlock, uses: list[WeightGradient], beside: int = 0) -> Iterator[slice]:
+    """Split a batch so that the factors of its samples fit into ``CHUNK`` numbers.
+
+    Args:
+        block: whose gradients they are.
+        uses: uses of its weight in the batch.
+        beside: numbers a sample needs besides.
+
+    Yields:
+        The parts, of at least one sample each.
+
+    Example:
+        >>> from lightning_attr.gradients import OuterSum
+        >>> use = OuterSum(torch.ones(5, 1, 1), torch.ones(5, 1, 1))
+        >>> list(chunks(KroneckerBlock("w", None, (1, 1)), [use], beside=CHUNK // 3))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    sizes = [_sizes(use) for use in uses]
+    batch = sizes[0][0]
+    needed = beside + block.groups * (block.rows + block.columns) * sum(positions for _, positions in sizes)
+    step = max(1, CHUNK // needed)
+    for start in range(0, batch, step):
+        yield slice(start, min(start + step, batch))
+
+
+def _sizes(use: WeightGradient) -> tuple[int, int]:
+    """Samples and positions."""
+    if isinstance(use, ConvSum):
+        return len(use.backprops), use.backprops[0, 0].numel()
+    return len(use.rows), use.rows.shape[1]

@@ -1,0 +1,159 @@
+"""Eigenvalues of a symmetric map that is only known by its products: Lanczos, which is Arnoldi for such maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_attr.curvature.rows import Product, applied, checked_rows
+from lightning_attr.errors import NegativeCurvatureError
+from lightning_attr.randomness import gaussian
+
+__all__ = ["lanczos", "largest_eigenvalue", "spectral_inverse"]
+
+
+def lanczos(product: Product, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Compute Ritz pairs, by Lanczos with full re-orthogonalisation in two passes.
+
+    The pairs at the ends of the spectrum come first to precision. Where the start's Krylov space ends early (as with
+    eigenvalues of several dimensions), it goes on with a random vector that is orthogonal to it; ``p`` iterations are
+    exact but for rounding.
+
+    Args:
+        product: the map, applied to rows ``(1, p)``.
+        start: ``(p,)``, float32 or float64; not changed; a Gaussian is a good one.
+        iterations: how many products; at most ``p`` are made.
+
+    Returns:
+        Eigenvalues ``(k,)``, float64, the largest absolute value first, and their orthonormal vectors ``(k, p)``, in
+        the start's dtype; ``k`` is the smaller of ``iterations`` and ``p``.
+
+    Raises:
+        ValueError: if an argument is out of range, or a product is not finite.
+
+    Example:
+        >>> C = torch.diag(torch.tensor([3.0, -5.0, 1.0]))
+        >>> values, vectors = lanczos(lambda rows: rows @ C, torch.ones(3), 3)
+        >>> [round(value, 4) for value in values.tolist()]
+        [-5.0, 3.0, 1.0]
+    """
+    if iterations < 1:
+        raise ValueError(f"Expected argument `iterations` to be a positive integer, but got {iterations}.")
+    if start.ndim != 1 or not start.any():
+        raise ValueError(
+            "Expected argument `start` to be a vector (p,) other than zero, but got "
+            f"{'zeros' if start.ndim == 1 else f'shape {tuple(start.shape)}'}."
+        )
+    vector = checked_rows(start[None])[0]
+    count = min(iterations, len(start))
+    basis = start.new_empty(count, len(start))
+    diagonal, beside = torch.zeros(count, dtype=torch.float64), torch.zeros(count - 1, dtype=torch.float64)
+    basis[0] = vector / vector.norm()
+    highest, precision = 0.0, 10 * torch.finfo(start.dtype).eps
+    for i in range(count):
+        image = applied(product, basis[i : i + 1])[0]
+        diagonal[i] = image.double() @ basis[i].double()
+        if i + 1 == count:
+            break
+        highest = max(highest, image.norm().item())
+        rest = _orthogonal(image, basis[: i + 1])
+        size = rest.norm().item()
+        if size > precision * highest:
+            beside[i] = size
+        else:
+            rest = _orthogonal(gaussian((len(start),), "lanczos", i).to(start), basis[: i + 1])
+        basis[i + 1] = rest / rest.norm()
+    values, rotation = torch.linalg.eigh(diagonal.diag() + beside.diag(1) + beside.diag(-1))
+    order = values.abs().argsort(descending=True)
+    return values[order].to(start.device), rotation[:, order].T.to(basis) @ basis
+
+
+def largest_eigenvalue(
+    product: Product,
+    size: int,
+    *,
+    iterations: int = 20,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Estimate the eigenvalue of largest absolute value, by power iteration.
+
+    Args:
+        product: a symmetric map, applied to rows ``(1, p)``.
+        size: ``p``.
+        iterations: how many products.
+        seed: of the Gaussian that it starts from.
+        dtype: of the vectors.
+        device: of the vectors.
+
+    Returns:
+        The Rayleigh quotient of the last vector, with its sign; not above the eigenvalue in absolute value.
+
+    Raises:
+        ValueError: if an argument is out of range, or a product is not finite.
+
+    Example:
+        >>> C = torch.diag(torch.tensor([3.0, 5.0, 1.0]))
+        >>> round(largest_eigenvalue(lambda rows: rows @ C, 3), 3)
+        5.0
+    """
+    if iterations < 1:
+        raise ValueError(f"Expected argument `iterations` to be a positive integer, but got {iterations}.")
+    vector = gaussian((1, size), seed, "power iteration").to(device=device, dtype=dtype)
+    value = 0.0
+    for _ in range(iterations):
+        vector = vector / vector.norm()
+        image = applied(product, vector)
+        value = (image.double() * vector.double()).sum().item()
+        if not image.any():
+            break
+        vector = image
+    return value
+
+
+def spectral_inverse(values: Tensor, vectors: Tensor, damping: float = 0.0) -> Product:
+    r"""Invert on the span of some eigenvectors (Schioppa et al., 2022).
+
+    .. math:: v \mapsto \sum_a u_a \frac{\langle u_a, v \rangle}{\mu_a + \lambda}
+
+    Negative eigenvalues keep their sign; what is orthogonal to all vectors is dropped, and so are directions in which
+    the damped curvature is zero to rounding.
+
+    Args:
+        values: :math:`\mu`, ``(k,)``.
+        vectors: u, ``(k, p)``, orthonormal.
+        damping: :math:`\lambda \ge 0`, absolute.
+
+    Returns:
+        A function from rows ``(r, p)`` to rows ``(r, p)``.
+
+    Raises:
+        NegativeCurvatureError: if no eigenvalue is positive, damping included.
+        ValueError: if the damping is negative.
+
+    Example:
+        >>> spectral_inverse(torch.tensor([4.0]), torch.tensor([[1.0, 0.0]]))(torch.ones(1, 2))
+        tensor([[0.2500, 0.0000]])
+    """
+    if not damping >= 0:
+        raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")
+    damped = values.double() + damping
+    rounding = 10 * torch.finfo(vectors.dtype).eps * damped.abs().max()
+    if not (damped > rounding).any():
+        raise NegativeCurvatureError(
+            f"None of the {len(values)} eigenvalues that were found is positive with `damping={damping}` (the highest: "
+            f"{values.max().item():.3g}). Take the GGN, which is never negative, instead of the Hessian, raise the "
+            "damping, or check that the parameters are trained."
+        )
+    kept = damped.abs() > rounding
+    span = vectors[kept.to(vectors.device)]
+    weights = damped[kept].reciprocal().to(span)
+    return lambda rows: ((checked_rows(rows).to(span) @ span.T) * weights @ span).to(rows.dtype)
+
+
+def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """Take away what lies in the span of the basis; twice, because once leaves rounding behind."""
+    for _ in range(2):
+        vector = vector - (basis @ vector) @ basis
+    return vector

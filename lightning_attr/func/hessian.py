@@ -1,0 +1,160 @@
+"""Products with the Hessian of a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from lightning_attr.curvature.products import hessian_product
+from lightning_attr.curvature.rows import Point, Product, RowSpace, applied
+
+__all__ = ["hvp", "hvp_at_x"]
+
+AtX: TypeAlias = Callable[[Point], Point]
+OfX: TypeAlias = Callable[[Sequence[Any], Point], Point]
+
+
+def hvp(func: Callable[..., Tensor], argnums: int = 0, *, damping: float = 0.0) -> OfX:
+    r"""Make a function that multiplies vectors with the Hessian of ``func``.
+
+    Underneath: reverse-over-reverse; ``torch.autograd`` for one vector, ``torch.func.vjp`` under ``vmap`` for several.
+
+    Args:
+        func: returns one value; where it is a mean over samples, so is the Hessian.
+        argnums: which positional argument to differentiate in: a tensor, or a dict of tensors. The others, of any
+            type, are constant.
+        damping: :math:`\lambda`: :math:`(H + \lambda I) v` is returned. Absolute, as everywhere in this package's
+            low-level functions: in the units of the Hessian.
+
+    Returns:
+        A function ``(x, v) -> Hv``. ``x`` are the arguments of ``func``. ``v`` has the structure and shapes of
+        ``x[argnums]``, or one more dimension ``r`` in front of each: the product is taken for all r at once, and the
+        result has the structure of ``v``.
+
+    Raises:
+        TypeError: (when called) if ``v`` is a tensor and the point a dict, or the other way round.
+        ValueError: if a name or shape does not fit, ``func`` returns several values, or the product is not finite.
+
+    Example:
+        >>> import torch
+        >>> loss = lambda theta, scale: scale * (theta**3).sum()
+        >>> hvp(loss)((torch.tensor([1.0, 2.0]), 2.0), torch.eye(2))
+        tensor([[12.,  0.],
+                [ 0., 24.]])
+        >>> hvp(lambda p: p["a"] @ p["b"])(({"a": torch.ones(2), "b": torch.ones(2)},), {
+        ...     "a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 0.0])})
+        {'a': tensor([0., 0.]), 'b': tensor([1., 0.])}
+    """
+    return lambda x, v: hvp_at_x(func, x, argnums, damping=damping)(v)
+
+
+def hvp_at_x(func: Callable[..., Tensor], x: Sequence[Any], argnums: int = 0, *, damping: float = 0.0) -> AtX:
+    r"""Make a function that multiplies vectors with the Hessian at one place; the gradient there is computed once.
+
+    Args:
+        func: as in :func:`hvp`.
+        x: its arguments.
+        argnums: as in :func:`hvp`.
+        damping: as in :func:`hvp`.
+
+    Returns:
+        A function ``v -> Hv``; see :func:`hvp`. It holds the graph of the gradient.
+
+    Raises:
+        ValueError: if ``argnums`` is none of the arguments, or that argument is not floating point.
+
+    Example:
+        >>> import torch
+        >>> product = hvp_at_x(lambda theta: (theta**3).sum(), (torch.tensor([1.0, 2.0]),))
+        >>> product(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
+    """
+    space, product = curvature_at(func, x, argnums)
+
+    def damped(rows: Tensor) -> Tensor:
+        result = applied(product, rows)
+        return result.add_(rows, alpha=damping) if damping else result
+
+    return structured(space, damped)
+
+
+def curvature_at(func: Callable[..., Tensor], x: Sequence[Any], argnums: int) -> tuple[RowSpace, Product]:
+    """Prepare the Hessian's products on rows.
+
+    Args:
+        func: as in :func:`hvp`.
+        x: its arguments.
+        argnums: as in :func:`hvp`.
+
+    Returns:
+        How the point is flattened, and the product.
+
+    Raises:
+        ValueError: if ``argnums`` is none of the arguments, or that argument is not floating point.
+    """
+    point = differentiated(x, argnums)
+    return RowSpace(point), hessian_product(lambda p: func(*x[:argnums], p, *x[argnums + 1 :]), point)
+
+
+def differentiated(x: Sequence[Any], argnums: int) -> Any:
+    """Find the argument to differentiate in.
+
+    Args:
+        x: arguments of a function.
+        argnums: position among them.
+
+    Returns:
+        The argument.
+
+    Raises:
+        TypeError: if ``x`` is not a sequence of arguments.
+        ValueError: if there is no such argument.
+    """
+    if not isinstance(x, Sequence):
+        raise TypeError(f"Expected argument `x` to be a tuple of the function's arguments, but got {type(x).__name__}.")
+    if isinstance(argnums, bool) or not isinstance(argnums, int) or not 0 <= argnums < len(x):
+        raise ValueError(
+            f"Expected argument `argnums` to be an integer in [0, {len(x)}), the position of one argument in `x`, but "
+            f"got {argnums!r}."
+        )
+    return x[argnums]
+
+
+def structured(space: RowSpace, product: Product) -> AtX:
+    """Let a function of rows take and return vectors that are structured like the point.
+
+    Args:
+        space: how the point is flattened.
+        product: a function from rows ``(r, p)`` to rows.
+
+    Returns:
+        A function of one or several vectors.
+    """
+
+    def call(v: Point) -> Point:
+        rows, many = space.rows(v)
+        return space.structure(product(rows), many)
+
+    return call
+
+
+def of_x(at_x: Callable[..., AtX], func: Callable[..., Tensor], argnums: int, **settings: Any) -> OfX:
+    """Prepare anew at the place that each call names.
+
+    Args:
+        at_x: prepares: ``(func, *x, argnums=..., **settings)``.
+        func: a function.
+        argnums: which of its arguments to differentiate in.
+        settings: further arguments of ``at_x``.
+
+    Returns:
+        A function of a place and one or several vectors.
+    """
+
+    def call(x: Sequence[Any], v: Point) -> Point:
+        differentiated(x, argnums)
+        return at_x(func, *x, argnums=argnums, **settings)(v)
+
+    return call

@@ -1,0 +1,263 @@
+"""Influence functions: any curvature of the training objective, any solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_attr.curvature.groups import group_influence
+from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.curvatures import TrainingCurvature, check_curvature
+from lightning_attr.methods.damping import DampedMethod, check_damping
+from lightning_attr.methods.iterative_solvers import ConjugateGradient, LiSSA
+from lightning_attr.methods.layer_solvers import EKFAC, KFAC, DataInf
+from lightning_attr.methods.model import ModelMethod, model_of
+from lightning_attr.methods.relative import check_relative, divisor
+from lightning_attr.methods.solvers import Arnoldi, Explicit, Inverse, Solver
+from lightning_attr.methods.subset_truth import SubsetTruth
+from lightning_attr.projectors import IdentityProjector, MatrixProjection
+
+__all__ = ["Influence"]
+
+T = TypeVar("T")
+
+_SOLVERS: Mapping[str, Callable[[], Solver]] = {
+    "ekfac": EKFAC,
+    "kfac": KFAC,
+    "explicit": Explicit,
+    "cg": ConjugateGradient,
+    "lissa": LiSSA,
+    "arnoldi": Arnoldi,
+    "datainf": DataInf,
+}
+
+
+class Influence(DampedMethod, ModelMethod):
+    r"""Influence functions (Koh and Liang, 2017): what a small change of a sample's weight does to the trained model.
+
+    .. math::
+        \tau_{ij} = -\frac1n \nabla f_j^\top (C + \lambda I)^{-1} \nabla \ell_i
+        = \frac1n q_i \nabla f_j^\top (C + \lambda I)^{-1} \nabla f_i
+
+    with the curvature ``C`` of the mean training loss over all training samples, of all processes, and
+    :math:`q = -d\ell/df`. Targets are solved for, then one pass over the training samples scores them. Positive scores
+    are proponents, in units of the model output.
+
+    What a solver costs, with ``n`` training samples and ``m`` targets: "ekfac", "kfac" two passes over the training
+    set; "explicit" ``p`` products with the curvature, once; "cg", "lissa" a hundred to thousands of products a target,
+    and as many for the self-influence of each training sample, unless ``self_influence="ekfac"``; "arnoldi" 200
+    products, once; "datainf" a pass over the training set a tile of targets, and one a tile of training samples. A
+    product is about three training steps on all samples.
+
+    Args:
+        curvature: "ggn", the generalised Gauss-Newton matrix, which for the usual losses is the true Fisher matrix;
+            "hessian", which is right at a strict minimum only; "empirical_fisher". By default "ggn", or the only one
+            that a solver has.
+        solver: a name, or settings: :class:`EKFAC`, :class:`KFAC`, :class:`Explicit`, :class:`ConjugateGradient`,
+            :class:`LiSSA`, :class:`Arnoldi`, :class:`DataInf`.
+        damping: :math:`\lambda` as a multiple of the mean eigenvalue of ``C`` (of a layer, for "ekfac", "kfac" and
+            "datainf"); by default 0.1 a layer, and 10 for the whole. "auto" chooses by the ``truth``.
+        weight_decay: :math:`\rho` of an L2 term :math:`\frac\rho2 |\theta|^2` of the training objective, such as the
+            optimizer's weight decay; it adds :math:`\rho` to the curvature.
+        relative: "theta" or "loss" for RelatIF, see :mod:`lightning_attr.methods.relative`; scores are then for ranking
+            only.
+        snapshots: "last" for the last snapshot, "all" for all of them, each with an equal part.
+        seed: of labels, batches and start vectors.
+        self_influence: "exact" for that of the scores' own solver; "ekfac" for an approximation by the factors of
+            EK-FAC in two passes, where "cg" or "lissa" would solve for each training sample. RelatIF divides by it.
+        truth: models retrained on subsets, for ``damping="auto"``.
+
+    Raises:
+        ValueError: if an argument is none of these, or does not go with another.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_attr import AttributionMixin
+        >>> from lightning_attr.outputs import Regression
+        >>> from lightning_attr.snapshot_model import SnapshotModel
+        >>> class Line(AttributionMixin, nn.Linear):
+        ...     model_output = Regression()
+        >>> line = Line(1, 1, bias=False).eval()
+        >>> _ = nn.init.zeros_(line.weight)
+        >>> train, targets = (torch.tensor([[1.0], [2.0]]), torch.ones(2)), (torch.tensor([[5.0]]), torch.zeros(1))
+        >>> snapshot = SnapshotFeatures.at(SnapshotModel.of(line, [train], [targets]), {})
+        >>> (block,) = Influence(solver="explicit", damping=0.0).score([snapshot])
+        >>> block.scores.flatten(), block.self_influence           # x_i x_j (y_i - f_i) / (1 + 4)
+        (tensor([1., 2.]), tensor([0.2000, 0.8000]))
+    """
+
+    def __init__(
+        self,
+        curvature: str | None = None,
+        solver: str | Solver = "ekfac",
+        damping: float | str | None = None,
+        weight_decay: float = 0.0,
+        relative: str | None = None,
+        snapshots: str = "last",
+        seed: int = 0,
+        self_influence: str = "exact",
+        truth: SubsetTruth | None = None,
+    ) -> None:
+        super().__init__(snapshots)
+        if isinstance(solver, str):
+            if solver not in _SOLVERS:
+                raise ValueError(f"Expected argument `solver` to be one of {', '.join(_SOLVERS)}, but got {solver!r}.")
+            solver = _SOLVERS[solver]()
+        self.solver = solver
+        self.curvature = solver.curvatures[0] if curvature is None else curvature
+        check_curvature(self.curvature)
+        if self.curvature not in solver.curvatures:
+            raise ValueError(
+                f"Expected argument `curvature` to be {' or '.join(map(repr, solver.curvatures))} for the solver "
+                f"{solver.name!r}, but got {curvature!r}."
+            )
+        check_relative(relative)
+        if self_influence not in {"exact", "ekfac"}:
+            raise ValueError(
+                f"Expected argument `self_influence` to be 'exact' or 'ekfac', but got {self_influence!r}."
+            )
+        if not weight_decay >= 0:
+            raise ValueError(f"Expected argument `weight_decay` to be a number >= 0, but got {weight_decay}.")
+        self.usual_damping = solver.usual_damping
+        self.damping = check_damping(self.usual_damping if damping is None else damping, truth)
+        self.truth = truth
+        self.weight_decay = weight_decay
+        self.relative = relative
+        self.seed = seed
+        self.self_influence = self_influence
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Name and arguments, for the record of a result."""
+        scale = "measurement" if self.relative is None else "rank_only"
+        plain = {name: value for name, value in super().config.items() if name not in {"solver", "usual_damping"}}
+        return {**plain, **self.solver.config, "scale": scale}
+
+    def score_snapshot(self, snapshot: SnapshotFeatures) -> Iterator[ScoreBlock]:
+        """Score this process's training samples at one snapshot; see :meth:`ModelMethod.score_snapshot`.
+
+        The evidence gets what the solver has found out, such as the share of the parameters that it covers, iterations
+        and residuals.
+
+        Args:
+            snapshot: with its model.
+
+        Yields:
+            Blocks of scores.
+
+        Raises:
+            DivergenceError: if LiSSA diverges.
+            NegativeCurvatureError: if conjugate gradients meet negative curvature, or Arnoldi nothing positive.
+            TypeError: if the GGN is wanted of a module that does not show its outputs.
+            UnsupportedLayerError: if there is no layer with Kronecker factors for "ekfac" or "kfac".
+            ValueError: if the damped curvature is singular.
+        """
+        model = model_of(snapshot)
+        solved = self._solved_targets(snapshot)
+        forms = self._forms(snapshot)
+        snapshot.memo["curvature"].release()
+        snapshot.evidence.update(self._inverse(snapshot).found)
+        for rows, columns in model.train(MatrixProjection(model.layout, solved)):
+            first, second = (form[rows.start : rows.stop] for form in forms)
+            push = columns["out_to_loss"] / model.n_train
+            scale = divisor(self.relative, push**2 * model.n_train * first, push**2 * second)
+            yield ScoreBlock(rows, (push / scale)[:, None] * columns["features"], push / scale * first)
+
+    def score_groups(self, snapshot: SnapshotFeatures, groups: Sequence[Sequence[int]], order: int = 1) -> Tensor:
+        r"""Score groups of training samples that are left out together, at one snapshot (Koh et al., 2019).
+
+        The first order is the sum of the samples' scores. The second also sees the curvature that the group takes away
+        with it (Basu et al., 2020): groups of many or of alike samples matter more than their sum. With exact solvers
+        the series over all orders is exact for a quadratic objective.
+
+        Args:
+            snapshot: with its model.
+            groups: rows of the training samples of each group, each row at most once.
+            order: terms of the series; each above the first takes a solve and a product with each group.
+
+        Returns:
+            ``(len(groups), m)``, in units of the model output; positive: the group raises the target's output.
+
+        Raises:
+            IndexError: if a row is not of the training set.
+            ValueError: if ``order`` is not positive, or with ``relative``, which is of single samples.
+
+        Example:
+            >>> from torch import nn
+            >>> from lightning_attr import AttributionMixin
+            >>> from lightning_attr.outputs import Regression
+            >>> from lightning_attr.snapshot_model import SnapshotModel
+            >>> class Line(AttributionMixin, nn.Linear):
+            ...     model_output = Regression()
+            >>> line = Line(1, 1, bias=False).eval()
+            >>> _ = nn.init.constant_(line.weight, 0.5)               # the least squares of 1 -> 0, 1 -> 1
+            >>> train, targets = (torch.ones(2, 1), torch.tensor([0.0, 1.0])), (torch.ones(1, 1), torch.zeros(1))
+            >>> snapshot = SnapshotFeatures.at(SnapshotModel.of(line, [train], [targets]), {})
+            >>> method = Influence(solver="explicit", damping=0.0)
+            >>> [method.score_groups(snapshot, [[1]], order).item() for order in (1, 2, 8)]  # without it: 0.5 lower
+            [0.25, 0.375, 0.498046875]
+        """
+        if self.relative is not None:
+            raise ValueError("Expected `relative=None` for groups: RelatIF is of single samples.")
+        model = model_of(snapshot)
+        for group in groups:
+            if not all(0 <= row < model.n_train for row in group) or len(set(group)) < len(group):
+                raise IndexError(
+                    f"Expected argument `groups` to hold different rows from 0 to {model.n_train - 1}, but got {group}."
+                )
+        inverse = self._inverse(snapshot)
+        curvature: TrainingCurvature = snapshot.memo["curvature"]
+        members = torch.zeros(len(groups), model.n_train, dtype=model.dtype, device=model.device)
+        for number, group in enumerate(groups):
+            members[number, list(group)] = 1
+        sums = torch.zeros(len(groups), curvature.size, dtype=model.dtype, device=model.device)
+        for rows, gradients, q in curvature.gradients():
+            sums.addmm_(members[:, rows.start : rows.stop] * -q, gradients)
+        identity = IdentityProjector().bind(model.layout, model.key)
+        return group_influence(
+            lambda rows: inverse.solve(rows) / model.n_train,
+            model.reduce(sums),
+            model.targets(identity, snapshot.target_rows)["features"],
+            order=order,
+            group_product=lambda rows: torch.cat([
+                curvature.group_product(row[None], group) for row, group in zip(rows, groups, strict=True)
+            ]),
+        )
+
+    def _solved_targets(self, snapshot: SnapshotFeatures) -> Tensor:
+        """Solve for the gradients of the targets, ``(m, p)``."""
+        model = model_of(snapshot)
+        inverse = self._inverse(snapshot)
+        if not len(snapshot.target_rows):
+            return torch.zeros(0, model.layout.numel, dtype=model.dtype, device=model.device)
+        identity = IdentityProjector().bind(model.layout, model.key)
+        return inverse.solve(model.targets(identity, snapshot.target_rows)["features"])
+
+    def _inverse(self, snapshot: SnapshotFeatures) -> Inverse:
+        """Prepare the inverse, once for all targets and, but for the last step, for all dampings."""
+        return self._prepared(snapshot, self.solver, "inverse")
+
+    def _forms(self, snapshot: SnapshotFeatures) -> tuple[Tensor, Tensor]:
+        key = f"forms {self.damping_at(snapshot)}"
+        if key not in snapshot.memo:
+            inverse = self._inverse(snapshot)
+            if self.self_influence == "ekfac":
+                inverse = self._prepared(snapshot, EKFAC(), "approximate inverse")
+            snapshot.memo[key] = inverse.quadratic_forms(squared=self.relative == "theta")
+        forms: tuple[Tensor, Tensor] = snapshot.memo[key]
+        return forms
+
+    def _prepared(self, snapshot: SnapshotFeatures, solver: Solver, name: str) -> Inverse:
+        memo, damping = snapshot.memo, self.damping_at(snapshot)
+        if "curvature" not in memo:
+            memo["curvature"] = TrainingCurvature(model_of(snapshot), self.curvature, self.weight_decay)
+        if f"prepared {name}" not in memo:
+            model_of(snapshot)
+            memo[f"prepared {name}"] = solver.prepare(memo["curvature"], self.seed)
+        if f"{name} {damping}" not in memo:
+            memo[f"{name} {damping}"] = memo[f"prepared {name}"](damping)
+        inverse: Inverse = memo[f"{name} {damping}"]
+        return inverse

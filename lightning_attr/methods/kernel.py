@@ -1,0 +1,276 @@
+"""Damped kernels of the training features: one matrix over all of them, or one a layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision
+from lightning_attr.methods.damping import DampedMethod, check_damping
+from lightning_attr.methods.subset_truth import SubsetTruth
+from lightning_attr.projectors import Projection, Projector
+
+__all__ = ["KernelMethod", "SolvedKernel", "squared_norms"]
+
+_STRIP = 256
+"""Columns at once where half of a product is known to be zero or to mirror the other half."""
+_SOLVE = 4096
+"""Targets solved for at once, in float64."""
+
+Blocks: TypeAlias = "Sequence[tuple[slice, Tensor]]"
+"""Columns, and a matrix of that side."""
+
+
+@dataclass(frozen=True)
+class SolvedKernel:
+    r"""The inverse of a damped kernel :math:`K = L L^\top`, block by block, applied to targets and samples.
+
+    Args:
+        targets: :math:`K^{-1} \Psi^\top`, ``(k, m)``.
+        inverses: columns of a block and its :math:`L^{-1}`, lower triangular.
+
+    Example:
+        >>> kernel = SolvedKernel(torch.ones(2, 1), [(slice(0, 2), torch.eye(2) / 2)])
+        >>> kernel.leverage(torch.ones(1, 2)), kernel.solve(torch.ones(1, 2))
+        (tensor([0.5000]), tensor([[0.2500, 0.2500]]))
+    """
+
+    targets: Tensor
+    inverses: Blocks
+
+    def leverage(self, features: Tensor) -> Tensor:
+        r"""Compute :math:`\phi^\top K^{-1} \phi` of each sample.
+
+        Args:
+            features: ``(b, k)``.
+
+        Returns:
+            ``(b,)``.
+        """
+        norms = [squared_norms(features[:, columns], inverse) for columns, inverse in self.inverses]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+
+    def solve(self, features: Tensor) -> Tensor:
+        r"""Compute :math:`K^{-1} \phi` of each sample.
+
+        Args:
+            features: ``(b, k)``.
+
+        Returns:
+            ``(b, k)``.
+        """
+        return torch.cat([features[:, columns] @ inverse.T @ inverse for columns, inverse in self.inverses], dim=1)
+
+
+class KernelMethod(DampedMethod):
+    r"""A method that solves for its targets against the damped kernel :math:`\Phi^\top W \Phi` of its features.
+
+    Args:
+        projector: the projection.
+        damping: added to the diagonal, as a multiple of the mean of each matrix's diagonal; or "auto".
+        per_layer: one kernel a layer, whose features do not interact, instead of one for all.
+        truth: models retrained on subsets, for ``damping="auto"`` to choose by.
+
+    Raises:
+        ValueError: if the damping is negative, or does not go with the truth.
+
+    Example:
+        >>> class Plain(KernelMethod):                       # a method of your own: weights, and what to do with them
+        ...     def kernel_weights(self, columns):
+        ...         return None
+        ...     def score(self, snapshots):
+        ...         for snapshot in snapshots:
+        ...             yield self.solve(snapshot).targets
+        >>> train, targets = {"features": torch.eye(2)}, {"features": torch.ones(1, 2)}
+        >>> next(Plain(None, damping=1.0).score([SnapshotFeatures.of(train, targets)])).flatten()
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        projector: Projector | None,
+        damping: float | str,
+        per_layer: bool = False,
+        truth: SubsetTruth | None = None,
+    ) -> None:
+        super().__init__(projector)
+        self.damping = check_damping(damping, truth)
+        self.per_layer = per_layer
+        self.truth = truth
+
+    def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
+        """Draw the projection, see :meth:`AttributionMethod.bind`.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the projection.
+
+        Returns:
+            The projection.
+
+        Raises:
+            ValueError: if kernels are wanted layer by layer, but the projection mixes layers.
+        """
+        projection = super().bind(layout, snapshot)
+        if self.per_layer and projection.layers is None:
+            raise self._mixed()
+        return projection
+
+    @abstractmethod
+    def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
+        """Weigh training samples in the kernel.
+
+        Args:
+            columns: of the store, ``(b, ...)``.
+
+        Returns:
+            ``W``, ``(b,)``; None for ones.
+        """
+
+    def solve(self, snapshot: SnapshotFeatures) -> SolvedKernel:
+        r"""Solve for the targets; the kernel is computed once a snapshot, and kept for the next targets.
+
+        Products are of blocks of rows in the features' precision, added up and factored in float64. The evidence gets
+        the effective dimension, :math:`\operatorname{tr} K (K + \lambda I)^{-1}`.
+
+        Args:
+            snapshot: with the features.
+
+        Returns:
+            The solved targets, and the inverse of the kernel, in the features' precision.
+
+        Raises:
+            ValueError: if a kernel is singular, or not finite.
+        """
+        if "kernels" not in snapshot.memo:  # not damped: one serves every damping
+            snapshot.memo["kernels"] = self.kernels(snapshot)
+        kernels: Blocks = snapshot.memo["kernels"]
+        damping = self.damping_at(snapshot)
+        targets = compute_precision(snapshot.targets["features"])
+        solved = targets.new_empty(targets.shape[1], len(targets))
+        inverses, dimension = [], 0.0
+        for columns, kernel in kernels:
+            ridge = damping * kernel.diagonal().mean()
+            factor = _factor(kernel, ridge, damping)
+            for start in range(0, len(targets), _SOLVE):
+                part = slice(start, start + _SOLVE)
+                solved[columns, part] = torch.cholesky_solve(targets[part, columns].T.double(), factor)
+            unit = torch.eye(len(factor), dtype=targets.dtype, device=factor.device)
+            inverse = torch.linalg.solve_triangular(factor.to(targets.dtype), unit, upper=False)
+            inverses.append((columns, inverse))
+            dimension += (len(factor) - ridge * inverse.square().sum()).item()
+        snapshot.evidence["effective_dimension"] = dimension
+        return SolvedKernel(solved, inverses)
+
+    def kernels(self, snapshot: SnapshotFeatures) -> Blocks:
+        """Add up the kernel, without damping.
+
+        Args:
+            snapshot: with the training features.
+
+        Returns:
+            Columns and matrix of each block, float64.
+        """
+        columns = self._columns(snapshot)
+        return list(zip(columns, self._sums(snapshot, columns), strict=True))
+
+    def _columns(self, snapshot: SnapshotFeatures) -> Sequence[slice]:
+        if not self.per_layer:
+            return [slice(0, snapshot.targets["features"].shape[1])]
+        if snapshot.layers is None:
+            raise self._mixed()
+        return [columns for columns in snapshot.layers.values() if columns.stop > columns.start]
+
+    def _sums(self, snapshot: SnapshotFeatures, columns: Sequence[slice]) -> list[Tensor]:
+        """Sum the kernels over the training samples of all processes, float64."""
+        device = snapshot.targets["features"].device
+        sides = [own.stop - own.start for own in columns]
+        uppers = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in sides]
+        for _, block in snapshot.blocks():
+            features = compute_precision(block["features"])
+            weights = self.kernel_weights(block)
+            if weights is not None:
+                features = features * weights.to(features).sqrt()[:, None]
+            for own, upper in zip(columns, uppers, strict=True):
+                part = features[:, own]
+                for start in range(0, part.shape[1], _STRIP):
+                    strip = slice(start, start + _STRIP)
+                    upper[strip, start:] += part[:, strip].T @ part[:, start:]
+        return [snapshot.reduce(upper.triu_() + upper.triu(1).T) for upper in uppers]
+
+    def balanced_weights(self, snapshots: Sequence[SnapshotFeatures], kernels: Sequence[SolvedKernel]) -> list[float]:
+        """Weigh snapshots so that each has an equal part in the scores; several are read once more for it.
+
+        Args:
+            snapshots: in the order of training.
+            kernels: from :meth:`solve`, for each.
+
+        Returns:
+            Weights with the sum one, inverse to the mean size of the training samples' self-influence.
+        """
+        if len(snapshots) == 1:
+            return [1.0]
+        means = []
+        for snapshot, kernel in zip(snapshots, kernels, strict=True):
+            key = f"mean self-influence at {self.damping_at(snapshot)}"
+            if key not in snapshot.memo:
+                sums = torch.zeros(2, dtype=torch.float64)
+                for rows, columns in snapshot.blocks():
+                    q = columns["out_to_loss"].to(kernel.targets)
+                    size = (q * kernel.leverage(columns["features"].to(q))).abs().double().sum().item()
+                    sums += torch.tensor([size, len(rows)], dtype=torch.float64)
+                total, count = snapshot.reduce(sums).tolist()
+                snapshot.memo[key] = total / count
+            means.append(snapshot.memo[key])
+        return balanced_weights(means)
+
+    def _mixed(self) -> ValueError:
+        kind = type(self.projector).__name__
+        return ValueError(
+            f"Expected features that keep the layers apart for `per_layer=True`, but {kind} mixes them. Use "
+            "KroneckerProjector, FactGraSSProjector(per_layer=True) or IdentityProjector, or `per_layer=False`."
+        )
+
+
+def _factor(kernel: Tensor, ridge: Tensor, damping: float) -> Tensor:
+    """Return the lower triangular factor of a kernel with a ridge, which is the damping times its scale."""
+    if not kernel.isfinite().all():
+        raise ValueError(
+            "Expected finite features, but the kernel of the training features holds NaN or infinite values. Look "
+            "for them in the columns `features` and `newton_weight` of the store, and featurize these rows again."
+        )
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(kernel + torch.diag(ridge.expand(len(kernel))))
+    if failed:
+        raise ValueError(
+            f"The kernel of {len(kernel)} features is singular with `damping={damping}`. Raise the damping "
+            "(0.1 to 1.0 are good values), or lower `proj_dim` below the number of training samples."
+        )
+    return factor
+
+
+def squared_norms(features: Tensor, lower: Tensor) -> Tensor:
+    """Compute the squared norms of ``features @ lower.T`` without the half of the product that is zeros.
+
+    Args:
+        features: ``(b, k)``.
+        lower: lower triangular, ``(k, k)``.
+
+    Returns:
+        ``(b,)``.
+
+    Example:
+        >>> squared_norms(torch.ones(1, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+        tensor([5.])
+    """
+    norms = features.new_zeros(len(features))
+    for start in range(0, len(lower), _STRIP):
+        stop = start + _STRIP
+        norms += (features[:, :stop] @ lower[start:stop, :stop].T).square_().sum(1)
+    return norms

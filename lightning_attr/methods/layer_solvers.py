@@ -1,0 +1,252 @@
+"""Solvers that invert layer by layer: K-FAC, EK-FAC and DataInf."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_attr.curvature.fisher import GradientBatch, GradientStream, Labels, fisher_batch
+from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
+from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
+from lightning_attr.curvature.kronecker_layout import KroneckerLayout
+from lightning_attr.curvature.rows import Product
+from lightning_attr.curvature.sherman_morrison import mean_of_inverses
+from lightning_attr.gradients import HookedGradients
+from lightning_attr.gradients.hooks import LayerSink
+from lightning_attr.methods.curvatures import TrainingCurvature, check_outputs
+from lightning_attr.methods.solvers import Inverse, Prepared, Solver
+from lightning_attr.projectors import IdentityProjector
+from lightning_attr.randomness import hashed_seed
+from lightning_attr.snapshot_model import SnapshotModel
+
+__all__ = ["EKFAC", "KFAC", "DataInf"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EKFAC(Solver):
+    """EK-FAC (Grosse et al., 2023): Kronecker factors of each layer, the eigenvalues measured along their eigenvectors.
+
+    Linear layers, convolutions and the projections of attention have factors; other parameters have no influence, and
+    the share of those covered is in the provenance of the result as ``parameters_covered``. Factors take two passes
+    over the training set, and are kept beside the snapshot. The damping is relative to each layer's mean eigenvalue.
+
+    Args:
+        labels: "sampled" from the model, one a sample and pass; "exact" for all, at the price of a pass a label. With
+            ``curvature="empirical_fisher"`` it is the observed ones.
+
+    Raises:
+        ValueError: if ``labels`` is neither.
+
+    Example:
+        >>> EKFAC(labels="exact").config
+        {'solver': 'ekfac', 'labels': 'exact'}
+    """
+
+    name: ClassVar[str] = "ekfac"
+    curvatures: ClassVar[tuple[str, ...]] = ("ggn", "empirical_fisher")
+    usual_damping: ClassVar[float] = 0.1
+    method: ClassVar[KroneckerMethod] = "ekfac"
+    labels: Labels = "sampled"
+
+    def __post_init__(self) -> None:
+        if self.labels not in {"sampled", "exact"}:
+            raise ValueError(f"Expected argument `labels` to be 'sampled' or 'exact', but got {self.labels!r}.")
+
+    def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
+        """Fit the factors, or read them; see :meth:`Solver.prepare`.
+
+        Args:
+            curvature: the curvature.
+            seed: of the labels.
+
+        Returns:
+            The inverse for a damping.
+
+        Raises:
+            UnsupportedLayerError: if no layer has factors.
+        """
+        model = curvature.model
+        layout = KroneckerLayout.of(model.module, hooked=model.plan.hooked, direct=model.plan.direct)
+        labels: Labels = "observed" if curvature.curvature == "empirical_fisher" else self.labels
+        assert labels in get_args(Labels)
+        streams = _Streams(model)
+
+        def compute() -> dict[str, Tensor]:
+            factors = KroneckerFactors.fit(
+                layout,
+                lambda number: streams.fisher(labels, (seed, model.key, number)),
+                reduce=model.reduce,
+                device=model.device,
+                dtype=model.dtype,
+            )
+            return factors.tensors()
+
+        drawn = seed if labels == "sampled" else None
+        digest = hashed_seed(labels, drawn, str(model.dtype), model.n_train, layout.parameters.digest, *layout.names)
+        tensors = model.kept(f"kronecker-{digest:016x}", compute)
+        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+        factors = KroneckerFactors.from_tensors(tensors, layout)
+        log.info("Kronecker factors cover %.1f%% of the parameters.", 100 * factors.layout.share)
+
+        def inverse(damping: float) -> Inverse:
+            own = KroneckerInverse(factors, damping=damping, method=self.method, weight_decay=curvature.weight_decay)
+            return _Kronecker(curvature, own, streams, damping)
+
+        return inverse
+
+
+@dataclass(frozen=True)
+class KFAC(EKFAC):
+    """K-FAC: as :class:`EKFAC`, with products of the factors' eigenvalues (Martens and Grosse, 2015).
+
+    Args:
+        labels: as of :class:`EKFAC`.
+
+    Example:
+        >>> KFAC().config
+        {'solver': 'kfac', 'labels': 'sampled'}
+    """
+
+    name: ClassVar[str] = "kfac"
+    method: ClassVar[KroneckerMethod] = "kfac"
+
+
+class _Streams:
+    """The gradients of the training samples of this process, layer by layer."""
+
+    def __init__(self, model: SnapshotModel) -> None:
+        self.model = model
+        self.gradients = HookedGradients(model.module, model.plan.hooked, model.plan.direct)
+
+    def fisher(self, labels: Labels, key: tuple[object, ...]) -> Iterator[GradientBatch]:
+        """Gradients of the loss for labels of the model's own, or for those observed."""
+        module: Any = self.model.module
+        if labels != "observed":
+            check_outputs(self.model)
+        for rows, batch in self.model.train_batches():
+            if labels == "observed" and not hasattr(module, "attribution_step"):
+                yield GradientBatch([self.outputs(batch, len(rows))], len(rows))  # the loss but for its sign
+                continue
+            step: Callable[[], tuple[Any, Any]] = partial(module.attribution_step, batch)
+            with self.model.precision():
+                own = fisher_batch(self.gradients, step, module.model_output, rows, labels=labels, key=key)
+            yield GradientBatch([partial(self._precisely, stream) for stream in own.streams], own.samples)
+
+    def outputs(self, batch: Any, size: int) -> GradientStream:
+        """Gradients of what is attributed."""
+        subject, module = self.model.plan.attributed, self.model.module
+        return partial(
+            self._precisely,
+            lambda sink: self.gradients(lambda: subject.forward(module, batch, size)[0], size, sink),
+        )
+
+    def _precisely(self, stream: GradientStream, sink: LayerSink) -> object:
+        with self.model.precision():
+            return stream(sink)
+
+
+class _Kronecker(Inverse):
+    def __init__(
+        self, curvature: TrainingCurvature, inverse: KroneckerInverse, streams: _Streams, damping: float
+    ) -> None:
+        super().__init__(curvature)
+        self.inverse = inverse
+        self.streams = streams
+        self.damping = damping
+        self.found = {"parameters_covered": inverse.layout.share}
+
+    def solve(self, rows: Tensor) -> Tensor:
+        return self.inverse.apply(rows) if len(rows) else rows  # none are left once all systems are solved
+
+    def quadratic_forms(self, squared: bool = True) -> tuple[Tensor, Tensor]:
+        """From the factored gradients: a pass for each form, and no gradient is formed."""
+        model = self.curvature.model
+        forms = torch.zeros(2, model.n_train, dtype=model.dtype, device=model.device)
+        for rows, batch in model.train_batches():
+            for power in (1, 2) if squared else (1,):
+                stream = self.streams.outputs(batch, len(rows))
+                found = self.inverse.quadratic_form(stream, len(rows), power=power)
+                forms[power - 1, rows[0] : rows[-1] + 1] = found
+        return forms[0], forms[1]
+
+    def preconditioner(self) -> Product:
+        """The same, but positive definite: parameters without factors are divided by the mean damped eigenvalue."""
+        covered = torch.zeros(self.curvature.size, dtype=torch.bool, device=self.curvature.model.device)
+        for name in self.inverse.layout.names:
+            covered[self.inverse.layout.slots[name]] = True
+        mean = (1 + self.damping) * self.curvature.mean_eigenvalue() + self.curvature.weight_decay
+        return lambda rows: torch.where(covered, self.solve(rows), rows / mean)
+
+
+@dataclass(frozen=True)
+class DataInf(Solver):
+    """DataInf: the mean over training samples of the inverse for each, layer by layer (Kwon et al., 2024).
+
+    Each solve goes through the gradients of all training samples, and so does self-influence for each of them: it is
+    for few parameters, such as adapters. The damping is relative to each layer's mean squared gradient.
+
+    Example:
+        >>> DataInf().curvatures
+        ('empirical_fisher',)
+    """
+
+    name: ClassVar[str] = "datainf"
+    curvatures: ClassVar[tuple[str, ...]] = ("empirical_fisher",)
+    usual_damping: ClassVar[float] = 0.1
+
+    def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
+        """Add up the squared gradients of each layer; see :meth:`Solver.prepare`.
+
+        Args:
+            curvature: the curvature.
+            seed: not used.
+
+        Returns:
+            The inverse for a damping.
+
+        Raises:
+            ValueError: for a damping of zero without weight decay.
+        """
+        model = curvature.model
+        layers = list((IdentityProjector().bind(model.layout, model.key).layers or {}).values())
+        squares = torch.zeros(len(layers), dtype=torch.float64, device=model.device)
+        for _, gradients, q in curvature.gradients():
+            scaled = (q[:, None] * gradients).double().square().sum(0)
+            squares += torch.stack([scaled[layer].mean() for layer in layers])
+        means = (model.reduce(squares) / model.n_train).tolist()
+
+        def inverse(damping: float) -> Inverse:
+            if not damping + curvature.weight_decay > 0:
+                raise ValueError(
+                    f"Expected argument `damping` to be positive for DataInf (0.1 is usual), but got {damping}: the "
+                    "inverse for one sample does not exist without."
+                )
+            ridges = [damping * mean + curvature.weight_decay for mean in means]
+            return _MeanOfInverses(curvature, layers, ridges)
+
+        return inverse
+
+
+class _MeanOfInverses(Inverse):
+    def __init__(self, curvature: TrainingCurvature, layers: Sequence[slice], ridges: Sequence[float]) -> None:
+        super().__init__(curvature)
+        # A layer without gradients has no influence, whatever its inverse.
+        self.layers = [(layer, ridge) for layer, ridge in zip(layers, ridges, strict=True) if ridge > 0]
+
+    def solve(self, rows: Tensor) -> Tensor:
+        model = self.curvature.model
+        total = torch.zeros_like(rows)
+        for _, gradients, q in self.curvature.gradients():
+            scaled = q[:, None] * gradients
+            for layer, ridge in self.layers:
+                part = mean_of_inverses(scaled[:, layer], rows[:, layer], ridge)
+                total[:, layer].add_(part, alpha=len(q) / model.n_train)
+        return model.reduce(total)

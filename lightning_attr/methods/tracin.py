@@ -1,0 +1,258 @@
+"""TracIn: inner products of gradients, added up over the snapshots of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_attr.errors import AttributionError
+from lightning_attr.layout import ParameterLayout
+from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
+from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.projectors import Projection, Projector, ScaledProjection
+
+__all__ = ["GAS", "TracIn", "learning_rates", "unit_rows"]
+
+_WEIGHTS = ("integrated", "lr", "uniform")
+
+
+class TracIn(AttributionMethod):
+    r"""TracInCP (Pruthi et al., 2020): what gradient descent on a sample alone would have changed, step by step.
+
+    .. math::
+        S_{ij} = -\sum_c \omega_c \nabla\ell_i(\theta_c) \cdot \nabla f_j(\theta_c), \qquad
+        \omega_c = \tfrac1n \sum_{t \in c} \eta_t,
+
+    with the learning rates of the optimizer steps that snapshot ``c`` stands for: a step visits one of ``n`` samples
+    with probability ``b/n``, and weighs it ``1/b``. Of several merged runs it is the mean. To first order in the
+    learning rate, and for plain SGD, that is the change of the output by leaving a sample out; momentum multiplies all
+    scores by about the same.
+
+    Scores are in units of the model output with ``weights="integrated"`` and without ``normalize``; else rank-only.
+
+    Args:
+        projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`. With
+            :class:`lightning_attr.projectors.IdentityProjector` it is exact; a
+            :class:`lightning_attr.projectors.LayerSubset` looks at some layers only.
+        weights: :math:`\omega_c`. "integrated" as above; "lr" without the ``1/n``, as published; "uniform" for ones; or
+            one number a snapshot.
+        preconditioner: "adam" for :math:`\nabla\ell_i^\top D \nabla f_j` with :math:`D = 1 / (\sqrt{\hat v} +
+            \epsilon)`, the scale that Adam gave each entry at the snapshot. Each side gets :math:`D^{1/2}`, so that
+            self-influence is a norm.
+        normalize: cosines in place of inner products: True for those of the whole gradient, "layer" for the mean of
+            those of each layer.
+
+    Raises:
+        ValueError: if an argument is none of these.
+
+    Example:
+        >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
+        >>> snapshot = SnapshotFeatures.of(train, {"features": torch.tensor([[2.0, 0.0]])})  # learning rate 1
+        >>> (block,) = TracIn().score([snapshot, snapshot])
+        >>> block.scores.flatten(), block.self_influence
+        (tensor([1., 6.]), tensor([ 0.5000, 25.0000]))
+    """
+
+    def __init__(
+        self,
+        projector: Projector | None = None,
+        weights: str | Sequence[float] = "integrated",
+        preconditioner: str | None = None,
+        normalize: bool | str = False,
+    ) -> None:
+        numbers = not isinstance(weights, str) and all(math.isfinite(weight) for weight in weights)
+        if not (numbers or weights in _WEIGHTS):
+            raise ValueError(
+                f"Expected argument `weights` to be one of {_WEIGHTS}, or one finite number a snapshot, but got "
+                f"{weights!r}."
+            )
+        if preconditioner not in {None, "adam"}:
+            raise ValueError(f"Expected argument `preconditioner` to be 'adam' or None, but got {preconditioner!r}.")
+        if normalize not in (False, True, "layer"):
+            raise ValueError(f"Expected argument `normalize` to be True, False or 'layer', but got {normalize!r}.")
+        super().__init__(projector)
+        self.weights = weights if isinstance(weights, str) else list(weights)
+        self.preconditioner = preconditioner
+        self.normalize = normalize
+        self.scale = "measurement" if weights == "integrated" and not normalize else "rank_only"
+
+    @property
+    def needs_optimizer_state(self) -> bool:
+        """Whether there is a preconditioner."""
+        return self.preconditioner is not None
+
+    @property
+    def projector_config(self) -> dict[str, Any] | None:
+        """What a store records: features with a preconditioner are others."""
+        config = super().projector_config
+        return config if self.preconditioner is None else {"kind": "adam_preconditioned", "projector": config}
+
+    def precondition(self, projection: Projection, layout: ParameterLayout, state: OptimizerState) -> Projection:
+        """Scale gradients by the root of Adam's scale; see :meth:`AttributionMethod.precondition`.
+
+        Args:
+            projection: of the scaled gradients.
+            layout: the parameters.
+            state: the optimizer's.
+
+        Returns:
+            The map.
+        """
+        scales = {name: moments.preconditioner().sqrt() for name, moments in state.moments.items()}
+        return ScaledProjection(projection, layout, scales)
+
+    def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
+        """Add up over the snapshots; see :meth:`AttributionMethod.score`.
+
+        Args:
+            snapshots: in the order of training.
+
+        Yields:
+            Scores, block after block.
+
+        Raises:
+            AttributionError: if the snapshots have no learning rates, and are to be weighed by them.
+            ValueError: if there are more or fewer ``weights`` than snapshots, or the features mix the layers that are
+                to be normalized.
+        """
+        omegas = self._omegas(snapshots)
+        layers = [self._layers(snapshot) for snapshot in snapshots]
+        targets = [
+            omega * self._scaled(compute_precision(snapshot.targets["features"]), own)
+            for snapshot, omega, own in zip(snapshots, omegas, layers, strict=True)
+        ]  # (m, k)
+        for rows, train in in_step(snapshots):
+            scores = targets[0].new_zeros(len(rows), len(targets[0]))
+            self_influence = targets[0].new_zeros(len(rows))
+            for columns, target, omega, own in zip(train, targets, omegas, layers, strict=True):
+                features = self._scaled(columns["features"].to(target), own)  # (b, k)
+                push = columns["out_to_loss"].to(target)
+                push = push.sign() if self.normalize else push
+                self_influence += omega * push * features.square().sum(1)
+                scores.addmm_(push[:, None] * features, target.T)
+            yield ScoreBlock(rows, scores, self_influence)
+
+    def _omegas(self, snapshots: Sequence[SnapshotFeatures]) -> list[float]:
+        if isinstance(self.weights, list):
+            if len(self.weights) != len(snapshots):
+                raise ValueError(
+                    f"Expected argument `weights` to have one number for each of the {len(snapshots)} snapshots, but "
+                    f"got {len(self.weights)}."
+                )
+            return self.weights
+        if self.weights == "uniform":
+            return [1.0] * len(snapshots)
+        rates = learning_rates(snapshots)
+        if self.weights == "lr":
+            return rates
+        if snapshots[0].n_train < 1:
+            raise ValueError(
+                'Expected snapshots with `n_train`, the number of training samples, for `weights="integrated"`, but '
+                "got 0. Use SnapshotFeatures(..., n_train=...), or other `weights`."
+            )
+        return [rate / snapshots[0].n_train for rate in rates]
+
+    def _layers(self, snapshot: SnapshotFeatures) -> Sequence[slice]:
+        """Columns that are normalized together."""
+        if self.normalize != "layer":
+            return [slice(None)]
+        if snapshot.layers is None:
+            raise ValueError(
+                f"Expected features that keep the layers apart to normalize each, but {type(self.projector).__name__} "
+                "mixes them. Use KroneckerProjector or IdentityProjector, or normalize the whole."
+            )
+        return list(snapshot.layers.values())
+
+    def _scaled(self, features: Tensor, layers: Sequence[slice]) -> Tensor:
+        return unit_rows(features, layers) if self.normalize else features
+
+
+class GAS(TracIn):
+    r"""Gradient aggregated similarity (Hammoudeh and Lowd, 2022): TracIn with cosines.
+
+    .. math::
+        S_{ij} = -\sum_c \omega_c \cos(\nabla\ell_i(\theta_c), \nabla f_j(\theta_c))
+
+    Every snapshot counts the same whatever the size of its gradients, and no sample counts for its large loss alone.
+    Scores are rank-only, and self-influence is constant up to its sign.
+
+    Args:
+        projector: as in :class:`TracIn`.
+        weights: as in :class:`TracIn`.
+        preconditioner: as in :class:`TracIn`.
+        layerwise: the mean of the cosines of the layers in place of that of the whole gradient; the projector has to
+            keep layers apart.
+
+    Example:
+        >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
+        >>> snapshot = SnapshotFeatures.of(train, {"features": torch.tensor([[2.0, 0.0]])})
+        >>> [block.scores.flatten() for block in GAS(weights="lr").score([snapshot])]
+        [tensor([1.0000, 0.6000])]
+    """
+
+    def __init__(
+        self,
+        projector: Projector | None = None,
+        weights: str | Sequence[float] = "integrated",
+        preconditioner: str | None = None,
+        layerwise: bool = False,
+    ) -> None:
+        super().__init__(projector, weights, preconditioner, normalize="layer" if layerwise else True)
+
+
+def learning_rates(snapshots: Sequence[SnapshotFeatures]) -> list[float]:
+    """Give the learning rate of each snapshot, summed over the steps it stands for, over the number of runs.
+
+    Args:
+        snapshots: of one run, or of several that were merged.
+
+    Returns:
+        One number a snapshot.
+
+    Raises:
+        AttributionError: if those of a run are missing or zero.
+
+    Example:
+        >>> features = {"features": torch.ones(1, 1)}
+        >>> learning_rates([SnapshotFeatures.of(features, features)])
+        [1.0]
+    """
+    runs: dict[str, float] = {}
+    for snapshot in snapshots:
+        run = snapshot.key.rpartition("/")[0]
+        runs[run] = runs.get(run, 0.0) + snapshot.learning_rate
+    for run, total in runs.items():
+        if not 0 < total < math.inf:
+            keys = [snapshot.key for snapshot in snapshots if snapshot.key.rpartition("/")[0] == run]
+            raise AttributionError(
+                f"The learning rates of the snapshots {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''} add up to "
+                f"{total}: nothing was recorded while they were trained, or no optimizer step was seen. Fit with "
+                "AttributionCallback and optimizers that go through Lightning (`self.optimizers()`), or use TracIn or "
+                'GAS with `weights`: "uniform", or one number a snapshot.'
+            )
+    return [snapshot.learning_rate / len(runs) for snapshot in snapshots]
+
+
+def unit_rows(features: Tensor, layers: Sequence[slice] = (slice(None),)) -> Tensor:
+    """Scale each row to length one, with equal shares of all layers.
+
+    Args:
+        features: ``(b, k)``.
+        layers: columns of each.
+
+    Returns:
+        ``(b, k)``; a layer of zeros stays so.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+    """
+    scaled = torch.zeros_like(features)
+    for columns in layers:
+        scaled[:, columns] = F.normalize(features[:, columns], dim=1)
+    return scaled / math.sqrt(len(layers))

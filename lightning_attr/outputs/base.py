@@ -1,0 +1,195 @@
+r"""Model outputs: the scalar :math:`f(z; \theta)` of a sample that is attributed, and how the loss depends on it.
+
+A training sample pushes the model along :math:`\nabla \ell = -q \nabla f` with :math:`q = -d\ell/df`: a direction
+:math:`\nabla f`, and how hard the sample pushes, :math:`q`, which vanishes once the sample is fitted
+(Park et al., 2023, TRAK, section 3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+__all__ = ["ModelOutput", "at_least_float32", "one_column"]
+
+
+class ModelOutput(ABC):
+    r"""What is attributed: three batched functions of the module's outputs and targets, each sample on its own.
+
+    The three are tied by one identity, :math:`\nabla\ell = -q \nabla f`, which
+    :func:`lightning_attr.testing.check_model_output` tests for an output of your own.
+
+    Example:
+        >>> import torch
+        >>> class SquaredError(ModelOutput):          # the loss itself, attributed as its negative
+        ...     def loss(self, outputs, targets):
+        ...         return (outputs - targets).square().mean(dim=1)
+        ...     def output(self, outputs, targets):
+        ...         return -self.loss(outputs, targets)
+        ...     def out_to_loss(self, outputs, targets):
+        ...         return torch.ones(len(outputs))
+        >>> SquaredError().output(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([-1., -1.])
+    """
+
+    @property
+    def exact(self) -> bool:
+        r"""Whether the loss depends on the outputs through ``f`` alone, so that the identity holds.
+
+        A subclass whose ``q`` approximates says False, and is not held to it.
+
+        Example:
+            >>> from lightning_attr.outputs import LanguageModel
+            >>> LanguageModel("loss").exact, LanguageModel("sum_of_margins").exact
+            (True, False)
+        """
+        return True
+
+    @abstractmethod
+    def output(self, outputs: Any, targets: Any) -> Tensor:
+        """Compute what is attributed; a higher value is more of the behaviour.
+
+        Args:
+            outputs: what the module returns for a batch of ``b`` samples, by default a ``(b, ...)`` float tensor.
+            targets: what it is compared with.
+
+        Returns:
+            ``f``, float, of shape ``(b,)``.
+        """
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Compute the training loss of each sample, as it enters the training objective.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+
+        Returns:
+            The loss, float, of shape ``(b,)``.
+        """
+
+    @abstractmethod
+    def out_to_loss(self, outputs: Any, targets: Any) -> Tensor:
+        r"""Compute :math:`q = -d\ell/df`: how much the loss of a sample falls when its output rises.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+
+        Returns:
+            ``q``, float, of shape ``(b,)``; positive when a higher output lowers the loss.
+        """
+
+    def newton_weight(self, outputs: Any, targets: Any) -> Tensor:
+        r"""Compute :math:`d^2\ell/df^2`, the weight of a sample in a Newton kernel.
+
+        Where the loss is not curved in the output (``NegativeLoss``), every sample weighs one.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+
+        Returns:
+            Non-negative float tensor of shape ``(b,)``.
+        """
+        return torch.ones_like(self.out_to_loss(outputs, targets))
+
+    def values(self, outputs: Any, targets: Any, output: Tensor) -> dict[str, Tensor]:
+        """Compute all that the store keeps beside the output; an output of its own may do it at once.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+            output: what :meth:`output` returned for them, ``(b,)``.
+
+        Returns:
+            ``loss``, ``out_to_loss`` and ``newton_weight``, each ``(b,)``.
+        """
+        return {
+            "loss": self.loss(outputs, targets),
+            "out_to_loss": self.out_to_loss(outputs, targets),
+            "newton_weight": self.newton_weight(outputs, targets),
+        }
+
+    def distribution(self, outputs: Any, targets: Any) -> Distribution:
+        """Give the model's own distribution of the targets, whose negative log-likelihood the loss is.
+
+        The true Fisher takes its labels from it.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`; the distribution does not depend on their values.
+
+        Returns:
+            A ``Categorical``, ``Bernoulli`` or ``Normal`` whose samples have the shape of the targets, float64.
+
+        Raises:
+            NotImplementedError: unless a subclass has one.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name} does not say which distribution of targets its loss belongs to, from which the true Fisher takes "
+            'its labels. Use the empirical Fisher, of the observed labels (`curvature="empirical_fisher"`, or '
+            f'`labels="observed"` in lightning_attr.func), or override `{name}.distribution`.'
+        )
+
+    def relabelled(self, targets: Any, drawn: Tensor) -> Any:
+        """Put labels drawn from :meth:`distribution` in the places of the observed ones.
+
+        Args:
+            targets: as in :meth:`output`.
+            drawn: labels, of the distribution's shape.
+
+        Returns:
+            Targets as :meth:`output` takes them; by default the drawn labels as they are.
+        """
+        return drawn
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Give values a dtype in which margins do not saturate.
+
+    Args:
+        values: floating.
+
+    Returns:
+        Float32, or wider if they are.
+
+    Example:
+        >>> at_least_float32(torch.ones(1, dtype=torch.float16)).dtype
+        torch.float32
+    """
+    # Half-precision margins saturate: q would be 0 for most fitted samples.
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def one_column(name: str, values: Tensor) -> Tensor:
+    """Take one value a sample.
+
+    Args:
+        name: of the model output, for the message.
+        values: ``(b,)`` or ``(b, 1)``.
+
+    Returns:
+        ``(b,)``, float32 or wider if floating.
+
+    Raises:
+        ValueError: for any other shape.
+
+    Example:
+        >>> one_column("Regression", torch.ones(2, 1)).shape
+        torch.Size([2])
+    """
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    if values.ndim != 1:
+        raise ValueError(
+            f"Expected outputs and targets for {name} of shape (b,) or (b, 1), but got {tuple(values.shape)}. "
+            "For several outputs a sample use NegativeLoss, or a ModelOutput of your own."
+        )
+    return at_least_float32(values) if values.dtype.is_floating_point else values

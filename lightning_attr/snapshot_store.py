@@ -1,0 +1,255 @@
+"""The snapshots of a store: the manifest, the weights, and what the optimizer knew; see :mod:`lightning_attr.store`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
+from lightning_attr.files import digest, link_file, link_tree, move_aside, read_tensors, write_tensors
+from lightning_attr.manifest import Fingerprint, Manifest, Snapshot
+from lightning_attr.optimizer_state import OptimizerState
+
+__all__ = ["OPTIMIZER", "SnapshotStore"]
+
+OPTIMIZER = "optimizer.safetensors"
+WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
+
+
+class SnapshotStore:
+    """A directory with the snapshots of a run.
+
+    Args:
+        path: the directory.
+        manifest: its manifest. Use :meth:`open`.
+        writer: whether this process writes the manifest; of several processes that share a store, one does.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = SnapshotStore(folder.name, Manifest(Fingerprint(3, None, {"w": (2,)}, None), 512, None))
+        >>> _ = store.add_snapshot("epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=2, learning_rate=0.1)
+        >>> SnapshotStore.open(folder.name).weights("epoch=0")
+        {'w': tensor([1., 1.])}
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest = manifest
+        self.writer = writer
+
+    @classmethod
+    def open(cls, path: str | Path, writer: bool = True) -> Self:
+        """Open a store.
+
+        Args:
+            path: its directory.
+            writer: as in the constructor.
+
+        Returns:
+            The store.
+        """
+        return cls(path, Manifest.read(Path(path) / "manifest.json"), writer)
+
+    def reload(self) -> None:
+        """Read the manifest again, to see what another process entered."""
+        self.manifest = Manifest.read(self.path / "manifest.json")
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether a directory holds a store.
+
+        Args:
+            path: a directory, which need not exist.
+
+        Returns:
+            True if its manifest is there.
+        """
+        return (Path(path) / "manifest.json").exists()
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the store was written for."""
+        return self.manifest.fingerprint
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots, in the order of training."""
+        return self.manifest.snapshots
+
+    def snapshot(self, key: str) -> Snapshot:
+        """Look a snapshot up.
+
+        Args:
+            key: its name.
+
+        Returns:
+            The snapshot.
+
+        Raises:
+            KeyError: if there is none of this name.
+        """
+        by_key = {snapshot.key: snapshot for snapshot in self.snapshots}
+        if key not in by_key:
+            raise KeyError(f"{self.path} has no snapshot {key!r}; it has {list(by_key)}.")
+        return by_key[key]
+
+    def check(self, fingerprint: Fingerprint) -> None:
+        """Refuse another data set, model or projection than the store's; adopt the projection if it has none yet.
+
+        Args:
+            fingerprint: what is at hand.
+        """
+        self.fingerprint.check(fingerprint, str(self.path))
+        if self.fingerprint.projector is None and fingerprint.projector is not None:
+            self._save(replace(self.manifest, fingerprint=replace(self.fingerprint, projector=fingerprint.projector)))
+
+    def add_snapshot(
+        self,
+        key: str,
+        weights: Mapping[str, Tensor],
+        *,
+        epoch: int,
+        global_step: int,
+        learning_rate: float,
+        optimizer: Mapping[str, Tensor] | None = None,
+    ) -> Snapshot:
+        """Store the weights of a moment of training.
+
+        Args:
+            key: a name that no other snapshot of the store has.
+            weights: parameter or buffer name -> tensor.
+            epoch: index of the epoch.
+            global_step: optimizer steps taken.
+            learning_rate: its sum over the steps since the snapshot before.
+            optimizer: the optimizer's state, as :meth:`OptimizerState.tensors` gives it; None for none.
+
+        Returns:
+            The snapshot.
+
+        Raises:
+            StoreMismatchError: if the name is taken.
+        """
+        if any(snapshot.key == key for snapshot in self.snapshots):
+            raise StoreMismatchError(f"{self.path} already holds the snapshot {key!r}.")
+        folder = f"snapshots/{key}"
+        self._abandon(folder)  # remains of a killed run, whose features are not of these weights
+        own, frozen = self._write_weights(folder, weights)
+        content = own if frozen is None else digest(weights)
+        state = None if optimizer is None else write_tensors(self.path / folder / OPTIMIZER, optimizer)
+        snapshot = Snapshot(
+            key, epoch, global_step, learning_rate, folder, content, projection=key, optimizer=state, frozen=frozen
+        )
+        self._save(replace(self.manifest, snapshots=(*self.snapshots, snapshot)))
+        return snapshot
+
+    def weights(self, key: str) -> dict[str, Tensor]:
+        """Read the weights of a snapshot.
+
+        Args:
+            key: its name.
+
+        Returns:
+            Parameter or buffer name -> tensor.
+
+        Raises:
+            CorruptedStoreError: if they are missing or damaged.
+        """
+        snapshot = self.snapshot(key)
+        if snapshot.frozen is None:
+            return self._tensors(key, WEIGHTS, snapshot.weights)
+        tensors = {**self._tensors(key, FROZEN, snapshot.frozen), **self._tensors(key, WEIGHTS, None)}
+        if digest(tensors) != snapshot.weights:
+            raise CorruptedStoreError(f"{self.path / snapshot.folder} is damaged: {WEIGHTS} is not this snapshot's.")
+        return tensors
+
+    def _write_weights(self, folder: str, weights: Mapping[str, Tensor]) -> tuple[str, str | None]:
+        """Write weights; most of them are frozen under adapters, and are written once for all snapshots.
+
+        Returns:
+            The digests of the file, and of that of the frozen ones if there is one.
+        """
+        frozen = {name: tensor for name, tensor in weights.items() if name not in self.fingerprint.layout}
+        trained = {name: tensor for name, tensor in weights.items() if name not in frozen}
+        if sum(tensor.nbytes for tensor in frozen.values()) <= sum(tensor.nbytes for tensor in trained.values()):
+            return write_tensors(self.path / folder / WEIGHTS, weights), None
+        own = write_tensors(self.path / folder / WEIGHTS, trained)
+        content = digest(frozen)
+        before = next((s for s in reversed(self.snapshots) if s.frozen == content), None)
+        if before is None:
+            return own, write_tensors(self.path / folder / FROZEN, frozen)
+        link_file(self.path / before.folder / FROZEN, self.path / folder / FROZEN)
+        return own, content
+
+    def optimizer_state(self, key: str) -> OptimizerState:
+        """Read what the optimizer knew at a snapshot.
+
+        Args:
+            key: its name.
+
+        Returns:
+            The state.
+
+        Raises:
+            AttributionError: if it was not recorded.
+        """
+        content = self.snapshot(key).optimizer
+        if content is None:
+            raise AttributionError(
+                f"The snapshot {key!r} in {self.path} has no optimizer state, which this method needs. Fit with "
+                "AttributionCallback(optimizer_state=True), or with the method itself as the callback's `method`."
+            )
+        return OptimizerState.from_tensors(self._tensors(key, OPTIMIZER, content))
+
+    def _tensors(self, key: str, file: str, content: str | None) -> dict[str, Tensor]:
+        remedy = f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
+        return read_tensors(self.path / self.snapshot(key).folder / file, content, remedy)
+
+    def set_aside(self, keys: Iterable[str]) -> None:
+        """Take snapshots out of the store; their files move to ``abandoned/``, nothing is deleted.
+
+        Args:
+            keys: names of snapshots, of a branch of training that was given up, for instance.
+        """
+        gone = [self.snapshot(key) for key in keys]
+        self._save(replace(self.manifest, snapshots=tuple(s for s in self.snapshots if s not in gone)))
+        for snapshot in gone:
+            self._abandon(snapshot.folder)
+
+    def _abandon(self, folder: str) -> None:
+        move_aside(self.path / folder, self.path / "abandoned" / Path(folder).relative_to("snapshots"))
+
+    @classmethod
+    def merge(cls, stores: Sequence[str | Path | SnapshotStore], path: str | Path) -> Self:
+        """Join the snapshots of several runs into one ensemble; the files are linked where the file system allows.
+
+        Args:
+            stores: stores of the same data, model and projection, its seed among them.
+            path: a new directory.
+
+        Returns:
+            The ensemble. Its snapshots are named ``run<i>/<key>``.
+
+        Raises:
+            StoreMismatchError: if data, parameters, projection or shards differ, or the directory is not empty.
+            ValueError: if no store is given.
+        """
+        sources = [store if isinstance(store, SnapshotStore) else cls.open(store) for store in stores]
+        merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
+        if merged.path.exists() and any(merged.path.iterdir()):
+            raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
+        folders = [source.path / snapshot.folder for source in sources for snapshot in source.snapshots]
+        for folder, snapshot in zip(folders, merged.snapshots, strict=True):
+            link_tree(folder, merged.path / snapshot.folder)
+        merged._save(merged.manifest)
+        return merged
+
+    def _save(self, manifest: Manifest) -> None:
+        if self.writer:
+            manifest.write(self.path / "manifest.json")
+        self.manifest = manifest

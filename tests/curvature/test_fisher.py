@@ -1,0 +1,165 @@
+"""Labels of the Fisher information: drawn by row and key alone, or listed so that the expectation is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Laplace, Normal
+
+from lightning_attr.curvature.fisher import fisher_batch, quadrature, sample
+from lightning_attr.gradients import HookedGradients
+from lightning_attr.outputs import BinaryMargin, ModelOutput, MulticlassMargin, NegativeLoss, Regression
+
+ROWS = range(20000)
+
+
+def test_categorical_draws_have_their_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    drawn = sample(Categorical(probs=probabilities.expand(20000, 4)), ROWS, 0)
+    assert drawn.dtype == torch.int64
+    assert torch.allclose(drawn.bincount(minlength=4) / 20000, probabilities, atol=0.015)
+    assert (drawn != 1).all()
+
+
+def test_bernoulli_draws_have_their_probabilities() -> None:
+    drawn = sample(Bernoulli(probs=torch.full((20000, 1), 0.3)), ROWS, 0)
+    assert drawn.shape == (20000, 1)
+    assert abs(drawn.mean() - 0.3) < 0.015
+    assert set(drawn.unique().tolist()) == {0, 1}
+
+
+def test_normal_draws_have_their_moments() -> None:
+    drawn = sample(Normal(torch.full((20000, 2), 3.0), 2.0), ROWS, 0)
+    assert torch.allclose(drawn.mean(0), torch.full((2,), 3.0), atol=0.06)
+    assert torch.allclose(drawn.T.cov(), 4 * torch.eye(2), atol=0.15)
+    assert abs(((drawn - 3) / 2).pow(4).mean() - 3) < 0.2  # a normal's kurtosis
+
+
+@pytest.mark.parametrize("kind", ["categorical", "bernoulli", "normal"])
+def test_draws_depend_on_row_and_key_alone(kind: str) -> None:
+    values = torch.randn(10, 3, 5)
+
+    def draw(rows: list[int], *key: object) -> Tensor:
+        given = values[rows]
+        kinds = {
+            "categorical": Categorical(logits=given),
+            "bernoulli": Bernoulli(logits=given),
+            "normal": Normal(given, 1.0),
+        }
+        return sample(kinds[kind], rows, *key)
+
+    whole = draw(list(range(10)), 0, "final")
+    assert torch.equal(draw([7, 2, 4], 0, "final"), whole[[7, 2, 4]])
+    assert not torch.equal(draw(list(range(10)), 1, "final"), whole)
+    assert not torch.equal(draw(list(range(10)), 0, "epoch=1"), whole)
+
+
+def test_certain_labels_are_always_drawn() -> None:
+    logits = torch.tensor([[0.0, -1000.0], [-1000.0, 0.0]])
+    assert sample(Categorical(logits=logits.repeat(500, 1)), range(1000), 0).tolist() == [0, 1] * 500
+
+
+def test_quadrature_of_labels_is_the_distribution() -> None:
+    nodes = quadrature(Categorical(logits=torch.randn(4, 3)), 4)
+    assert [labels.tolist() for _, labels in nodes] == [[0] * 4, [1] * 4, [2] * 4]
+    assert torch.allclose(sum(weights for weights, _ in nodes), torch.ones(4))
+    nodes = quadrature(Bernoulli(probs=torch.full((4, 1), 0.25)), 4)
+    assert [(weights.tolist(), labels.shape) for weights, labels in nodes] == [
+        ([0.75] * 4, (4, 1)),
+        ([0.25] * 4, (4, 1)),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)])
+def test_quadrature_of_a_normal_has_its_covariance(shape: tuple[int, ...]) -> None:
+    mean = torch.randn(shape)
+    nodes = quadrature(Normal(mean, 2.0), 4)
+    covariance = sum(
+        weights[:, None, None] * (y - mean).reshape(4, -1, 1) * (y - mean).reshape(4, 1, -1) for weights, y in nodes
+    )
+    assert torch.allclose(covariance, 4 * torch.eye(shape[1] if len(shape) > 1 else 1).expand(4, -1, -1))
+
+
+def test_other_distributions_are_refused() -> None:
+    other = Laplace(torch.zeros(2), 1.0)
+    for function in (lambda: sample(other, [0, 1], 0), lambda: quadrature(other, 2)):
+        with pytest.raises(TypeError, match=r"to return a Categorical, Bernoulli or Normal of .* but got Laplace"):
+            function()
+
+
+def test_combinations_of_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'one target a sample for `labels="exact"`, but got \(2, 3\) for 2 samples'):
+        quadrature(Categorical(logits=torch.zeros(2, 3, 5)), 2)
+
+
+def module_and_gradients() -> tuple[nn.Module, HookedGradients]:
+    module = nn.Linear(2, 3).double()
+    return module, HookedGradients(module, ["weight", "bias"], direct=())
+
+
+@pytest.mark.parametrize("model_output", [MulticlassMargin(), MulticlassMargin(2.0), BinaryMargin(), Regression(0.5)])
+def test_exact_labels_give_the_curvature_of_the_loss(model_output: ModelOutput) -> None:
+    torch.manual_seed(0)
+    several = isinstance(model_output, MulticlassMargin)
+    module = nn.Linear(2, 3 if several else 1, bias=False).double()
+    x = torch.randn(1, 2, dtype=torch.float64)
+    y = torch.zeros(1, dtype=torch.long if several else torch.float64)
+    hooks = HookedGradients(module, ["weight"], direct=())
+    batch = fisher_batch(hooks, lambda: (module(x), y), model_output, [0], labels="exact")
+    rows: list[Tensor] = []
+    for stream in batch.streams:
+        stream(lambda gradients: rows.append(gradients["weight"].materialise().flatten()))
+    hessian = torch.autograd.functional.hessian(
+        lambda weight: model_output.loss(x @ weight.T, y).sum(), module.weight.detach()
+    )
+    fisher = sum(torch.outer(g, g) for g in rows)
+    assert torch.allclose(fisher, hessian.reshape(fisher.shape), rtol=1e-10, atol=1e-12)
+    assert batch.samples == 1
+
+
+def test_observed_labels_give_the_gradient_of_the_loss() -> None:
+    module, hooks = module_and_gradients()
+    x, y = torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 0])
+    found: dict[str, Any] = {}
+    (stream,) = fisher_batch(hooks, lambda: (module(x), y), MulticlassMargin(), range(4), labels="observed").streams
+    stream(found.update)
+    nn.functional.cross_entropy(module(x), y, reduction="sum").backward()
+    assert torch.allclose(found["weight"].materialise().sum(0), module.weight.grad)
+
+
+def test_sampled_labels_do_not_depend_on_the_observed_ones() -> None:
+    module, hooks = module_and_gradients()
+    x = torch.randn(64, 2).double()
+    totals = []
+    for y, key in ((torch.zeros(64), (0,)), (torch.ones(64), (0,)), (torch.zeros(64), (1,))):
+        found: dict[str, Any] = {}
+        (stream,) = fisher_batch(
+            hooks, lambda y=y: (module(x), y.long()), MulticlassMargin(), range(64), key=key
+        ).streams
+        stream(found.update)
+        totals.append(found["weight"].materialise())
+    assert torch.equal(totals[0], totals[1])
+    assert not torch.equal(totals[0], totals[2])
+
+
+@pytest.mark.parametrize("labels", ["sampled", "exact"])
+def test_loss_without_distribution_is_refused(labels: Any) -> None:
+    module, hooks = module_and_gradients()
+    x, y = torch.randn(4, 2).double(), torch.zeros(4)
+    loss = NegativeLoss(lambda outputs, targets: outputs.sum(1))
+
+    def run() -> None:
+        for stream in fisher_batch(hooks, lambda: (module(x), y), loss, range(4), labels=labels).streams:
+            stream(lambda gradients: None)
+
+    with pytest.raises(NotImplementedError, match="NegativeLoss does not say which distribution"):
+        run()
+
+
+def test_unknown_labels_are_refused() -> None:
+    _, hooks = module_and_gradients()
+    with pytest.raises(ValueError, match="`labels` to be one of sampled, observed, exact, but got 'true'"):
+        fisher_batch(hooks, lambda: (None, None), Regression(), [0], labels="true")  # type: ignore[arg-type]
