@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,7 +116,7 @@ class ContrastiveMixin(AttributionMixin):
             ValueError: if there are too few pairs for the simulated batches, or :meth:`embed` returns other shapes.
         """
         count, size = len(samples), self._positive("attribution_bank_size")
-        rows = range(count)
+        rows: Sequence[int] = range(count)
         if count > size:
             rows = sorted(random_words(count, "bank of pairs").argsort(kind="stable")[:size].tolist())
         if len(rows) < 2:

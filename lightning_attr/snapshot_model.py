@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_attr.attributed import completed, draws_of
 from lightning_attr.batch import select_rows
 from lightning_attr.checkpoints import load_weights, weights_of
+from lightning_attr.draws import Draw
+from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.files import read_tensors, write_tensors
 from lightning_attr.layout import ParameterLayout
@@ -158,6 +161,28 @@ class SnapshotModel:
             with self.precision():
                 parts.append(featurizer(batch, numbers))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def completed(self, rows: Sequence[int], batch: Any) -> Any:
+        """Complete a batch with what the module draws for its samples, for what runs the module on it.
+
+        Args:
+            rows: of the samples.
+            batch: the samples, as :attr:`train_batches` or :attr:`target_batches` give them.
+
+        Returns:
+            What the attribution step takes.
+
+        Raises:
+            AttributionError: if the module's output is the mean of several draws, of which this would be one.
+        """
+        draws = draws_of(self.module)
+        if draws > 1:
+            raise AttributionError(
+                f"Expected `attribution_draws` of {type(self.module).__name__} to be 1, but got {draws}: this method "
+                "runs the module itself, and would see the first draw only. Take a method on stored features, which "
+                "are means over draws: TRAK, TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS."
+            )
+        return completed(self.module, batch, Draw(rows, self.key, device=self.device))
 
     def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum the training loss over a batch, as a function of the parameters, for products with its curvature.

@@ -208,6 +208,19 @@ def test_other_weights_need_another_bank() -> None:
     assert not torch.allclose(stale, fresh)
 
 
+def test_similarities_keep_their_digits_under_autocast() -> None:
+    class Large(TwoTowers):
+        def embed(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return F.normalize(batch[0][:, :3], dim=1), F.normalize(batch[1], dim=1), torch.tensor(100.0)
+
+    module = Large()
+    module.attribution_setup(samples(pairs()), "")
+    batch = module.attribution_batch(pairs(), Draw(range(N)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.attribution_step(batch)[0]
+    torch.testing.assert_close(found, module.attribution_step(batch)[0])
+
+
 # Ground truth ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,9 +368,7 @@ def test_a_model_like_those_of_open_clip() -> None:
 def test_a_bank_that_does_not_exist() -> None:
     module, batch = double()
     for call in (lambda: module.attribution_batch(batch, Draw(range(N))), lambda: module.attribution_step({})):
-        with pytest.raises(
-            RuntimeError, match=r"TwoTowers to have a bank of embeddings.*`attribution_setup` never ran"
-        ):
+        with pytest.raises(RuntimeError, match=r"TwoTowers to have a bank .*`attribution_setup` never ran"):
             call()
 
 

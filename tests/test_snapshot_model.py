@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 
 from cases import BlobClassifier, blobs
 from lightning_attr.checkpoints import load_weights
-from lightning_attr.errors import CorruptedStoreError
+from lightning_attr.draws import Draw
+from lightning_attr.errors import AttributionError, CorruptedStoreError
+from lightning_attr.methods import (
+    KFAC,
+    RPS,
+    AttributionMethod,
+    Influence,
+    LiSSA,
+    RepresentationSimilarity,
+    SnapshotFeatures,
+)
 from lightning_attr.projectors import IdentityProjector, MatrixProjection, NoProjection
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 
@@ -157,3 +168,46 @@ def test_batches_left_before_the_end_are_read_again() -> None:
     next(replay())
     assert len(list(replay())) == len(list(replay())) == 2
     assert len(reads) == 2
+
+
+class Noisy(BlobClassifier):
+    """It sees its samples with noise of their own."""
+
+    def attribution_batch(self, batch: Any, draw: Draw) -> Any:
+        return batch[0] + draw.normal(4).to(batch[0]), batch[1]
+
+
+NOISY = {
+    "EK-FAC": Influence(),
+    "sampled labels": Influence(solver=KFAC("sampled")),
+    "explicit": Influence(solver="explicit"),
+    "Hessian": Influence("hessian", "explicit", weight_decay=1.0),
+    "LiSSA": Influence(solver=LiSSA(iterations=3, batch_size=3), damping=5.0),
+    "DataInf": Influence(solver="datainf"),
+    "representations": RepresentationSimilarity(),
+    "RPS": RPS(),
+}
+
+
+@pytest.mark.parametrize("method", NOISY.values(), ids=NOISY)
+def test_methods_see_what_a_module_draws(method: AttributionMethod) -> None:
+    def scores(module: Any, train: Any, targets: Any) -> Tensor:
+        model = SnapshotModel.of(module.double().eval(), batches(train, 4), batches(targets, 4))
+        return torch.cat([block.scores for block in method.score([SnapshotFeatures.at(model, {})])])
+
+    train, targets = doubled(TRAIN), doubled(TARGETS)
+    noisy, plain = Noisy(), BlobClassifier()
+    plain.load_state_dict(noisy.state_dict())
+    found = scores(noisy, train, targets)
+    shifted = [(x + Draw(range(len(x)), "current").normal(4), y) for x, y in (train, targets)]
+    torch.testing.assert_close(found, scores(plain, *shifted))
+    assert not torch.allclose(found, scores(plain, train, targets), rtol=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(NOISY.keys() - {"DataInf"}))  # which only needs features
+def test_several_draws_need_a_method_on_stored_features(name: str) -> None:
+    noisy = Noisy().eval()
+    noisy.attribution_draws = 2
+    model = SnapshotModel.of(noisy, [TRAIN], [TARGETS])
+    with pytest.raises(AttributionError, match=r"`attribution_draws` of Noisy to be 1, but got 2.*TRAK, TracIn"):
+        list(NOISY[name].score([SnapshotFeatures.at(model, {})]))

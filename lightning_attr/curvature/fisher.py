@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
+from lightning_attr.batch import select_rows
 from lightning_attr.gradients import HookedGradients
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.outputs import ModelOutput
 from lightning_attr.randomness import row_uniforms
 
-__all__ = ["GradientBatch", "GradientStream", "Labels", "fisher_batch"]
+__all__ = ["GradientBatch", "GradientStream", "Labels", "fisher_batch", "usual_labels"]
+
+_FEW_LABELS = 16
 
 GradientStream: TypeAlias = Callable[[LayerSink], object]
 """Streams the gradients of a batch into a sink, layer by layer."""
@@ -34,9 +37,11 @@ class GradientBatch:
     """What a batch adds to a curvature: the outer products of the gradients in all of its streams.
 
     Args:
-        streams: each gives the gradients of the samples for one label a sample; weighted labels give gradients times
-            the square root of the weight.
-        samples: number of samples, counted once, however many streams there are.
+        streams: each gives the gradients of some of the samples, for one label a sample or for several: then the
+            samples follow each other as often as there are labels, and the gradients are times the square roots of the
+            labels' weights.
+        samples: number of samples, of all streams, counted once.
+        labels: how many labels a sample has.
 
     Example:
         >>> GradientBatch([lambda sink: sink({"weight": torch.ones(4, 1)})], samples=4).samples
@@ -45,11 +50,13 @@ class GradientBatch:
 
     streams: Sequence[GradientStream]
     samples: int
+    labels: int = 1
 
 
 def fisher_batch(
     gradients: HookedGradients,
-    step: Callable[[], tuple[Any, Any]],
+    step: Callable[[Any], tuple[Any, Any]],
+    batch: Any,
     model_output: ModelOutput,
     rows: Sequence[int],
     *,
@@ -60,15 +67,16 @@ def fisher_batch(
 
     Args:
         gradients: the hooks of the module.
-        step: runs the module on the batch and returns ``(outputs, targets)``.
+        step: runs the module on a batch and returns ``(outputs, targets)``.
+        batch: the batch.
         model_output: gives the loss, and the distribution of the labels.
         rows: dataset row of each of the ``b`` samples, on which its draws depend.
         labels: "sampled" from the model, one a sample; "exact" for the expectation over them, at the price of a pass a
-            label; "observed" for the empirical Fisher.
+            label, in parts that take no more memory than the batch does with one; "observed" for the empirical Fisher.
         key: what draws depend on besides the row: seed, snapshot and pass.
 
     Returns:
-        The batch, from which nothing has been run yet, except for "exact" the forward pass that tells the weights.
+        The batch, from which nothing has been run yet, but for "exact" one sample that tells how many labels there are.
 
     Raises:
         NotImplementedError: if the model output has no distribution, when it is needed.
@@ -79,7 +87,7 @@ def fisher_batch(
         >>> from lightning_attr.outputs import Regression
         >>> layer, x, y = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]]), torch.zeros(1)
         >>> hooks = HookedGradients(layer, ["weight"], direct=())
-        >>> batch = fisher_batch(hooks, lambda: (layer(x), y), Regression(), [0], labels="exact")
+        >>> batch = fisher_batch(hooks, lambda b: (layer(b[0]), b[1]), (x, y), Regression(), [0], labels="exact")
         >>> for stream in batch.streams:
         ...     _ = stream(lambda gradients: print(gradients["weight"].materialise().round()))
         tensor([[[-1., -2.]]])
@@ -88,26 +96,81 @@ def fisher_batch(
         raise ValueError(f"Expected argument `labels` to be one of {', '.join(get_args(Labels))}, but got {labels!r}.")
     size = len(rows)
 
-    def loss(other: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        outputs, targets = step()
-        if other is None:
-            return model_output.loss(outputs, targets)
+    def loss() -> Tensor:
+        outputs, targets = step(batch)
+        if labels == "sampled":
+            with torch.no_grad():
+                drawn = sample(model_output.distribution(outputs, targets), rows, "labels", *key)
+                targets = model_output.relabelled(targets, drawn)
+        return model_output.loss(outputs, targets)
+
+    def weighted(positions: Sequence[int]) -> Tensor:
+        outputs, targets = step(select_rows(batch, size, [*positions] * count))
         with torch.no_grad():
-            weights, targets = other(outputs, targets)
+            weights, values = quadrature(model_output.distribution(outputs, targets), count * len(positions))
+            targets = model_output.relabelled(targets, values)
         losses = model_output.loss(outputs, targets)
         return losses * weights.sqrt().to(losses)
 
-    def sampled(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        drawn = sample(model_output.distribution(outputs, targets), rows, "labels", *key)
-        return torch.ones(()), model_output.relabelled(targets, drawn)
+    if labels != "exact":
+        return GradientBatch([partial(gradients, loss, size)], size)
+    with torch.no_grad():
+        count = label_count(model_output.distribution(*step(select_rows(batch, size, [0]))), 1)
+    height = max(1, size // count)
+    parts = [range(start, min(start + height, size)) for start in range(0, size, height)]
+    streams = [partial(gradients, partial(weighted, part), count * len(part)) for part in parts]
+    return GradientBatch(streams, size, count)
 
-    if labels == "exact":
-        with torch.no_grad():
-            nodes = quadrature(model_output.distribution(*step()), size)
-        forwards = [partial(loss, lambda *_, node=node: node) for node in nodes]
-    else:
-        forwards = [partial(loss, None if labels == "observed" else sampled)]
-    return GradientBatch([partial(gradients, forward, size) for forward in forwards], size)
+
+def usual_labels(distribution: Distribution, samples: int) -> Labels:
+    """Choose between "exact" and "sampled": exact labels rank better, and cost as many passes as there are.
+
+    Args:
+        distribution: as of :func:`quadrature`.
+        samples: ``b``.
+
+    Returns:
+        "exact" for at most 16 labels a sample, else "sampled".
+
+    Raises:
+        TypeError: if the distribution is another one.
+
+    Example:
+        >>> [usual_labels(Categorical(logits=torch.zeros(2, classes)), 2) for classes in (10, 1000)]
+        ['exact', 'sampled']
+    """
+    several = not isinstance(distribution, Normal) and distribution.batch_shape.numel() != samples
+    return "sampled" if several or label_count(distribution, samples) > _FEW_LABELS else "exact"
+
+
+def label_count(distribution: Distribution, samples: int) -> int:
+    """Count the labels that :func:`quadrature` lists, with its arguments and errors.
+
+    Args:
+        distribution: as of :func:`quadrature`.
+        samples: ``b``.
+
+    Returns:
+        How many.
+
+    Raises:
+        TypeError: if the distribution is another one.
+        ValueError: if there are several discrete values a sample, whose combinations are too many.
+
+    Example:
+        >>> label_count(Bernoulli(probs=torch.tensor([0.25])), 1)
+        2
+    """
+    shape = distribution.batch_shape
+    if isinstance(distribution, Normal):
+        return shape.numel() // samples
+    probabilities: Tensor = _discrete(distribution).probs
+    if shape.numel() != samples:
+        raise ValueError(
+            f'Expected one target a sample for `labels="exact"`, but got {tuple(shape)} for {samples} samples: their '
+            'combinations are too many. Pass `labels="sampled"`.'
+        )
+    return 2 if isinstance(distribution, Bernoulli) else probabilities.shape[-1]
 
 
 def sample(distribution: Distribution, rows: Sequence[int], *key: object) -> Tensor:
@@ -143,40 +206,37 @@ def sample(distribution: Distribution, rows: Sequence[int], *key: object) -> Ten
     return below.sum(-1).clamp(max=cumulative.shape[-1] - 1)
 
 
-def quadrature(distribution: Distribution, samples: int) -> list[tuple[Tensor, Tensor]]:
-    r"""List labels and weights whose sum is the exact expectation of a gradient's outer product.
+def quadrature(distribution: Distribution, samples: int) -> tuple[Tensor, Tensor]:
+    r"""Give labels and weights whose sum is the exact expectation of a gradient's outer product.
 
     All labels of a discrete distribution; of a normal one, with a loss quadratic in the label, a step along each
     of the ``r`` values of a sample, :math:`\mu + \sqrt{r} \sigma e_k` with the weight :math:`1 / r`.
 
     Args:
-        distribution: categorical or Bernoulli over one value of each of ``b`` samples, or normal over ``r``.
-        samples: ``b``.
+        distribution: categorical or Bernoulli over one value a sample, or normal over ``r``; the ``b`` samples follow
+            each other as often as there are labels, ``c`` times: the first time they get the first label, and so on.
+        samples: ``c * b``.
 
     Returns:
-        ``(weights, labels)``, ``(b,)`` and as the targets, for each label.
+        Weights ``(c * b,)``, and labels of the distribution's shape.
 
     Raises:
         TypeError: if the distribution is another one.
         ValueError: if there are several discrete values a sample, whose combinations are too many.
 
     Example:
-        >>> quadrature(Bernoulli(probs=torch.tensor([0.25])), 1)
-        [(tensor([0.7500]), tensor([0.])), (tensor([0.2500]), tensor([1.]))]
+        >>> quadrature(Bernoulli(probs=torch.tensor([0.25, 0.25])), 2)
+        (tensor([0.7500, 0.2500]), tensor([0., 1.]))
     """
-    shape = distribution.batch_shape
+    shape, count = distribution.batch_shape, label_count(distribution, samples)
     if isinstance(distribution, Normal):
-        values = shape.numel() // samples
-        steps = torch.eye(values).to(distribution.loc).mul(math.sqrt(values)).reshape(values, 1, *shape[1:])
-        weight = torch.full((samples,), 1 / values).to(distribution.loc)
-        return [(weight, distribution.loc + distribution.scale * step) for step in steps]
-    if shape.numel() != samples:
-        raise ValueError(
-            f'Expected one target a sample for `labels="exact"`, but got {tuple(shape)} for {samples} samples: their '
-            'combinations are too many. Pass `labels="sampled"`.'
-        )
-    support = _discrete(distribution).enumerate_support()  # type: ignore[no-untyped-call]
-    return [(distribution.log_prob(label).exp().reshape(samples), label) for label in support]
+        steps = torch.eye(count).repeat_interleave(samples // count, 0).to(distribution.loc).reshape(shape)
+        weights = torch.full((samples,), 1 / count).to(distribution.loc)
+        return weights, distribution.loc + math.sqrt(count) * distribution.scale * steps
+    probabilities: Tensor = _discrete(distribution).probs
+    labels = torch.arange(count, device=probabilities.device).repeat_interleave(samples // count).reshape(shape)
+    labels = labels.to(probabilities) if isinstance(distribution, Bernoulli) else labels
+    return distribution.log_prob(labels).exp().reshape(samples), labels
 
 
 def _discrete(distribution: Distribution) -> Bernoulli | Categorical:

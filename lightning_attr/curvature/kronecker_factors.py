@@ -212,11 +212,11 @@ class _Covariances:
         self.columns = zeros(block.columns, block.columns)
         self.positions = zeros()
 
-    def add(self, gradient: WeightGradient) -> None:
-        for samples in chunks(self.block, [gradient]):
-            rows, columns = self.block.factors(gradient, samples)
+    def add(self, gradient: WeightGradient, labels: int) -> None:
+        for samples in chunks(self.block, [gradient], labels=labels):
+            rows, columns = self.block.factors(gradient, samples, labels)
             alive = (rows != 0).any(-1, keepdim=True)
-            self.rows += _gram(rows)
+            self.rows += _gram(rows.unflatten(3, (labels, -1)).flatten(2, 3))
             self.columns += _gram(columns if alive.all() else columns * alive)
             self.positions += alive.sum((0, 2, 3))
 
@@ -235,11 +235,12 @@ class _Covariances:
 class _CovarianceSink:
     def __init__(self, covariances: Mapping[str, _Covariances]) -> None:
         self.covariances = covariances
+        self.labels = 1
 
     def __call__(self, gradients: Mapping[str, ParameterGradient]) -> None:
         for name, gradient in gradients.items():
             if name in self.covariances:
-                self.covariances[name].add(cast(WeightGradient, gradient))
+                self.covariances[name].add(cast(WeightGradient, gradient), self.labels)
 
     def finish(self) -> None:
         """Nothing waits for the end of a batch."""
@@ -253,6 +254,7 @@ class _MomentSink:
     ) -> None:
         self.bases = bases
         self.moments = moments
+        self.labels = 1
         self.uses = BatchUses({block.weight: block for block in blocks})
 
     def __call__(self, gradients: Mapping[str, ParameterGradient]) -> None:
@@ -261,7 +263,8 @@ class _MomentSink:
     def finish(self) -> None:
         for block, uses in self.uses:
             factors = self.bases[block.weight]
-            for _, squares in squared_gradients(block, uses, factors.rows_basis, factors.columns_basis):
+            bases = factors.rows_basis, factors.columns_basis
+            for _, squares in squared_gradients(block, uses, *bases, self.labels):
                 self.moments[block.weight].add_(squares.summed())
 
 
@@ -274,6 +277,7 @@ def _samples_of(
     """Run a pass and count its samples."""
     samples = 0
     for batch in batches:
+        sink.labels = batch.labels
         for stream in batch.streams:
             stream(sink)
             sink.finish()

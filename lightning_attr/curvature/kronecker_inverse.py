@@ -81,7 +81,7 @@ class KroneckerInverse:
             )
         slots = self.layout.slots
         result = torch.zeros_like(vectors)
-        for block in self.layout.blocks:
+        for block in self.layout.blocks if len(vectors) else ():
             solved = self._solve(block.weight, block.matrices({name: vectors[:, slots[name]] for name in block.names}))
             for name, part in block.vectors(solved).items():
                 result[:, slots[name]] = part

@@ -100,25 +100,27 @@ class KroneckerBlock:
             parts[self.bias] = matrices[..., -1].reshape(len(matrices), -1)
         return parts
 
-    def factors(self, gradient: WeightGradient, samples: slice) -> tuple[Tensor, Tensor]:
+    def factors(self, gradient: WeightGradient, samples: slice, labels: int = 1) -> tuple[Tensor, Tensor]:
         """Read both sides of the outer products from the gradients of one use.
 
         Args:
             gradient: what a sink receives for the weight.
             samples: which samples of the batch.
+            labels: how often the samples follow each other in the batch, with another label each time; the activations
+                are those of the first time.
 
         Returns:
-            Gradients at the output ``(b, groups, s, d_o)`` and activations ``(b, groups, s, d_i + 1)``, whose last
-            column is one for the bias; do not change them in place.
+            Gradients at the output ``(b, groups, s, labels * d_o)``, label beside label, and activations
+            ``(b, groups, s, d_i + 1)``, whose last column is one for the bias; do not change them in place.
         """
         if isinstance(gradient, ConvSum):
-            part = gradient.part(samples)
-            rows = part.backprops.reshape(len(part.backprops), self.groups, self.rows, -1).mT
-            return rows, self._windows(part)
-        rows, columns = (side[samples].unsqueeze(1) for side in (gradient.rows, gradient.columns))
-        if self.transposed:
-            rows, columns = columns, rows
-        return rows, columns if self.bias is None else F.pad(columns, (0, 1), value=1.0)
+            rows = gradient.backprops.unflatten(0, (labels, -1))[:, samples]
+            rows = rows.reshape(*rows.shape[:2], self.groups, self.rows, -1).permute(1, 2, 4, 0, 3)
+            return rows.flatten(3), self._windows(gradient.part(samples))
+        sides = (gradient.columns, gradient.rows) if self.transposed else (gradient.rows, gradient.columns)
+        rows = sides[0].unflatten(0, (labels, -1))[:, samples].permute(1, 2, 0, 3)
+        columns = sides[1][samples].unsqueeze(1)
+        return rows.flatten(2).unsqueeze(1), columns if self.bias is None else F.pad(columns, (0, 1), value=1.0)
 
     def _windows(self, gradient: ConvSum) -> Tensor:
         """Unfold with a single copy, ones included, for that takes as long as the products."""

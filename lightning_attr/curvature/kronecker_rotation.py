@@ -88,7 +88,7 @@ class SquaredGradients:
 
 
 def squared_gradients(
-    block: KroneckerBlock, uses: list[WeightGradient], rows_basis: Tensor, columns_basis: Tensor
+    block: KroneckerBlock, uses: list[WeightGradient], rows_basis: Tensor, columns_basis: Tensor, labels: int = 1
 ) -> Iterator[tuple[slice, SquaredGradients]]:
     """Rotate the gradients of a batch, some samples at a time.
 
@@ -97,9 +97,10 @@ def squared_gradients(
         uses: all uses of its weight in the batch.
         rows_basis: ``Q_S``, eigenvectors in columns, ``(groups, d_o, d_o)``.
         columns_basis: ``Q_A``, ``(groups, d_i, d_i)``.
+        labels: how often the samples follow each other in the batch, with another label each time.
 
     Yields:
-        Which samples, and their squares.
+        Which samples, and their squares, added up over labels.
 
     Example:
         >>> from lightning_attr.gradients import OuterSum
@@ -108,29 +109,40 @@ def squared_gradients(
         ...     print(samples, squares.summed())
         slice(0, 2, None) tensor([[[25.]]])
     """
-    formed = block.groups * block.rows * block.columns
-    for samples in chunks(block, uses, formed):
-        sides = [block.factors(use, samples) for use in uses]
+    formed = block.groups * labels * block.rows * block.columns
+    for samples in chunks(block, uses, formed, labels):
+        sides = [block.factors(use, samples, labels) for use in uses]
         rows, columns = (torch.cat(side, 2) if len(uses) > 1 else side[0] for side in zip(*sides, strict=True))
-        if rows.shape[2] == 1:
-            rows, columns = rows @ rows_basis, columns @ columns_basis
-            yield samples, SquaredGradients(rows=rows[:, :, 0].square(), columns=columns[:, :, 0].square())
-            continue
         positions, d_o, d_i = rows.shape[2], block.rows, block.columns
-        if positions * (d_o**2 + d_i**2) < d_o * d_i * (d_o + d_i):
-            gradients = (rows @ rows_basis).mT @ (columns @ columns_basis)
+        if positions == 1:
+            rows, columns = _rotated(rows, rows_basis, labels), columns @ columns_basis
+            summed = rows[:, :, 0].square().unflatten(2, (labels, d_o)).sum(2)
+            yield samples, SquaredGradients(rows=summed, columns=columns[:, :, 0].square())
+            continue
+        if positions * (labels * d_o**2 + d_i**2) < labels * d_o * d_i * (d_o + d_i):
+            gradients = _rotated(rows, rows_basis, labels).mT @ (columns @ columns_basis)
         else:
-            gradients = rows_basis.mT @ (rows.mT @ columns @ columns_basis)
-        yield samples, SquaredGradients(formed=gradients.square_())
+            gradients = (rows.mT @ columns @ columns_basis).unflatten(2, (labels, d_o))
+            gradients = (rows_basis.mT.unsqueeze(1) @ gradients).flatten(2, 3)
+        yield samples, SquaredGradients(formed=gradients.square_().unflatten(2, (labels, d_o)).sum(2))
 
 
-def chunks(block: KroneckerBlock, uses: list[WeightGradient], beside: int = 0) -> Iterator[slice]:
+def _rotated(rows: Tensor, basis: Tensor, labels: int) -> Tensor:
+    """Rotate the output gradients of each label, ``(b, groups, s, labels * d_o)``."""
+    if labels == 1:
+        return rows @ basis
+    rotated: Tensor = rows.unflatten(3, (labels, -1)).flatten(2, 3) @ basis
+    return rotated.reshape(rows.shape)
+
+
+def chunks(block: KroneckerBlock, uses: list[WeightGradient], beside: int = 0, labels: int = 1) -> Iterator[slice]:
     """Split a batch so that the factors of its samples fit into ``CHUNK`` numbers.
 
     Args:
         block: whose gradients they are.
         uses: uses of its weight in the batch.
         beside: numbers a sample needs besides.
+        labels: how often the samples follow each other in the batch.
 
     Yields:
         The parts, of at least one sample each.
@@ -142,8 +154,8 @@ def chunks(block: KroneckerBlock, uses: list[WeightGradient], beside: int = 0) -
         [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     sizes = [_sizes(use) for use in uses]
-    batch = sizes[0][0]
-    needed = beside + block.groups * (block.rows + block.columns) * sum(positions for _, positions in sizes)
+    batch = sizes[0][0] // labels
+    needed = beside + block.groups * (labels * block.rows + block.columns) * sum(positions for _, positions in sizes)
     step = max(1, CHUNK // needed)
     for start in range(0, batch, step):
         yield slice(start, min(start + step, batch))

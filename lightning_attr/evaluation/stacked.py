@@ -239,9 +239,7 @@ class Stack:
         loads = [partial(self.load, state, model) for model in range(count) if finite[model]]
         outputs = torch.full((count, len(fitted.targets)), torch.nan)
         if loads:
-            found = outputs_at(
-                self.trainer, self.module, fitted.datamodule, fitted.targets, loads, beat, fitted.train
-            )
+            found = outputs_at(self.trainer, self.module, fitted.datamodule, fitted.targets, loads, beat, fitted.train)
             outputs = outputs.to(found.dtype)
             outputs[torch.tensor(finite)] = found
         return outputs

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_attr.batch import select_rows
-from lightning_attr.curvature.fisher import GradientBatch, Labels, fisher_batch
+from lightning_attr.curvature.fisher import GradientBatch, Labels, fisher_batch, usual_labels
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
 from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
 from lightning_attr.curvature.kronecker_layout import KroneckerLayout
@@ -28,7 +28,7 @@ def ekfac(
     loss: ModelOutput | Callable[[Any, Any], Tensor],
     batches: Iterable[tuple[Any, Tensor]],
     *,
-    labels: Labels = "sampled",
+    labels: Literal["auto", "exact", "sampled", "observed"] = "auto",
     method: KroneckerMethod = "ekfac",
     damping: float = 0.1,
     weight_decay: float = 0.0,
@@ -48,8 +48,9 @@ def ekfac(
         batches: pairs ``(inputs, targets)``, on the module's device, that can be gone through more than once, such as a
             list or a data loader. ``module(inputs)`` gives the outputs, ``len(targets)`` is the batch size.
         labels: "sampled" from the model, one a sample (the true Fisher, equal to the Gauss-Newton matrix in
-            expectation); "exact" for the expectation itself, at the price of a pass a label; "observed" for the
-            empirical Fisher.
+            expectation); "exact" for the expectation itself, at the price of a pass a label; "auto" for exact ones of
+            up to 16 classes, or up to 16 outputs of a regression, and sampled ones beyond; "observed" for the empirical
+            Fisher.
         method: "ekfac", or "kfac" without corrected eigenvalues.
         damping: in units of the mean eigenvalue of each layer.
         weight_decay: coefficient of the L2 term of the objective, as in ``torch.optim.SGD``.
@@ -83,16 +84,24 @@ def ekfac(
         layout = _layout(module, model_output, batches)
         hooks = HookedGradients(module, layout.names, direct=())
 
+        def step(batch: tuple[Any, Tensor]) -> tuple[Any, Tensor]:
+            return module(batch[0]), batch[1]
+
+        chosen: Labels
+        if labels == "auto":
+            first = next(iter(batches))
+            with torch.no_grad():
+                chosen = usual_labels(model_output.distribution(*step(first)), len(first[1]))
+        else:
+            chosen = labels
+
         def gradients(number: int) -> Iterator[GradientBatch]:
             start = 0
             for batch in batches:
                 rows = range(start, start + len(batch[1]))
                 start = rows.stop
 
-                def step(batch: tuple[Any, Tensor] = batch) -> tuple[Any, Tensor]:
-                    return module(batch[0]), batch[1]
-
-                yield fisher_batch(hooks, step, model_output, rows, labels=labels, key=(seed, number))
+                yield fisher_batch(hooks, step, batch, model_output, rows, labels=chosen, key=(seed, number))
 
         parameter = next(p for p in module.parameters() if p.requires_grad)
         dtype = torch.promote_types(parameter.dtype, torch.float32)

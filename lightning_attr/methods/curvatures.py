@@ -220,7 +220,7 @@ class TrainingCurvature:
             if not chosen:
                 continue
             part = batch if len(chosen) == len(rows) else select_rows(batch, len(rows), chosen)
-            product = self._product(part, len(chosen))
+            product = self._product(self.model.completed([rows[i] for i in chosen], part), len(chosen))
             yield product
             count, size = count + 1, size + 2 * self._bytes_a_row
             if size <= _AT_ONCE:

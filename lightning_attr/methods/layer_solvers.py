@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, get_args
+from itertools import islice
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.fisher import GradientBatch, GradientStream, Labels, fisher_batch
+from lightning_attr.curvature.fisher import GradientBatch, GradientStream, Labels, fisher_batch, usual_labels
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
 from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
 from lightning_attr.curvature.kronecker_layout import KroneckerLayout
@@ -23,7 +24,7 @@ from lightning_attr.methods.curvatures import TrainingCurvature, check_outputs
 from lightning_attr.methods.solvers import Inverse, Prepared, Solver
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.randomness import hashed_seed
-from lightning_attr.snapshot_model import SnapshotModel
+from lightning_attr.snapshot_model import Batches, SnapshotModel
 
 __all__ = ["EKFAC", "KFAC", "DataInf"]
 
@@ -39,11 +40,13 @@ class EKFAC(Solver):
     over the training set, and are kept beside the snapshot. The damping is relative to each layer's mean eigenvalue.
 
     Args:
-        labels: "sampled" from the model, one a sample and pass; "exact" for all, at the price of a pass a label. With
-            ``curvature="empirical_fisher"`` it is the observed ones.
+        labels: "exact" for the expectation over the model's own labels, at the price of a pass a label; "sampled" for
+            one a sample and pass; "auto" for exact ones of up to 16 classes, or up to 16 outputs of a regression, and
+            sampled ones beyond. With ``curvature="empirical_fisher"`` they are the observed ones. The evidence says as
+            ``labels`` which were taken.
 
     Raises:
-        ValueError: if ``labels`` is neither.
+        ValueError: if ``labels`` is none of these.
 
     Example:
         >>> EKFAC(labels="exact").config
@@ -54,11 +57,11 @@ class EKFAC(Solver):
     curvatures: ClassVar[tuple[str, ...]] = ("ggn", "empirical_fisher")
     usual_damping: ClassVar[float] = 0.1
     method: ClassVar[KroneckerMethod] = "ekfac"
-    labels: Labels = "sampled"
+    labels: Literal["auto", "exact", "sampled"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.labels not in {"sampled", "exact"}:
-            raise ValueError(f"Expected argument `labels` to be 'sampled' or 'exact', but got {self.labels!r}.")
+        if self.labels not in {"auto", "exact", "sampled"}:
+            raise ValueError(f"Expected argument `labels` to be 'auto', 'exact' or 'sampled', but got {self.labels!r}.")
 
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Fit the factors, or read them; see :meth:`Solver.prepare`.
@@ -75,9 +78,12 @@ class EKFAC(Solver):
         """
         model = curvature.model
         layout = KroneckerLayout.of(model.module, hooked=model.plan.hooked, direct=model.plan.direct)
-        labels: Labels = "observed" if curvature.curvature == "empirical_fisher" else self.labels
-        assert labels in get_args(Labels)
-        streams = _Streams(model)
+        streams = _Streams(model, layout.names)
+        if curvature.curvature == "empirical_fisher":
+            labels: Labels = "observed"
+        else:
+            check_outputs(model)
+            labels = streams.usual_labels() if self.labels == "auto" else self.labels
 
         def compute() -> dict[str, Tensor]:
             factors = KroneckerFactors.fit(
@@ -98,7 +104,7 @@ class EKFAC(Solver):
 
         def inverse(damping: float) -> Inverse:
             own = KroneckerInverse(factors, damping=damping, method=self.method, weight_decay=curvature.weight_decay)
-            return _Kronecker(curvature, own, streams, damping)
+            return _Kronecker(curvature, own, streams, damping, labels)
 
         return inverse
 
@@ -112,7 +118,7 @@ class KFAC(EKFAC):
 
     Example:
         >>> KFAC().config
-        {'solver': 'kfac', 'labels': 'sampled'}
+        {'solver': 'kfac', 'labels': 'auto'}
     """
 
     name: ClassVar[str] = "kfac"
@@ -122,23 +128,35 @@ class KFAC(EKFAC):
 class _Streams:
     """The gradients of the training samples of this process, layer by layer."""
 
-    def __init__(self, model: SnapshotModel) -> None:
+    def __init__(self, model: SnapshotModel, names: Collection[str]) -> None:
         self.model = model
-        self.gradients = HookedGradients(model.module, model.plan.hooked, model.plan.direct)
+        self.gradients = HookedGradients(model.module, names, direct=())
+
+    def batches(self) -> Batches:
+        """Training samples of this process, completed."""
+        return ((rows, self.model.completed(rows, batch)) for rows, batch in self.model.train_batches())
+
+    def usual_labels(self) -> Labels:
+        """Exact labels if all processes find them few."""
+        module: Any = self.model.module
+        many = torch.zeros((), device=self.model.device)
+        for rows, batch in islice(self.batches(), 1):
+            with torch.no_grad(), self.model.precision():
+                distribution = module.model_output.distribution(*module.attribution_step(batch))
+            many += usual_labels(distribution, len(rows)) == "sampled"
+        return "sampled" if self.model.reduce(many) > 0 else "exact"
 
     def fisher(self, labels: Labels, key: tuple[object, ...]) -> Iterator[GradientBatch]:
         """Gradients of the loss for labels of the model's own, or for those observed."""
         module: Any = self.model.module
-        if labels != "observed":
-            check_outputs(self.model)
-        for rows, batch in self.model.train_batches():
+        for rows, batch in self.batches():
             if labels == "observed" and not hasattr(module, "attribution_step"):
                 yield GradientBatch([self.outputs(batch, len(rows))], len(rows))  # the loss but for its sign
                 continue
-            step: Callable[[], tuple[Any, Any]] = partial(module.attribution_step, batch)
+            step, output = module.attribution_step, module.model_output
             with self.model.precision():
-                own = fisher_batch(self.gradients, step, module.model_output, rows, labels=labels, key=key)
-            yield GradientBatch([partial(self._precisely, stream) for stream in own.streams], own.samples)
+                own = fisher_batch(self.gradients, step, batch, output, rows, labels=labels, key=key)
+            yield replace(own, streams=[partial(self._precisely, stream) for stream in own.streams])
 
     def outputs(self, batch: Any, size: int) -> GradientStream:
         """Gradients of what is attributed."""
@@ -155,22 +173,22 @@ class _Streams:
 
 class _Kronecker(Inverse):
     def __init__(
-        self, curvature: TrainingCurvature, inverse: KroneckerInverse, streams: _Streams, damping: float
+        self, curvature: TrainingCurvature, inverse: KroneckerInverse, streams: _Streams, damping: float, labels: Labels
     ) -> None:
         super().__init__(curvature)
         self.inverse = inverse
         self.streams = streams
         self.damping = damping
-        self.found = {"parameters_covered": inverse.layout.share}
+        self.found = {"parameters_covered": inverse.layout.share, "labels": labels}
 
     def solve(self, rows: Tensor) -> Tensor:
-        return self.inverse.apply(rows) if len(rows) else rows  # none are left once all systems are solved
+        return self.inverse.apply(rows)
 
     def quadratic_forms(self, squared: bool = True) -> tuple[Tensor, Tensor]:
         """From the factored gradients: a pass for each form, and no gradient is formed."""
         model = self.curvature.model
         forms = torch.zeros(2, model.n_train, dtype=model.dtype, device=model.device)
-        for rows, batch in model.train_batches():
+        for rows, batch in self.streams.batches():
             for power in (1, 2) if squared else (1,):
                 stream = self.streams.outputs(batch, len(rows))
                 found = self.inverse.quadratic_form(stream, len(rows), power=power)

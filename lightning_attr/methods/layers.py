@@ -115,6 +115,7 @@ def observed(
         The rows of a batch, and their columns.
 
     Raises:
+        AttributionError: see :meth:`SnapshotModel.completed`.
         NonFiniteGradientError: if a value is NaN or Inf.
         ValueError: see :func:`observe`.
 
@@ -128,7 +129,7 @@ def observed(
     """
 
     def run(batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
-        return dict(columns(observe(model, batch, len(rows), layer)))
+        return dict(columns(observe(model, model.completed(rows, batch), len(rows), layer)))
 
     for rows, batch in batches:
         with model.precision():

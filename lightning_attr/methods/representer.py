@@ -125,7 +125,7 @@ class RPS(ModelMethod):
     def _fit(self, model: SnapshotModel, blocks: Sequence[_HeadInput]) -> Tensor:
         def fit() -> dict[str, Tensor]:
             rows, batch = next(iter(model.target_batches(range(1))))  # a process may have no training samples
-            seen = observe(model, batch, len(rows), self.layer)
+            seen = observe(model, model.completed(rows, batch), len(rows), self.layer)
             _head_input(model, seen)
             assert isinstance(seen.layer, nn.Linear)
             features, logits = [block.features for block in blocks], [block.logits for block in blocks]

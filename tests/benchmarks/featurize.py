@@ -51,9 +51,9 @@ SETUP_LIMIT = 240  # seconds; dattri compiles C++
 class Classifier(AttributionMixin, nn.Module):
     """A batch is (*inputs, labels)."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.model_output = job.network, job.model_output
 
     def attribution_step(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return self.network(*batch[:-1]), batch[-1]
@@ -64,7 +64,7 @@ def plain(job: Job) -> Callable[[], None]:
 
     def run() -> None:
         job.network.zero_grad()
-        F.cross_entropy(job.network(*job.inputs), job.labels).backward()
+        F.cross_entropy(job.network(*job.inputs).flatten(0, -2), job.labels.flatten()).backward()
 
     return run
 
@@ -73,7 +73,7 @@ def ours(projector: Projector) -> Maker:
     """What the callback does with a batch, but for writing it."""
 
     def make(job: Job) -> Callable[[], Any]:
-        module, batch = Classifier(job.network).eval(), (*job.inputs, job.labels)
+        module, batch = Classifier(job).eval(), (*job.inputs, job.labels)
         path = plan(module, tuple(x[:4] for x in batch), 4)
         featurizer = Featurizer(module, path, projector.bind(ParameterLayout.of(module), "final"))
         rows = list(range(job.batch_size))
@@ -84,7 +84,7 @@ def ours(projector: Projector) -> Maker:
 
 def vmap(job: Job) -> Callable[[], Any]:
     """The usual way to per-sample gradients, not projected."""
-    module, batch = Classifier(job.network).eval(), (*job.inputs, job.labels)
+    module, batch = Classifier(job).eval(), (*job.inputs, job.labels)
     params = {name: p.detach() for name, p in module.named_parameters()}
     return lambda: vmap_gradients(lambda p, b: module.functional_output(p, {}, b), params, batch, job.batch_size)
 
@@ -98,7 +98,7 @@ def rows_of(key: str, peers: bool) -> dict[str, Maker]:
         rows["ours, GraSS, proj_dim 2048"] = ours(GraSSProjector(2048))
         rows["ours, FactGraSS, proj_dim 2048"] = ours(FactGraSSProjector(2048))
     rows["vmap(grad), gradients only"] = vmap
-    return rows | PEERS if peers else rows
+    return rows | PEERS if peers and WORKS[key].length is None else rows  # peers are set up for classifiers
 
 
 def seconds(run: Callable[[], Any], device: str, passes: int) -> float:

@@ -164,7 +164,10 @@ def blocks(name: str) -> Callable[..., Tensor]:
 
 
 def knn_shapley(run: Run, own: bool, neighbors: int) -> Tensor:
-    """On the inputs of the last layer; scores come as (targets, training samples), positive helps."""
+    """On the inputs of the last layer; scores come as (targets, training samples), positive helps.
+
+    Self-influence: the diagonal; it has none.
+    """
     from dattri.algorithm.data_shapley import KNNShapleyAttributor
 
     features = run.network()[:-1]
@@ -175,7 +178,8 @@ def knn_shapley(run: Run, own: bool, neighbors: int) -> Tensor:
 
     train, targets = run.loaders()
     attributor = KNNShapleyAttributor(neighbors, distance_func=distances)
-    return attributor.attribute(train, targets).T.contiguous()
+    scores = attributor.attribute(train, train if own else targets)
+    return scores.diagonal() if own else scores.T.contiguous()
 
 
 warnings.filterwarnings("ignore", module="dattri")

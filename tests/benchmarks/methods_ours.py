@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from methods_runs import Run, quiet
+from methods_runs import Run, quiet, subset_truth
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,13 +17,12 @@ from lightning_attr import AttributionTrainer
 from lightning_attr.methods import AttributionMethod
 
 Make = Callable[..., AttributionMethod]
-Scores = Callable[
-    ..., Tensor
-]  # (run, own, **settings) -> (n_train, n_target), or self-influence (n_train,) where `own`
+Scores = Callable[..., Tensor]
+"""(run, own, **settings) -> (n_train, n_target), or self-influence (n_train,) where `own`."""
 
 
-def ours(make: Make, snapshots: bool = False) -> Scores:
-    """`trainer.attribute` with the method at the trained module, or at the snapshots of its run.
+def ours(make: Make, snapshots: str | None = None) -> Scores:
+    """`trainer.attribute` with the method at the trained module, or at the snapshots of its run, by their schedule.
 
     Nothing is featurized beforehand; a copy of the store keeps the features of other rows out. For self-influence there
     is one target.
@@ -35,9 +34,9 @@ def ours(make: Make, snapshots: bool = False) -> Scores:
         targets = TensorDataset(data.x_target[shown], data.y_target[shown])
         with TemporaryDirectory() as folder:
             path = None
-            if snapshots:
+            if snapshots is not None:
                 path = Path(folder) / "store"
-                shutil.copytree(run.path, path)
+                shutil.copytree(run.paths[snapshots], path)
             result = AttributionTrainer(**quiet()).attribute(
                 model=copy.deepcopy(run.module),
                 train_dataloaders=DataLoader(TensorDataset(data.x, data.y), 512),
@@ -48,3 +47,26 @@ def ours(make: Make, snapshots: bool = False) -> Scores:
             return result.self_influence if own else result.scores.values
 
     return attribute
+
+
+def equal_sum(**parts: Scores) -> Scores:
+    """Sum of the scores of several methods, each divided by its standard deviation; a setting is a part's damping."""
+
+    def call(run: Run, own: bool, **settings: float) -> Tensor:
+        found = [scores(run, own, damping=settings[name]) for name, scores in parts.items()]
+        total = found[0] / found[0].std()
+        for scores in found[1:]:
+            total += scores / scores.std()
+        return total
+
+    return call
+
+
+def fitted(make: Make) -> Scores:
+    """A method on retrained models, those of the `tune` subsets: none is among what is measured."""
+
+    def call(run: Run, own: bool) -> Tensor:
+        truth = subset_truth(run.setting, "tune", run.cache)
+        return ours(lambda: make(truth))(run, own)
+
+    return call

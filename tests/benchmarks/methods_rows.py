@@ -9,7 +9,7 @@ from typing import Any
 
 import methods_dattri as dattri
 import methods_peers as peers
-from methods_ours import Scores, ours
+from methods_ours import Scores, equal_sum, fitted, ours
 
 from digits import WEIGHT_DECAY
 from lightning_attr.methods import (
@@ -18,6 +18,8 @@ from lightning_attr.methods import (
     TRAK,
     Arnoldi,
     ConjugateGradient,
+    Datamodel,
+    EmpiricalInfluence,
     FactGraSS,
     GradCos,
     GradDot,
@@ -41,14 +43,25 @@ def over(name: str, *values: Any) -> Grid:
 
 @dataclass(frozen=True)
 class Row:
-    """A method by somebody, the settings among which `--tune` chooses, and the networks that it is measured on."""
+    """A method by somebody, and how it is measured.
+
+    Args:
+        grid: the settings among which `--tune` chooses.
+        networks: on which.
+        own: whether self-influence is measured, in a run with flipped labels; not where a method has none, or solves
+            for each training sample, which takes minutes.
+        every: measure every so many targets, and once; for methods that solve for each target.
+        fitted: whether it takes retrained models, whose price is then added.
+    """
 
     method: str
     by: str
     scores: Scores
     grid: Grid = ({},)
     networks: Sequence[str] = NETWORKS
-    own: bool = True  # whether self-influence is measured: solving for each training sample takes minutes
+    own: bool = True
+    every: int = 1
+    fitted: bool = False
 
     @property
     def name(self) -> str:
@@ -66,6 +79,9 @@ CONVEX = {
 }  # at an optimum; 0, 0.01 and 0.1 score 0.964 to 0.965 on `tune`
 STRONG = over("damping", 1.0, 3.0, 10.0, 30.0)  # 15 steps of CG solve no weaker one
 ABSOLUTE = (0.001, 0.003, 0.01, 0.03, 0.1)
+SOLVED = {"own": False, "every": 6}
+RUN, WHOLE_RUN = "geometric", "start+geometric"
+DEEP = ["mlp", "cnn"]
 
 ROWS = [
     # The TRAK family
@@ -74,8 +90,15 @@ ROWS = [
         "TRAK, one model", "dattri", partial(dattri.trak, snapshots=False), over("regularization", 1e-3, 1e-2, 0.1, 1.0)
     ),
     Row("TRAK, one model", "traker", peers.traker),
-    Row("TRAK, one run", "ours", ours(TRAK, snapshots=True), over("damping", 0.1, 0.3, 1.0, 3.0)),
+    Row("TRAK, one run", "ours", ours(TRAK, RUN), over("damping", 0.1, 0.3, 1.0, 3.0)),
     Row("TRAK, one run", "dattri", partial(dattri.trak, snapshots=True), over("regularization", 1e-3, 1e-2, 0.1, 1.0)),
+    Row("TRAK, one run from the start", "ours", ours(TRAK, WHOLE_RUN), over("damping", 0.1, 0.3, 1.0, 3.0)),
+    Row(
+        "TRAK + EK-FAC, one run from the start",
+        "ours",
+        equal_sum(trak=ours(TRAK, WHOLE_RUN), ekfac=ours(influence("ggn", "ekfac", snapshots="all"), WHOLE_RUN)),
+        [{"trak": t, "ekfac": e} for t in (0.3, 1.0) for e in (0.01, 0.03, 0.1)],
+    ),
     # Influence functions
     Row("IF explicit (Hessian)", "ours", ours(influence("hessian", "explicit", **CONVEX)), networks=["lr"]),
     Row(
@@ -94,19 +117,9 @@ ROWS = [
     Row(
         "IF CG (Hessian)",
         "ours",
-        ours(
-            influence("hessian", ConjugateGradient(), **CONVEX, self_influence="ekfac"),
-        ),
+        ours(influence("hessian", ConjugateGradient(), **CONVEX, self_influence="ekfac")),
         networks=["lr"],
-    ),
-    Row(
-        "IF CG",
-        "ours",
-        ours(
-            influence("ggn", ConjugateGradient(tolerance=1e-2, max_iterations=15), self_influence="ekfac"),
-        ),
-        STRONG,
-        ["mlp", "cnn"],
+        **SOLVED,
     ),
     Row(
         "IF CG (Hessian)",
@@ -114,30 +127,37 @@ ROWS = [
         partial(dattri.influence("CG", 60), regularization=WEIGHT_DECAY),
         over("max_iter", 10, 20, 40),  # it does not stop: past convergence it divides 0 by 0
         ["lr"],
-        own=False,
+        **SOLVED,
+    ),
+    Row(
+        "IF CG",
+        "ours",
+        ours(influence("ggn", ConjugateGradient(tolerance=1e-2, max_iterations=15), self_influence="ekfac")),
+        STRONG,
+        DEEP,
+        **SOLVED,
     ),
     Row(
         "IF CG",
         "dattri",
         partial(dattri.influence("CG", 60), max_iter=10),
         over("regularization", *ABSOLUTE),
-        ["mlp", "cnn"],
-        own=False,
+        DEEP,
+        **SOLVED,
     ),
     Row(
         "IF LiSSA",
         "ours",
-        ours(
-            influence("ggn", LiSSA(iterations=200, batch_size=64), self_influence="ekfac"),
-        ),
+        ours(influence("ggn", LiSSA(iterations=200, batch_size=64), self_influence="ekfac")),
         RELATIVE,
+        **SOLVED,
     ),
     Row(
         "IF LiSSA",
         "dattri",
         partial(dattri.influence("LiSSA", 60), batch_size=64, recursion_depth=200),
-        [{"scaling": s, "damping": d} for s in (3.0, 10.0, 50.0) for d in (0.0, 0.01)],
-        own=False,
+        [{"scaling": s, "damping": d} for s in (10.0, 50.0) for d in (0.0, 0.001, 0.01)],
+        **SOLVED,
     ),
     Row("IF Arnoldi", "ours", ours(influence("ggn", Arnoldi())), RELATIVE),
     Row(
@@ -152,14 +172,14 @@ ROWS = [
         partial(peers.captum_influence("arnoldi"), projection_dim=100),
         over("hessian_reg", 1e-3, 1e-2),
     ),
-    Row("DataInf", "ours", ours(influence(None, "datainf")), RELATIVE),
-    Row("DataInf", "dattri", dattri.influence("DataInf", 24), over("regularization", *ABSOLUTE)),
+    Row("DataInf", "ours", ours(influence(None, "datainf", self_influence="ekfac")), RELATIVE, **SOLVED),
+    Row("DataInf", "dattri", dattri.influence("DataInf", 24), over("regularization", *ABSOLUTE), **SOLVED),
     Row("K-FAC", "ours", ours(influence("ggn", "kfac")), RELATIVE),
     Row("K-FAC", "kronfluence", peers.kronfluence("kfac"), over("damping", None, *ABSOLUTE)),
     Row("EK-FAC", "ours", ours(influence("ggn", "ekfac")), RELATIVE),
     Row("EK-FAC", "kronfluence", peers.kronfluence("ekfac"), over("damping", None, *ABSOLUTE)),
     Row("EK-FAC", "dattri", dattri.ekfac, over("damping", *ABSOLUTE)),
-    Row("EK-FAC, one run", "ours", ours(influence("ggn", "ekfac", snapshots="all"), snapshots=True), RELATIVE),
+    Row("EK-FAC, one run", "ours", ours(influence("ggn", "ekfac", snapshots="all"), RUN), RELATIVE),
     Row("LoGra", "ours", ours(LoGra), RELATIVE),
     Row("LoGra", "dattri", dattri.blocks("LoGra"), over("damping", *ABSOLUTE, 0.3, 1.0)),
     Row("FactGraSS", "ours", ours(FactGraSS), RELATIVE),
@@ -169,21 +189,25 @@ ROWS = [
     Row("GradDot", "dattri", partial(dattri.tracin, snapshots=False)),
     Row("GradCos", "ours", ours(partial(GradCos, IdentityProjector()))),
     Row("GradCos", "dattri", partial(dattri.tracin, snapshots=False, normalized=True)),
-    Row("TracIn, one run", "ours", ours(partial(TracIn, IdentityProjector()), snapshots=True)),
+    Row("TracIn, one run", "ours", ours(partial(TracIn, IdentityProjector()), RUN)),
     Row("TracIn, one run", "dattri", partial(dattri.tracin, snapshots=True)),
     Row("TracIn, one run", "captum", partial(peers.captum_tracin, fast=False)),
-    Row("TracIn, one run, projected", "ours", ours(TracIn, snapshots=True)),
+    Row("TracIn, one run, projected", "ours", ours(TracIn, RUN)),
     Row("TracIn, one run, last layer", "captum", partial(peers.captum_tracin, fast=True)),
-    Row("GAS, one run", "ours", ours(partial(GAS, IdentityProjector()), snapshots=True)),
+    Row("GAS, one run", "ours", ours(partial(GAS, IdentityProjector()), RUN)),
     Row("GAS, one run", "dattri", partial(dattri.tracin, snapshots=True, normalized=True)),
-    # Representations
+    # Representations; the self-influence of a similarity says nothing of labels
     Row("RPS", "ours", ours(RPS), over("l2", 3e-4, 3e-3, 3e-2)),
     Row("RPS", "dattri", dattri.rps, over("l2", 3e-4, 3e-3, 3e-2)),
-    Row("Similarity, dot", "ours", ours(RepresentationSimilarity)),
-    Row("Similarity, cosine", "ours", ours(partial(RepresentationSimilarity, similarity="cosine"))),
-    Row("Similarity, cosine", "captum", partial(peers.captum_similarity, similarity="cos"), networks=["mlp", "cnn"]),
-    Row("Similarity, distance", "ours", ours(partial(RepresentationSimilarity, similarity="l2"))),
-    Row("Similarity, distance", "captum", partial(peers.captum_similarity, similarity="l2"), networks=["mlp", "cnn"]),
+    Row("Similarity, dot", "ours", ours(RepresentationSimilarity), own=False),
+    Row("Similarity, cosine", "ours", ours(partial(RepresentationSimilarity, similarity="cosine")), own=False),
+    Row("Similarity, cosine", "captum", partial(peers.captum_similarity, similarity="cos"), networks=DEEP, own=False),
+    Row("Similarity, distance", "ours", ours(partial(RepresentationSimilarity, similarity="l2")), own=False),
+    Row("Similarity, distance", "captum", partial(peers.captum_similarity, similarity="l2"), networks=DEEP, own=False),
     Row("KNN-Shapley", "ours", ours(KNNShapley)),
     Row("KNN-Shapley", "dattri", partial(dattri.knn_shapley, neighbors=10)),
+    # Models retrained on other subsets
+    Row("Empirical influence", "ours", fitted(EmpiricalInfluence), own=False, fitted=True),
+    Row("Datamodel, lasso", "ours", fitted(Datamodel), own=False, fitted=True),
+    Row("Datamodel, ridge", "ours", fitted(partial(Datamodel, penalty="ridge")), own=False, fitted=True),
 ]

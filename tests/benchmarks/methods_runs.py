@@ -7,9 +7,9 @@ gradient vanishes, with weight decay in the objective, so that retraining has no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +41,7 @@ from lightning_attr.methods import TRAK
 
 LEFT_OUT = 100  # training samples that logistic regression is retrained without, one after the other
 FLIPPED_LABELS = 0.1
+SCHEDULES = ("geometric", "start+geometric")
 
 
 def regression() -> nn.Sequential:
@@ -134,8 +135,13 @@ class Run:
     setting: Setting
     data: Data
     module: DigitsClassifier
-    path: Path
-    trainer: L.Trainer
+    paths: Mapping[str, Path]  # of the stores, by their schedule
+    cache: Path  # of what is retrained
+
+    @property
+    def path(self) -> Path:
+        """Of the snapshots that peers get too."""
+        return self.paths["geometric"]
 
     @cached_property
     def store(self) -> FeatureStore:
@@ -167,16 +173,24 @@ class Run:
 
 
 @contextmanager
-def recorded(setting: Setting, data: Data, seed: int = 0) -> Iterator[Run]:
-    """Train once, with the callback taking snapshots of the weights only."""
+def recorded(setting: Setting, data: Data, cache: Path, seed: int = 0) -> Iterator[Run]:
+    """Train, with the callback taking snapshots of the weights only; once for each schedule, to the same weights."""
     with TemporaryDirectory() as folder:
-        L.seed_everything(seed, verbose=False)
-        module = Regression(setting) if setting.name == "lr" else DigitsClassifier(setting)
-        callback = AttributionCallback(folder, method=TRAK(), featurize=False)
-        trainer = AttributionTrainer(max_epochs=setting.epochs, callbacks=[callback], **quiet())
-        shuffled = setting.name != "lr"
-        trainer.fit(module, DataLoader(TensorDataset(data.x, data.y), setting.batch_size, shuffle=shuffled))
-        yield Run(setting, data, module.eval(), Path(folder), trainer)
+        paths = {schedule: Path(folder) / schedule for schedule in SCHEDULES}
+        for schedule, path in paths.items():
+            L.seed_everything(seed, verbose=False)
+            module = Regression(setting) if setting.name == "lr" else DigitsClassifier(setting)
+            callback = AttributionCallback(path, method=TRAK(), featurize=False, snapshots=schedule)
+            trainer = AttributionTrainer(max_epochs=setting.epochs, callbacks=[callback], **quiet())
+            shuffled = setting.name != "lr"
+            trainer.fit(module, DataLoader(TensorDataset(data.x, data.y), setting.batch_size, shuffle=shuffled))
+        yield Run(setting, data, module.eval(), paths, cache)
+
+
+def thinned(run: Run, every: int) -> Run:
+    """The same run with fewer targets."""
+    data = run.data
+    return replace(run, data=data._replace(x_target=data.x_target[::every], y_target=data.y_target[::every]))
 
 
 def quiet() -> dict[str, Any]:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from digits import cnn, mlp
+from lightning_attr.outputs import LanguageModel, ModelOutput, MulticlassMargin
 
 VOCABULARY, LENGTH, WIDTH, HEADS, CLASSES = 128, 64, 192, 6, 10
 BERT_VOCABULARY, BERT_LENGTH = 2000, 32
+GPT2_LENGTH, MT5_LENGTHS = 128, (64, 16)  # the encoder's and the decoder's
 
 
 class ResidualBlock(nn.Module):
@@ -99,6 +101,44 @@ class Bert(nn.Module):
         return self.bert(input_ids=ids, attention_mask=mask).logits  # type: ignore[no-any-return]
 
 
+class Gpt2(nn.Module):
+    """GPT2LMHeadModel of transformers, 2 layers of width 128, giving its logits: 0.7M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        sizes = {"vocab_size": BERT_VOCABULARY, "n_positions": GPT2_LENGTH, "n_embd": 128, "n_layer": 2, "n_head": 2}
+        config = GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0, use_cache=False)
+        self.gpt2 = GPT2LMHeadModel(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.gpt2(input_ids=ids).logits  # type: ignore[no-any-return]
+
+
+class Mt5(nn.Module):
+    """MT5ForConditionalGeneration of transformers, 2 + 2 layers of width 128, giving its logits: 1.0M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import MT5Config, MT5ForConditionalGeneration
+
+        sizes = {
+            "vocab_size": BERT_VOCABULARY,
+            "d_model": 128,
+            "d_kv": 64,
+            "d_ff": 256,
+            "num_layers": 2,
+            "num_heads": 2,
+        }
+        config = MT5Config(**sizes, dropout_rate=0.0, tie_word_embeddings=False, use_cache=False)
+        self.mt5 = MT5ForConditionalGeneration(config)
+
+    def forward(self, ids: Tensor, decoder_ids: Tensor) -> Tensor:
+        return self.mt5(input_ids=ids, decoder_input_ids=decoder_ids).logits  # type: ignore[no-any-return]
+
+
 def _padded_text(n: int) -> tuple[Tensor, Tensor]:
     """Sequences of 8 to 32 tokens, padded to 32."""
     mask = (torch.arange(BERT_LENGTH) < torch.randint(8, BERT_LENGTH + 1, (n, 1))).long()
@@ -112,6 +152,7 @@ class Job:
     network: nn.Module
     inputs: tuple[Tensor, ...]
     labels: Tensor
+    model_output: ModelOutput
 
     @property
     def batch_size(self) -> int:
@@ -128,20 +169,26 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """A network, its inputs, the batch size, and how many passes over the batch are timed together."""
+    """A network, its inputs, the batch size, and how many passes over the batch are timed together.
+
+    A language model has a label for each of the `length` tokens that it predicts.
+    """
 
     title: str
     network: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Tensor, ...]]
     batch_size: int
     passes: int
+    length: int | None = None
 
     def job(self, device: str) -> Job:
         """Make the network and its batch, the same each time."""
         torch.manual_seed(0)
         network = self.network().to(device).eval()
         inputs = tuple(x.to(device) for x in self.inputs(self.batch_size))
-        return Job(network, inputs, torch.randint(CLASSES, (self.batch_size,), device=device))
+        shape = (self.batch_size,) if self.length is None else (self.batch_size, self.length)
+        labels = torch.randint(CLASSES, shape, device=device)
+        return Job(network, inputs, labels, MulticlassMargin() if self.length is None else LanguageModel(shift=False))
 
 
 WORKS = {
@@ -154,6 +201,22 @@ WORKS = {
         1,
     ),
     "bert": Work("BERT of transformers, 0.7M parameters, padded to 32", Bert, _padded_text, 32, 2),
+    "gpt2": Work(
+        "GPT-2 of transformers, 0.7M parameters, 128 tokens",
+        Gpt2,
+        lambda n: (torch.randint(BERT_VOCABULARY, (n, GPT2_LENGTH)),),
+        8,
+        1,
+        GPT2_LENGTH,
+    ),
+    "mt5": Work(
+        "MT5 of transformers, 1.0M parameters, 64 and 16 tokens",
+        Mt5,
+        lambda n: tuple(torch.randint(1, BERT_VOCABULARY, (n, length)) for length in MT5_LENGTHS),
+        16,
+        1,
+        MT5_LENGTHS[1],
+    ),
     "mlp": Work("MLP 64-128-64-10, 17k parameters", mlp, lambda n: (torch.rand(n, 64),), 256, 16),
     "cnn": Work("digits CNN, 10k parameters", cnn, lambda n: (torch.rand(n, 1, 8, 8),), 64, 4),
 }

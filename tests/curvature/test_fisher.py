@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Laplace, Normal
 
-from lightning_attr.curvature.fisher import fisher_batch, quadrature, sample
+from lightning_attr.curvature.fisher import fisher_batch, quadrature, sample, usual_labels
 from lightning_attr.gradients import HookedGradients
 from lightning_attr.outputs import BinaryMargin, ModelOutput, MulticlassMargin, NegativeLoss, Regression
 
@@ -63,23 +63,23 @@ def test_certain_labels_are_always_drawn() -> None:
 
 
 def test_quadrature_of_labels_is_the_distribution() -> None:
-    nodes = quadrature(Categorical(logits=torch.randn(4, 3)), 4)
-    assert [labels.tolist() for _, labels in nodes] == [[0] * 4, [1] * 4, [2] * 4]
-    assert torch.allclose(sum(weights for weights, _ in nodes), torch.ones(4))
-    nodes = quadrature(Bernoulli(probs=torch.full((4, 1), 0.25)), 4)
-    assert [(weights.tolist(), labels.shape) for weights, labels in nodes] == [
-        ([0.75] * 4, (4, 1)),
-        ([0.25] * 4, (4, 1)),
-    ]
+    logits = torch.randn(4, 3)
+    weights, labels = quadrature(Categorical(logits=logits.repeat(3, 1)), 12)
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.allclose(weights.view(3, 4), logits.softmax(1).T)
+    weights, labels = quadrature(Bernoulli(probs=torch.full((8, 1), 0.25)), 8)
+    assert weights.tolist() == [0.75] * 4 + [0.25] * 4
+    assert labels.tolist() == [[0.0]] * 4 + [[1.0]] * 4
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3)])
 def test_quadrature_of_a_normal_has_its_covariance(shape: tuple[int, ...]) -> None:
     mean = torch.randn(shape)
-    nodes = quadrature(Normal(mean, 2.0), 4)
-    covariance = sum(
-        weights[:, None, None] * (y - mean).reshape(4, -1, 1) * (y - mean).reshape(4, 1, -1) for weights, y in nodes
-    )
+    count = shape[1] if len(shape) > 1 else 1
+    mean = mean.repeat(count, *[1] * (len(shape) - 1))
+    weights, y = quadrature(Normal(mean, 2.0), 4 * count)
+    steps = (y - mean).view(count, 4, -1)
+    covariance = torch.einsum("kb,kbi,kbj->bij", weights.view(count, 4), steps, steps)
     assert torch.allclose(covariance, 4 * torch.eye(shape[1] if len(shape) > 1 else 1).expand(4, -1, -1))
 
 
@@ -108,23 +108,56 @@ def test_exact_labels_give_the_curvature_of_the_loss(model_output: ModelOutput) 
     x = torch.randn(1, 2, dtype=torch.float64)
     y = torch.zeros(1, dtype=torch.long if several else torch.float64)
     hooks = HookedGradients(module, ["weight"], direct=())
-    batch = fisher_batch(hooks, lambda: (module(x), y), model_output, [0], labels="exact")
+    batch = fisher_batch(hooks, lambda b: (module(b[0]), b[1]), (x, y), model_output, [0], labels="exact")
     rows: list[Tensor] = []
     for stream in batch.streams:
-        stream(lambda gradients: rows.append(gradients["weight"].materialise().flatten()))
+        stream(lambda gradients: rows.extend(gradients["weight"].materialise().flatten(1)))
     hessian = torch.autograd.functional.hessian(
         lambda weight: model_output.loss(x @ weight.T, y).sum(), module.weight.detach()
     )
     fisher = sum(torch.outer(g, g) for g in rows)
     assert torch.allclose(fisher, hessian.reshape(fisher.shape), rtol=1e-10, atol=1e-12)
-    assert batch.samples == 1
+    assert (batch.samples, batch.labels) == (1, 3 if several else 1 + isinstance(model_output, BinaryMargin))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 20])
+def test_exact_labels_take_no_more_memory_than_one(size: int) -> None:
+    module, hooks = module_and_gradients()
+    x, y, sizes = torch.randn(size, 2).double(), torch.zeros(size).long(), []
+
+    def step(batch: Any) -> Any:
+        sizes.append(len(batch[0]))
+        return module(batch[0]), batch[1]
+
+    batch = fisher_batch(hooks, step, (x, y), MulticlassMargin(), range(size), labels="exact")
+    for stream in batch.streams:
+        stream(lambda gradients: None)
+    assert sizes.pop(0) == 1
+    assert sum(sizes) == 3 * size
+    assert max(sizes) <= max(3, size)
+
+
+def test_usual_labels_are_exact_where_they_are_few() -> None:
+    few = [Categorical(logits=torch.zeros(2, 16)), Bernoulli(probs=torch.zeros(2, 1)), Normal(torch.zeros(2, 16), 1.0)]
+    assert [usual_labels(distribution, 2) for distribution in few] == ["exact"] * 3
+    many = [
+        Categorical(logits=torch.zeros(2, 17)),
+        Categorical(logits=torch.zeros(2, 5, 3)),
+        Bernoulli(probs=torch.zeros(2, 2)),
+        Normal(torch.zeros(2, 17), 1.0),
+    ]
+    assert [usual_labels(distribution, 2) for distribution in many] == ["sampled"] * 4
+    with pytest.raises(TypeError, match=r"but got Laplace"):
+        usual_labels(Laplace(torch.zeros(2), 1.0), 2)
 
 
 def test_observed_labels_give_the_gradient_of_the_loss() -> None:
     module, hooks = module_and_gradients()
     x, y = torch.randn(4, 2).double(), torch.tensor([0, 1, 2, 0])
     found: dict[str, Any] = {}
-    (stream,) = fisher_batch(hooks, lambda: (module(x), y), MulticlassMargin(), range(4), labels="observed").streams
+    (stream,) = fisher_batch(
+        hooks, lambda b: (module(b[0]), b[1]), (x, y), MulticlassMargin(), range(4), labels="observed"
+    ).streams
     stream(found.update)
     nn.functional.cross_entropy(module(x), y, reduction="sum").backward()
     assert torch.allclose(found["weight"].materialise().sum(0), module.weight.grad)
@@ -137,7 +170,7 @@ def test_sampled_labels_do_not_depend_on_the_observed_ones() -> None:
     for y, key in ((torch.zeros(64), (0,)), (torch.ones(64), (0,)), (torch.zeros(64), (1,))):
         found: dict[str, Any] = {}
         (stream,) = fisher_batch(
-            hooks, lambda y=y: (module(x), y.long()), MulticlassMargin(), range(64), key=key
+            hooks, lambda b: (module(b[0]), b[1]), (x, y.long()), MulticlassMargin(), range(64), key=key
         ).streams
         stream(found.update)
         totals.append(found["weight"].materialise())
@@ -152,7 +185,9 @@ def test_loss_without_distribution_is_refused(labels: Any) -> None:
     loss = NegativeLoss(lambda outputs, targets: outputs.sum(1))
 
     def run() -> None:
-        for stream in fisher_batch(hooks, lambda: (module(x), y), loss, range(4), labels=labels).streams:
+        for stream in fisher_batch(
+            hooks, lambda b: (module(b[0]), b[1]), (x, y), loss, range(4), labels=labels
+        ).streams:
             stream(lambda gradients: None)
 
     with pytest.raises(NotImplementedError, match="NegativeLoss does not say which distribution"):
@@ -162,4 +197,4 @@ def test_loss_without_distribution_is_refused(labels: Any) -> None:
 def test_unknown_labels_are_refused() -> None:
     _, hooks = module_and_gradients()
     with pytest.raises(ValueError, match="`labels` to be one of sampled, observed, exact, but got 'true'"):
-        fisher_batch(hooks, lambda: (None, None), Regression(), [0], labels="true")  # type: ignore[arg-type]
+        fisher_batch(hooks, lambda b: (None, None), (), Regression(), [0], labels="true")  # type: ignore[arg-type]

@@ -64,7 +64,8 @@ def fit(
             part = list(rows[start : start + batch_size])
             yield fisher_batch(
                 hooks,
-                lambda part=part: (module(x[part]), y[part]),
+                lambda batch: (module(batch[0]), batch[1]),
+                (x[part], y[part]),
                 model_output,
                 part,
                 labels=labels,
@@ -182,7 +183,7 @@ def test_trace_is_the_mean_squared_length(labels: Any) -> None:  # T-EK-5
     else:
         layout = KroneckerLayout.of(module)
         hooks = HookedGradients(module, layout.names, direct=())
-        batch = fisher_batch(hooks, lambda: (module(x), y), MulticlassMargin(), range(10), key=(0, 1))
+        batch = fisher_batch(hooks, lambda b: (module(b[0]), b[1]), (x, y), MulticlassMargin(), range(10), key=(0, 1))
         squares: list[Tensor] = []
         batch.streams[0](lambda g: squares.extend(v.materialise().square().sum() for n, v in g.items() if n[0] == "0"))
         expected = sum(squares) / 10
@@ -395,6 +396,6 @@ def test_passes_of_different_length_are_refused() -> None:
     layer = nn.Linear(1, 1, bias=False)
     layout = KroneckerLayout.of(layer)
     hooks = HookedGradients(layer, layout.names, direct=())
-    batch = fisher_batch(hooks, lambda: (layer(torch.ones(2, 1)), torch.zeros(2)), Regression(), [0, 1])
+    batch = fisher_batch(hooks, lambda b: (layer(b[0]), b[1]), (torch.ones(2, 1), torch.zeros(2)), Regression(), [0, 1])
     with pytest.raises(ValueError, match="both passes to have the same samples, but got 2 and then 4"):
         KroneckerFactors.fit(layout, lambda number: [batch] * (1 + number), dtype=torch.float64)

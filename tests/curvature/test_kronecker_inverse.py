@@ -145,6 +145,12 @@ def test_quadratic_form_of_single_positions() -> None:
     assert close(found, (gradients * inverse.apply(gradients)).sum(1))
 
 
+def test_no_vectors() -> None:
+    _, factors = fitted()
+    size = factors.layout.parameters.numel
+    assert KroneckerInverse(factors).apply(torch.zeros(0, size)).shape == (0, size)
+
+
 def test_quadratic_form_without_gradients_is_zero() -> None:
     _, factors = fitted()
     assert KroneckerInverse(factors).quadratic_form(lambda sink: None, 3).tolist() == [0, 0, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,6 +35,33 @@ def test_squares(positions: list[int], chunk: int, monkeypatch: pytest.MonkeyPat
         summed += squares.summed()
         assert torch.allclose(squares.weighted(weights), (expected[samples] * weights).sum((1, 2)), rtol=1e-12)
     assert seen == list(range(5))
+    assert torch.allclose(summed[0], expected.sum(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("positions", [[1], [2], [50], [3, 5]])
+@pytest.mark.parametrize("chunk", [1, 300, 1 << 20])
+@pytest.mark.parametrize("conv", [False, True])
+def test_squares_of_several_labels(positions: list[int], chunk: int, conv: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(kronecker_rotation, "CHUNK", chunk)
+    kinds = {"dtype": torch.float64}
+
+    def use(s: int) -> Any:
+        if conv:
+            activations = torch.randn(5, 2, s + 1, **kinds).repeat(2, 1, 1)
+            return ConvSum(activations, torch.randn(10, 3, s, **kinds), (2,), (1,), (1,), 1)
+        return OuterSum(torch.randn(10, s, 3, **kinds), torch.randn(5, s, 4, **kinds).repeat(2, 1, 1))
+
+    uses = [use(s) for s in positions]
+    rows_basis, columns_basis = bases()
+    gradients = sum(use.materialise().reshape(10, 3, 4) for use in uses)
+    expected = (rows_basis[0].T @ gradients @ columns_basis[0]).square().view(2, 5, 3, 4).sum(0)
+    weights, found = torch.rand(1, 3, 4, **kinds), []
+    block = KroneckerBlock("w", None, (3, 2, 2)) if conv else BLOCK
+    summed = torch.zeros(1, 3, 4, **kinds)
+    for _, squares in squared_gradients(block, uses, rows_basis, columns_basis, labels=2):
+        found.append(squares.weighted(weights))
+        summed += squares.summed()
+    assert torch.allclose(torch.cat(found), (expected * weights).sum((1, 2)), rtol=1e-12)
     assert torch.allclose(summed[0], expected.sum(0), rtol=1e-12)
 
 

@@ -8,6 +8,6 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 if FOLDER.is_dir():
-    sys.path.append(str(FOLDER))
+    sys.path += [str(FOLDER), str(FOLDER.parent)]
 else:  # against an installed wheel, far from the repository
     collect_ignore_glob = ["test_*.py"]

@@ -69,7 +69,9 @@ def test_takes_a_function_as_loss() -> None:
 
 def test_seed_changes_the_labels() -> None:
     module, vectors = network(), torch.randn(1, 53, dtype=torch.float64)
-    first, again, other = (ekfac(module, MulticlassMargin(), batches(4), seed=s).apply(vectors) for s in (0, 0, 1))
+    first, again, other = (
+        ekfac(module, MulticlassMargin(), batches(4), labels="sampled", seed=s).apply(vectors) for s in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 

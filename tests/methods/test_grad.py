@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
+from lightning_attr.curvature.explicit import factor
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import GradCos, GradDot, SnapshotFeatures
@@ -110,3 +111,11 @@ def test_graddot_is_the_change_under_one_gradient_step() -> None:
             for sign in (1, -1)
         )
         torch.testing.assert_close(scores[i], (ahead - behind) / (2 * rate), rtol=1e-6, atol=1e-8)
+
+
+def test_graddot_is_influence_without_curvature() -> None:
+    """Times the number of samples, since an influence is that of one weight among them."""
+    train, targets = _columns(N, 0), _columns(M, 1)
+    without = factor(torch.eye(K).double(), 0.0)
+    influence = train["out_to_loss"][:, None] * train["features"] @ without.solve(targets["features"]).T / N
+    torch.testing.assert_close(_score(GradDot(), train, targets)[0], N * influence)

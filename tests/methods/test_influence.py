@@ -281,7 +281,7 @@ def test_evidence() -> None:
     module, train, targets = network()
     features = snapshot(module, train, targets)
     scored(Influence(), features)
-    assert features.evidence == {"parameters_covered": 1.0}
+    assert features.evidence == {"parameters_covered": 1.0, "labels": "exact"}
     features = snapshot(module, train, targets)
     scored(Influence(solver="cg"), features)
     assert features.evidence["residual"] <= 1e-5
@@ -291,7 +291,7 @@ def test_evidence() -> None:
     assert Influence(solver=ConjugateGradient(7, preconditioner=KFAC())).config == {
         "method": "Influence", "scale": "measurement", "curvature": "ggn", "damping": 10.0, "weight_decay": 0.0,
         "relative": None, "snapshots": "last", "seed": 0, "self_influence": "exact", "projector": None, "solver": "cg",
-        "max_iterations": 7, "tolerance": 1e-5, "preconditioner": {"solver": "kfac", "labels": "sampled"},
+        "max_iterations": 7, "tolerance": 1e-5, "preconditioner": {"solver": "kfac", "labels": "auto"},
     }  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def test_bad_arguments(settings: Any, message: str) -> None:
 
 
 def test_bad_solver_settings() -> None:
-    with pytest.raises(ValueError, match="`labels` to be 'sampled' or 'exact', but got 'observed'"):
+    with pytest.raises(ValueError, match="`labels` to be 'auto', 'exact' or 'sampled', but got 'observed'"):
         EKFAC("observed")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`batch_size` to be a positive integer, but got 0"):
         LiSSA(batch_size=0)

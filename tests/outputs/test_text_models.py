@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import UserDict
-from functools import partial
 from typing import Any
 
 import pytest
@@ -152,13 +151,12 @@ def test_ekfac_draws_labels_where_there_are_labels() -> None:
             return super().loss(outputs, targets)
 
     hooks = HookedGradients(module, ["model.transformer.ln_f.weight"], direct=())
-    step = partial(module.attribution_step, batch)
-    for stream in fisher_batch(hooks, step, Watched(), range(5)).streams:
+    for stream in fisher_batch(hooks, module.attribution_step, batch, Watched(), range(5)).streams:
         stream(lambda _: None)
     assert torch.equal(seen[0] == -100, batch["labels"] == -100)
     assert not torch.equal(seen[0], batch["labels"])
     with pytest.raises(ValueError, match='one target a sample for `labels="exact"`'):
-        fisher_batch(hooks, step, Watched(), range(5), labels="exact")
+        fisher_batch(hooks, module.attribution_step, batch, Watched(), range(5), labels="exact")
 
 
 @pytest.mark.slow
