@@ -165,6 +165,8 @@ def _row_product(space: RowSpace, make_one: Callable[[], _Rows], make_many: Call
                 ways.pop("many", None)
         if len(rows) == 1 and "many" in ways:  # the graph that is there already
             return run("many", rows)
+        if len(rows) == 1:
+            return run("one", rows)
         return torch.cat([run("one", row[None]) for row in rows]) if len(rows) else rows
 
     return product
@@ -217,7 +219,7 @@ def _detached(space: RowSpace) -> Any:
 
 
 def _parts(space: RowSpace, row: Tensor) -> list[Tensor]:
-    parts = row[0].split(space.sizes)
+    parts = [row[0]] if space.is_tensor else row[0].split(space.sizes)
     return [part.reshape(like.shape).to(like.dtype) for part, like in zip(parts, space.tensors.values(), strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -124,7 +125,8 @@ def applied(product: Product, rows: Tensor) -> Tensor:
             f"Expected argument `product` to map rows of shape {tuple(rows.shape)} to that shape, but got "
             f"{tuple(result.shape)}."
         )
-    if not result.isfinite().all():
+    # One number tells in most cases; a sum may also overflow.
+    if not math.isfinite(result.sum().item()) and not result.isfinite().all():
         raise ValueError(
             "Expected the product with the curvature to be finite, but it holds NaN or infinite values. Look for them "
             "in the parameters and the data, and for functions without a second derivative there, such as sqrt at 0."

@@ -164,10 +164,7 @@ def blocks(name: str) -> Callable[..., Tensor]:
 
 
 def knn_shapley(run: Run, own: bool, neighbors: int) -> Tensor:
-    """On the inputs of the last layer; scores come as (targets, training samples), positive helps.
-
-    Self-influence: the diagonal; it has none.
-    """
+    """On the inputs of the last layer; scores come as (targets, training samples), positive helps."""
     from dattri.algorithm.data_shapley import KNNShapleyAttributor
 
     features = run.network()[:-1]
@@ -178,8 +175,7 @@ def knn_shapley(run: Run, own: bool, neighbors: int) -> Tensor:
 
     train, targets = run.loaders()
     attributor = KNNShapleyAttributor(neighbors, distance_func=distances)
-    scores = attributor.attribute(train, train if own else targets)
-    return scores.diagonal() if own else scores.T.contiguous()
+    return attributor.attribute(train, targets).T.contiguous()
 
 
 warnings.filterwarnings("ignore", module="dattri")

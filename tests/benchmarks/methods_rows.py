@@ -205,7 +205,7 @@ ROWS = [
     Row("Similarity, distance", "ours", ours(partial(RepresentationSimilarity, similarity="l2")), own=False),
     Row("Similarity, distance", "captum", partial(peers.captum_similarity, similarity="l2"), networks=DEEP, own=False),
     Row("KNN-Shapley", "ours", ours(KNNShapley)),
-    Row("KNN-Shapley", "dattri", partial(dattri.knn_shapley, neighbors=10)),
+    Row("KNN-Shapley", "dattri", partial(dattri.knn_shapley, neighbors=10), own=False),  # loops in Python: minutes
     # Models retrained on other subsets
     Row("Empirical influence", "ours", fitted(EmpiricalInfluence), own=False, fitted=True),
     Row("Datamodel, lasso", "ours", fitted(Datamodel), own=False, fitted=True),
