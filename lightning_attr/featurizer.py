@@ -98,6 +98,7 @@ class Featurizer:
         projection: the snapshot's.
         memory: what a batch may take before it goes through in parts; without it, nothing is split.
         snapshot: key of the random numbers that a module draws for its samples.
+        first_row: added to their row numbers in these draws, so that targets do not get those of training samples.
 
     Example:
         >>> import torch
@@ -120,12 +121,14 @@ class Featurizer:
         projection: Projection,
         memory: MemoryBudget | None = None,
         snapshot: str = "",
+        first_row: int = 0,
     ) -> None:
         self.module = module
         self.plan = plan
         self.projection = projection
         self.memory = memory
         self.snapshot = snapshot
+        self.first_row = first_row
         wanted = projection.names
         hooked, fallback = (
             [name for name in names if wanted is None or name in wanted] for names in (plan.hooked, plan.fallback)
@@ -159,8 +162,9 @@ class Featurizer:
         device, draws = _device(self.module), draws_of(self.module)
         features = torch.zeros(len(rows), self.projection.dim, dtype=self.dtype, device=device)
         values: dict[str, Tensor] = {}
+        drawn = [row + self.first_row for row in rows]
         for number in range(draws):
-            given = completed(self.module, batch, Draw(rows, self.snapshot, number, device))
+            given = completed(self.module, batch, Draw(drawn, self.snapshot, number, device))
             for name, column in self._draw(given, len(rows), features).items():
                 # Projections are linear: the mean of features is the feature of the mean.
                 share = column if name == "label" or draws == 1 else column / draws

@@ -186,7 +186,9 @@ class AttributionStep(L.LightningModule):
             projection = self.method.precondition(projection, self.layout, self.store.optimizer_state(key))
         of_targets = self.method.bind_targets(projection)
         self.featurizer = Featurizer(self.module, self.plan, projection, self.memory, stream)
-        self.target_featurizer = Featurizer(self.module, self.target_plan, of_targets, self.memory, stream)
+        self.target_featurizer = Featurizer(
+            self.module, self.target_plan, of_targets, self.memory, stream, self.first_target
+        )
         self.writer = ShardWriter(self.store, key)
         self.layers = projection.layers  # the same at all snapshots
         self.current = key
@@ -236,6 +238,14 @@ class AttributionStep(L.LightningModule):
             labels=labels,
             noise_mask=self.noise_mask,
         )
+
+    @property
+    def first_target(self) -> int:
+        """What random draws add to the rows of targets: nothing where they are the training samples themselves."""
+        same = self.target_data is None or (
+            self.fingerprint.data is not None and self._target_digest == self.fingerprint.data
+        )
+        return 0 if same else len(self.train_data)
 
     @property
     def _target_digest(self) -> str | None:
@@ -302,6 +312,7 @@ class AttributionStep(L.LightningModule):
             writer=self.trainer.is_global_zero,
             train_digest=self.fingerprint.data,
             target_digest=self._target_digest,
+            first_target=self.first_target,
         )
 
     def _samples(self, source: DataSource) -> Samples:

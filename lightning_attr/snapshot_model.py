@@ -54,6 +54,8 @@ class SnapshotModel:
         writer: whether this process writes there.
         train_digest: hash of the training data, where it is known.
         target_digest: hash of the targets; that of the training data where they are the targets.
+        first_target: added to the rows of targets where random numbers are drawn for them; see
+            :class:`lightning_attr.featurizer.Featurizer`.
 
     Example:
         >>> from lightning_attr import AttributionMixin
@@ -81,6 +83,7 @@ class SnapshotModel:
     writer: bool = True
     train_digest: str | None = None
     target_digest: str | None = None
+    first_target: int = 0
     layout: ParameterLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,7 +158,8 @@ class SnapshotModel:
         Returns:
             Columns ``(len(rows), ...)``, in that order.
         """
-        featurizer = Featurizer(self.module, self.target_plan or self.plan, projection, self.memory, self.key)
+        targets_plan = self.target_plan or self.plan
+        featurizer = Featurizer(self.module, targets_plan, projection, self.memory, self.key, self.first_target)
         parts: list[dict[str, Tensor]] = []
         for numbers, batch in self.target_batches(rows):
             with self.precision():

@@ -114,7 +114,7 @@ CASES = [
     ),
     Case("influence, explicit", lambda: Influence(solver="explicit")),
     Case("influence, CG", lambda: Influence(solver=ConjugateGradient(tolerance=1e-6))),
-    Case("influence, LiSSA", lambda: Influence(solver=LiSSA(iterations=1000), damping=1.0)),
+    Case("influence, LiSSA", lambda: Influence(solver=LiSSA(iterations=10))),
     Case("influence, Arnoldi", lambda: Influence(solver="arnoldi")),
     Case("influence, DataInf", lambda: Influence(solver="datainf")),
     Case("influence, RelatIF", lambda: Influence("empirical_fisher", "explicit", relative="theta", snapshots="all")),

@@ -152,7 +152,7 @@ def test_the_score_at_a_step_is_that_of_the_estimate_there() -> None:
 
     for position, (step, j) in enumerate([(1, 0), (1, 1), (3, 0), (3, 1)]):
         t = int(trajectory.timesteps[step])
-        noises = [drawn(position, n, f"{key}/generated")[1] for n in range(3)]
+        noises = [drawn(len(DATA) + position, n, f"{key}/generated")[1] for n in range(3)]
         target = gradient(trajectory.estimates[step, j].double(), [(t, noise) for noise in noises])
         for i in range(6):
             expected = gradient(X[i], [drawn(i, n, key) for n in range(3)]) @ target

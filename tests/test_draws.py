@@ -161,6 +161,21 @@ def test_the_callback_and_attribute_draw_alike(tmp_path: Any) -> None:
         assert recorded.loss[row].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_targets_do_not_get_the_noise_of_training_samples() -> None:
+    model, x = Denoiser(), torch.randn(2, 2)
+    method = GradDot(IdentityProjector())
+    loaders = {"train_dataloaders": loader_of(DATA), "target_dataloaders": loader_of(TensorDataset(x))}
+    result = attribute(quiet_trainer(), model=model, method=method, **loaders)
+
+    def gradient(sample: Tensor, row: int) -> Tensor:
+        noises = [Draw([row], "current", number).normal(2)[0] for number in range(3)]
+        value = -sum(loss(model, sample, noise) for noise in noises) / 3
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+    expected = [[gradient(DATA[i][0], i) @ gradient(x[j], 6 + j) for j in range(2)] for i in range(6)]
+    torch.testing.assert_close(result.scores.values, torch.tensor(expected), rtol=1e-2, atol=1e-3)
+
+
 def test_ground_truth_is_the_mean_over_the_draws() -> None:
     model = Denoiser().eval()
     found = outputs_at(

@@ -5,8 +5,8 @@ one CPU core, and keeps the weights in `~/.cache/lightning_attr`; then it takes 
 
 The truth is how well a retrained model denoises held-out digits, and images that the attributed run generated, over the
 whole schedule with noises that no score was computed with. All subsets are trained from one initialization, with one
-sequence of noises, those of another seed than the attributed run's: what all models would have in common by chance
-otherwise hides what the subsets do, and half an hour buys one training of each.
+sequence of noises, those of another seed than the attributed run's: a model of another seed
+denoises everything a little better or worse, which hides what the subsets do where each is trained only once.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ LDS: over 100 half subsets, with its 95 % interval; the last rows have the ceili
 LOO: of logistic regression, over 100 left-out samples, Pearson and Spearman. AUROC: of self-influence, against 10 % of
 labels flipped, in a run of its own. Best out: points of test accuracy lost by retraining without the 20 % of samples of
 highest mean score, less what random ones lose, over 3 seeds. Trainings: processor seconds of one thread for all scores,
-as multiples of one training without Lightning: the least of three calls, of two where one takes more than 1 s, or one
-where it takes more than 15 s or the method solves for each target (a sixth of the targets then; see "targets").
+as multiples of one training without Lightning: the least of three calls; above a second of two calls of a peer, which
+may compile, and one of ours; of one above 15 s, and where a method solves for each target (fewer of them: "targets").
 Methods on retrained models read the `tune` subsets; what these cost to train is in their price.
 
 "One run" are the snapshots after epochs 0, 1, 2, 4, 8, ..., "from the start" has the initial weights too. LESS has no
@@ -62,10 +62,10 @@ IMPORTED = ("dattri.algorithm.influence_function", "kronfluence.analyzer", "capt
 EXACT = ("IF explicit (Hessian), ours", "IF CG (Hessian), ours")
 
 
-def timed(call: Callable[[], Tensor], once: bool = False) -> tuple[Tensor, float]:
+def timed(call: Callable[[], Tensor], repeats: int = 1) -> tuple[Tensor, float]:
     """What it returns, and the least of its processor seconds: other programs only ever add to them."""
     seconds: list[float] = []
-    while not seconds or (not once and len(seconds) < (3 if seconds[0] < SHORT else 2 if seconds[0] < LONG else 1)):
+    while not seconds or len(seconds) < (1 if seconds[0] > LONG else repeats if seconds[0] > SHORT else 3):
         start = time.process_time()
         found = call()
         seconds.append(time.process_time() - start)
@@ -113,7 +113,8 @@ def measure(row: Row, key: str, runs: tuple[Run, Run], mask: Tensor, cache: Path
     """All figures of a row but the ratios, and its scores."""
     run, noisy_run = (thinned(run, row.every) for run in runs)
     setting = run.setting
-    scores, seconds = timed(lambda: scores_of(row, key, run, own=False), once=row.every > 1)
+    repeats = 1 if row.by == "ours" or row.every > 1 else 2
+    scores, seconds = timed(lambda: scores_of(row, key, run, own=False), repeats)
     masks, outputs = subset_truth(setting, "report", cache)
     lds = linear_datamodeling_score(scores, masks, outputs[..., :: row.every])
     figures = {"lds": float(lds.mean), "low": float(lds.low), "high": float(lds.high), "seconds": seconds}
@@ -135,13 +136,13 @@ def difference(exact: Tensor, other: Tensor) -> float:
     return float(((exact - other).abs().amax(0) / exact.abs().amax(0)).max())
 
 
-def measure_network(key: str, wanted: re.Pattern[str], cache: Path) -> list[dict[str, Any]]:
-    """Every row of a network."""
+def measure_network(key: str, wanted: re.Pattern[str], cache: Path, keep: Callable[[list[Any]], None]) -> list[Any]:
+    """Every row of a network; `keep` gets those that are there, time and again."""
     setting = NETWORKS[key]
     data = clean(setting)
     flipped, mask = noisy(data)
     masks, outputs = subset_truth(setting, "report", cache)
-    training = timed(lambda: retrained(setting, data.x, data.y, 0) and mask)[1]
+    training = timed(lambda: retrained(setting, data.x, data.y, 0) and mask, repeats=3)[1]
     rows: list[dict[str, Any]] = []
     found: dict[str, Tensor] = {}
     with recorded(setting, data, cache) as run, recorded(setting, flipped, cache) as noisy_run:
@@ -161,6 +162,7 @@ def measure_network(key: str, wanted: re.Pattern[str], cache: Path) -> list[dict
                     found[row.name] = scores
             rows.append({**shown, **figures})
             print(line(rows[-1]), flush=True)
+            keep(rows)
     ceiling = linear_datamodeling_score(torch.randn(len(data.x), len(data.x_target)), masks, outputs).ceiling
     best = 1.0 if key == "lr" else float(ceiling)  # retraining logistic regression has no noise
     rows.append({"network": key, "method": "noise ceiling", "by": "", "settings": {}, "lds": best})
@@ -240,10 +242,16 @@ def main() -> None:
     for module in IMPORTED:
         importlib.import_module(module)  # so that no row pays for it
     print(f"{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}")
-    rows = [row for key in arguments.setting for row in measure_network(key, arguments.only, arguments.cache)]
+    rows: list[dict[str, Any]] = []
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows + more, indent=1))
+
+    for key in arguments.setting:
+        rows += measure_network(key, arguments.only, arguments.cache, keep)
+    keep([])
     print(*verdicts(rows), sep="\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

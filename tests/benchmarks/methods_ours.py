@@ -66,7 +66,8 @@ def fitted(make: Make) -> Scores:
     """A method on retrained models, those of the `tune` subsets: none is among what is measured."""
 
     def call(run: Run, own: bool) -> Tensor:
-        truth = subset_truth(run.setting, "tune", run.cache)
-        return ours(lambda: make(truth))(run, own)
+        masks, outputs = subset_truth(run.setting, "tune", run.cache)
+        every = outputs.shape[-1] // len(run.data.x_target)
+        return ours(lambda: make((masks, outputs[..., ::every])))(run, own)
 
     return call
