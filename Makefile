@@ -25,8 +25,8 @@ help:  ## list the targets
 demo: $(EXAMPLES)  ## find planted label noise in one training run
 	$(BIN)/python examples/noisy_labels.py
 
-test: $(DEV)  ## the quick tests
-	$(BIN)/pytest -m "not slow" $(ARGS)
+test: $(DEV)  ## the quick tests, on all cores
+	$(BIN)/pytest -n auto -m "not slow" $(ARGS)
 
 test-slow: $(DEV)  ## the slow tests
 	$(BIN)/pytest -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: pytest found none
@@ -88,7 +88,7 @@ wheel-check: $(DEV)  ## build the last commit, install its wheel in an empty env
 	"$$work/venv/bin/python" -c "$$IMPORT_EVERY_MODULE"; \
 	"$$work/venv/bin/pip" install --quiet "$$wheel[test]"; \
 	echo "== quick tests against the wheel"; \
-	"$$work/venv/bin/pytest" -m "not slow"
+	"$$work/venv/bin/pytest" -n auto -m "not slow"
 
 clean:  ## remove what builds, tools and runs left behind, but not .venv
 	rm -rf build dist .typing .mypy_cache .pytest_cache .ruff_cache *.egg-info lightning_logs

@@ -71,7 +71,7 @@ def test_planted_label_noise_is_found() -> None:
     assert mask[kept].float().mean() < mask.float().mean() / 2
 
 
-@pytest.mark.parametrize("method", [None, GradCos])
+@pytest.mark.parametrize("method", [None, TRAK, GradCos])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_copy_of_a_target_is_its_top_proponent_or_flipped_its_top_opponent(flipped: bool, method: Any) -> None:
     """Ten classes, or even against odd, where a flipped label pulls just the other way."""
@@ -79,11 +79,14 @@ def test_copy_of_a_target_is_its_top_proponent_or_flipped_its_top_opponent(flipp
     y = y % 2 if flipped else y
     planted = 1 - y[300:] if flipped else y[300:]
     trainer = fitted(TensorDataset(x, torch.cat([y[:300], planted])), classes=2 if flipped else 10)
-    chosen = None if method is None else method(TRAK(proj_dim=256).projector)
+    projector = TRAK(proj_dim=256).projector
+    chosen = {None: None, TRAK: TRAK(projector=projector, balanced=False), GradCos: GradCos(projector)}[method]
     targets = loader_of(TensorDataset(x[300:], y[300:]))
     scores = attribute(trainer, target_dataloaders=targets, method=chosen).scores
-    found, values = scores.bottomk(1) if flipped else scores.topk(1)
-    assert found.flatten().tolist() == [300, 301, 302, 303]
+    # Where every snapshot has an equal part, the late ones count, in which a copy that is fitted pushes little.
+    among = 3 if method is None and not flipped else 1
+    found, values = scores.bottomk(among) if flipped else scores.topk(among)
+    assert all(row in own for row, own in zip([300, 301, 302, 303], found.tolist(), strict=True))
     assert (values < 0).all() if flipped else (values > 0).all()
 
 
@@ -155,7 +158,11 @@ def test_merged_runs_are_attributed_as_one_ensemble() -> None:
         trainer.fit(BlobClassifier(seed=seed), loader_of(TRAIN, shuffle=True))
     FeatureStore.merge(["run0", "run1"], "merged")
     given = {"train_dataloaders": loader_of(TRAIN), "target_dataloaders": loader_of(TARGETS), "model": BlobClassifier()}
+    given["method"] = TRAK(proj_dim=16, balanced=False)
     single = [attribute(quiet_trainer(), store=f"run{seed}", **given).scores.values for seed in (0, 1)]
     merged = attribute(quiet_trainer(), store="merged", **given)
     assert len(merged.scores.provenance["snapshots"]) == 4
     torch.testing.assert_close(merged.scores.values, (single[0] + single[1]) / 2, rtol=1e-4, atol=1e-5)
+    balanced = attribute(quiet_trainer(), store="merged", **{**given, "method": TRAK(proj_dim=16)})
+    assert balanced.scores.shape == merged.scores.shape
+    assert not torch.equal(balanced.scores.values, merged.scores.values)

@@ -126,7 +126,11 @@ def captum_similarity(run: Run, own: bool, similarity: str) -> Tensor:
 
     network, data = run.network(), run.data
     layer = str(len(network) - 2)
-    metric = {"cos": cosine_similarity, "l2": lambda a, b: -euclidean_distance(a, b)}[similarity]
+    plain = {"cos": cosine_similarity, "l2": lambda a, b: -euclidean_distance(a, b)}[similarity]
+
+    def metric(targets: Tensor | list[Tensor], samples: Tensor) -> Tensor:
+        return plain(targets[0] if isinstance(targets, list) else targets, samples)  # of one layer it is a list
+
     with tempfile.TemporaryDirectory() as folder:
         search = SimilarityInfluence(
             *(network, layer, _Inputs(data.x), folder), similarity_metric=metric, batch_size=len(data.x)
