@@ -311,3 +311,8 @@ class AttributionMethod(ABC):
         """Name and arguments, for the record of a result."""
         own = {name: value for name, value in vars(self).items() if name != "projector"}
         return {"method": type(self).__name__, "scale": self.scale, **own, "projector": self.projector_config}
+
+    def __repr__(self) -> str:
+        """Name and arguments, as they are recorded."""
+        plain = {name: value for name, value in self.config.items() if name not in {"method", "scale"}}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in plain.items())})"

@@ -101,3 +101,9 @@ def test_half_precision_is_for_storage(stored: torch.dtype, computed: torch.dtyp
     features = torch.randn(3, 2).to(stored)
     assert compute_precision(features).dtype == computed
     assert torch.equal(compute_precision(features), features.to(computed))
+
+
+def test_methods_print_their_arguments() -> None:
+    found = repr(TRAK(proj_dim=16, damping=0.5))
+    assert found.startswith("TRAK(damping=0.5, ")
+    assert found.endswith("projector={'kind': 'kronecker', 'proj_dim': 16, 'seed': 0})")
