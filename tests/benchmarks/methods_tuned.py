@@ -35,18 +35,16 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "IF explicit (Hessian), captum": {"lr": {"hessian_reg": 1e-3}},
     "IF CG (Hessian), dattri": {"lr": {"max_iter": 40}},
     "IF CG, ours": {"mlp": {"damping": 10.0}},
-    "IF CG, dattri": {"mlp": {"regularization": 0.03}, "cnn": {"regularization": 0.03}},  # not tuned: close to ours
+    "IF CG, dattri": {"mlp": {"regularization": 0.03}},  # not tuned: close to ours
     "IF LiSSA, ours": {"lr": {"damping": 0.01}},
     "IF LiSSA, dattri": {
         "lr": {"scaling": 10.0, "damping": 0.0},
         "mlp": {"scaling": 10.0, "damping": 0.0},  # as on lr
-        "cnn": {"scaling": 10.0, "damping": 0.0},  # as on lr
     },
-    "IF Arnoldi, ours": {"lr": {"damping": 0.1}, "mlp": {"damping": 3.0}, "cnn": {"damping": 3.0}},  # cnn as on mlp
+    "IF Arnoldi, ours": {"lr": {"damping": 0.1}, "mlp": {"damping": 3.0}},
     "IF Arnoldi, dattri": {
         "lr": {"regularization": 0.001},
         "mlp": {"regularization": 0.01},
-        "cnn": {"regularization": 0.01},  # as on mlp
     },
     "IF Arnoldi, captum": {"lr": {"hessian_reg": 1e-2}},
     "DataInf, ours": {"lr": {"damping": 0.01}, "mlp": {"damping": 0.01}, "cnn": {"damping": 0.01}},  # cnn as on mlp
