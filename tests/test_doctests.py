@@ -110,9 +110,9 @@ def test_the_walk_reaches_both_packages() -> None:
     assert {"lightning_attr", "lightning_attr.callbacks", "lightning_attr.methods"} <= set(module_names())
 
 
-def planted() -> ModuleType:
+def planted_doctest() -> ModuleType:
     """A module with a wrong example under a decorator, and names in `__all__` that lack something."""
-    module = ModuleType("planted")
+    module = ModuleType("planted_doctest")
     source = '''
 import torch
 __all__ = ["wrong", "silent", "told", "Shown", "Failure", "gone"]
@@ -145,8 +145,8 @@ class Failure(Exception):
 
 
 def test_a_wrong_example_is_found_under_a_decorator() -> None:
-    report = failed_examples(planted())
-    assert "planted.wrong" in report
+    report = failed_examples(planted_doctest())
+    assert "planted_doctest.wrong" in report
     assert "Expected:\n    3\nGot:\n    2" in report
     assert "Shown" not in report
 
@@ -155,12 +155,12 @@ def test_a_wrong_example_is_found_under_a_decorator() -> None:
     ("name", "problem"),
     [
         ("wrong", None),
-        ("silent", "planted.silent has no docstring"),
-        ("told", "planted.told has a docstring without an example (`>>>`)"),
+        ("silent", "planted_doctest.silent has no docstring"),
+        ("told", "planted_doctest.told has a docstring without an example (`>>>`)"),
         ("Shown", None),
         ("Failure", None),
-        ("gone", "planted.__all__ names `gone`, which the module does not have"),
+        ("gone", "planted_doctest.__all__ names `gone`, which the module does not have"),
     ],
 )
 def test_a_missing_example_is_found(name: str, problem: str | None) -> None:
-    assert missing_example(planted(), name) == problem
+    assert missing_example(planted_doctest(), name) == problem

@@ -113,6 +113,8 @@ def fit(setting: Setting, callback: AttributionCallback, seed: int) -> Attributi
 ROWS: dict[str, Callable[[Setting], Tensor]] = {
     "TRAK(), one run": partial(one_run, method=TRAK()),
     "TRAK(), one run, another seed": partial(one_run, method=TRAK(), seed=1),
+    "TRAK(), one run from the start": partial(one_run, method=TRAK(), snapshots="start+geometric"),
+    "TRAK(balanced=False), one run": partial(one_run, method=TRAK(balanced=False)),
     "TRAK(), three runs merged": partial(merged_runs, n_runs=3),
     "TRAK(newton_weights=False), one run": partial(one_run, method=TRAK(newton_weights=False)),
     "TRAK(), one run, dense projection": partial(one_run, method=TRAK(projector=RademacherProjector(2048))),
