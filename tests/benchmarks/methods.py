@@ -14,7 +14,7 @@ Methods on retrained models read the `tune` subsets; what these cost to train is
 row: it needs the moments of Adam, and these networks train with SGD, or L-BFGS.
 
 Settings are in `methods_tuned.py`, most of them chosen by `--tune` on the `tune` subsets; all else is measured on the
-`report` subsets. The first time takes about an hour, for models retrained without some samples; they are kept.
+`report` subsets. The first time takes longer, for models retrained without some samples; they are kept.
 """
 
 from __future__ import annotations
