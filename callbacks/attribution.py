@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_attr.attributed import check_module, describe_output, set_up
+from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.progress import progress
 from lightning_attr.callbacks.recording import Recording, announce, give_up
@@ -24,7 +24,6 @@ from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
-from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.files import digest
@@ -40,7 +39,7 @@ from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainer import attribute, check_noise_mask, check_strategy
-from lightning_attr.transfer import probe, samples_on_device, to_device
+from lightning_attr.transfer import probe, set_up_at, to_device
 
 __all__ = ["AttributionCallback"]
 
@@ -299,8 +298,7 @@ class AttributionCallback(L.Callback):
         snapshot = self.store.snapshot(key)
         state = self.store.optimizer_state(key) if self.method.needs_optimizer_state else None
         projection = self._projection(snapshot.projection, state)
-        with trainer.precision_plugin.forward_context():
-            set_up(pl_module, self._samples(trainer, pl_module), snapshot.projection)
+        set_up_at(snapshot.projection, trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
         featurizer = Featurizer(pl_module, self.plan, projection, self.memory, snapshot.projection)
         title = f"Featurizing epoch {snapshot.epoch}" if snapshot.epoch >= 0 else "Featurizing the start"
         with ShardWriter(self.store, key) as writer, progress(trainer, title, len(batches)) as advance:
@@ -318,9 +316,6 @@ class AttributionCallback(L.Callback):
             self.store.adopt(key)
         trainer.strategy.barrier("attribution manifest")
         self.store.reload()
-
-    def _samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Samples:
-        return samples_on_device(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
 
     def _to_device(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)

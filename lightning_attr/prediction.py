@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_attr.attributed import MeasuredOutput, TargetFunction, set_up
+from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.draws import Samples
 from lightning_attr.featurizer import AttributionPlan, Featurizer
@@ -26,7 +27,7 @@ from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.store import FeatureStore
-from lightning_attr.transfer import probe, samples_on_device, to_device
+from lightning_attr.transfer import probe, samples_on_device, set_up_at, to_device
 
 __all__ = ["AttributionStep"]
 
@@ -135,6 +136,9 @@ class AttributionStep(L.LightningModule):
     def _batches(self, shards: Sequence[int]) -> list[Sequence[int]]:
         return list(chain.from_iterable(self.train_data.batches(self.store.rows(shard)) for shard in shards))
 
+    def _own_rows(self) -> list[int]:
+        return [row for shard in self.own_shards for row in self.store.rows(shard)]
+
     def _own_targets(self) -> Sequence[int]:
         rank, world = self.share
         # A loader without batches would leave this process out of the run: it repeats a row that is another's.
@@ -194,8 +198,7 @@ class AttributionStep(L.LightningModule):
         self.current = key
 
     def _set_up(self, stream: str) -> None:
-        with self.trainer.precision_plugin.forward_context():
-            set_up(self.module, self._samples(self.train_data), stream)
+        set_up_at(stream, self.trainer, self.module, self.datamodule, self.train_data)
 
     def on_predict_end(self) -> None:
         """Score, once every process has featurized its share."""
@@ -212,8 +215,7 @@ class AttributionStep(L.LightningModule):
         self.trainer.strategy.barrier("attribution result")
 
     def _score(self) -> AttributionResult:
-        own_rows = [row for shard in self.own_shards for row in self.store.rows(shard)]
-        train = Replay(lambda: self._samples(self.train_data).batches(own_rows))
+        train = Replay(lambda: self._samples(self.train_data).batches(self._own_rows()))
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
         scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
@@ -239,7 +241,7 @@ class AttributionStep(L.LightningModule):
             noise_mask=self.noise_mask,
         )
 
-    @property
+    @cached_property
     def first_target(self) -> int:
         """What random draws add to the rows of targets: nothing where they are the training samples themselves."""
         same = self.target_data is None or (
@@ -247,15 +249,14 @@ class AttributionStep(L.LightningModule):
         )
         return 0 if same else len(self.train_data)
 
-    @property
+    @cached_property
     def _target_digest(self) -> str | None:
         return self.target_data.digest() if self.target_data is not None else self.fingerprint.data
 
     def _training_values(self) -> tuple[Tensor, Tensor | None]:
         """Loss and, if there is one, label of every training sample, at the last snapshot."""
         if self.values is not None:
-            own = [row for shard in self.own_shards for row in self.store.rows(shard)]
-            columns = self._joined(self.values.columns, own, len(self.train_data))
+            columns = self._joined(self.values.columns, self._own_rows(), len(self.train_data))
             return columns["loss"], columns.get("label")
         last = self.used[-1].key
         columns = next(self.store.blocks(last, [0]))[1]

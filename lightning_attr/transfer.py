@@ -14,7 +14,7 @@ from lightning_attr.draws import Samples
 from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, plan
 from lightning_attr.loader import DataSource, OrderedLoader
 
-__all__ = ["probe", "samples_on_device", "to_device"]
+__all__ = ["probe", "samples_on_device", "set_up_at", "to_device"]
 
 
 def to_device(
@@ -79,6 +79,32 @@ def samples_on_device(
     return Samples(len(source), read)
 
 
+def set_up_at(
+    snapshot: str,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    source: DataSource,
+) -> None:
+    """Let the module compute what it needs of the training samples at a snapshot, in the trainer's precision.
+
+    Args:
+        snapshot: key of the snapshot, at whose weights the module is.
+        trainer: the trainer.
+        module: the user's module, in eval mode.
+        datamodule: the user's datamodule, if any.
+        source: the training data.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> source = DataSource.of(DataLoader([3.0]), "training")
+        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> set_up_at("final", trainer, L.LightningModule(), None, source)
+    """
+    with trainer.precision_plugin.forward_context():
+        set_up(module, samples_on_device(trainer, module, datamodule, source), snapshot)
+
+
 def probe(
     trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, source: DataSource
 ) -> tuple[AttributionPlan, Any, list[int]]:
@@ -110,8 +136,7 @@ def probe(
     rows, batch = source.first(PROBE_SIZE)
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     batch = to_device(precision.convert_input(batch), module, datamodule, device)
-    with precision.forward_context():
-        set_up(module, samples_on_device(trainer, module, datamodule, source), "")
+    set_up_at("", trainer, module, datamodule, source)
     # The comparisons want all digits: the default dtype of the precision, but no autocast.
     with precision.forward_context(), torch.autocast(device.type, enabled=False):
         return plan(module, batch, len(rows)), batch, rows

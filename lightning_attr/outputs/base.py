@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["ModelOutput", "at_least_float32", "one_column"]
+__all__ = ["ModelOutput", "at_least_float32", "bad_labels", "describe", "one_column"]
 
 
 class ModelOutput(ABC):
@@ -193,3 +193,45 @@ def one_column(name: str, values: Tensor) -> Tensor:
             "For several outputs a sample use NegativeLoss, or a ModelOutput of your own."
         )
     return at_least_float32(values) if values.dtype.is_floating_point else values
+
+
+def describe(found: object) -> str:
+    """Say what was found where a tensor is wanted, for a message.
+
+    Args:
+        found: anything.
+
+    Returns:
+        Dtype and shape of a tensor, the type of anything else.
+
+    Example:
+        >>> describe(torch.ones(2)), describe([1])
+        ('torch.float32 of shape (2,)', 'list')
+    """
+    return f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+
+
+def bad_labels(labels: Tensor, labelled: Tensor, classes: int) -> tuple[list[int], list[list[int]]]:
+    """Find labels without logits before they are looked up: on a GPU that ends the process.
+
+    Args:
+        labels: integer, ``(b, n)``.
+        labelled: which of them count, bool, ``(b, n)``.
+        classes: how many there are.
+
+    Returns:
+        Samples none of whose labels counts, and the places ``[sample, position]`` of labels that are no class. Under
+        ``vmap``, which allows no look at values, none: the same samples were checked outside of it.
+
+    Example:
+        >>> bad_labels(torch.tensor([[0, 7], [1, 1]]), torch.tensor([[True, True], [False, False]]), 3)
+        ([1], [[0, 1]])
+    """
+    outside = labelled & ((labels < 0) | (labels >= classes))
+    empty = ~labelled.any(1)
+    try:
+        if not (outside.any(1) | empty).any():
+            return [], []
+    except RuntimeError:
+        return [], []
+    return empty.nonzero().flatten().tolist(), outside.nonzero().tolist()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from lightning_attr.outputs.base import ModelOutput, at_least_float32
+from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 
 __all__ = ["Kind", "LanguageModel"]
 
@@ -185,7 +185,7 @@ def _checked(outputs: Any, targets: Any, shift: bool) -> tuple[Tensor, Tensor]:
     """The logits and labels, if their shapes fit."""
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.dtype.is_floating_point:
-        found = _describe(logits)
+        found = describe(logits)
         raise ValueError(
             f"Expected the outputs for LanguageModel to be float logits of shape (b, L, V), but got {found}. Override "
             "`attribution_step` to return them; for one label a sample use MulticlassMargin."
@@ -194,7 +194,7 @@ def _checked(outputs: Any, targets: Any, shift: bool) -> tuple[Tensor, Tensor]:
     if not integral or targets.shape != logits.shape[:2]:
         raise ValueError(
             f"Expected the targets for LanguageModel to be integer labels of shape {tuple(logits.shape[:2])}, one for "
-            f"each position of the logits, but got {_describe(targets)}. Do not shift labels or cut the logits "
+            f"each position of the logits, but got {describe(targets)}. Do not shift labels or cut the logits "
             "yourself: `shift=True` does, once."
         )
     if shift and logits.shape[1] < 2:
@@ -207,27 +207,17 @@ def _checked(outputs: Any, targets: Any, shift: bool) -> tuple[Tensor, Tensor]:
 
 
 def _check_labels(labels: Tensor, labelled: Tensor, vocabulary: int) -> None:
-    """Find labels without logits before they are looked up: on a GPU that ends the process."""
-    outside = labelled & ((labels < 0) | (labels >= vocabulary))
-    empty = ~labelled.any(1)
-    try:
-        if not (outside.any(1) | empty).any():
-            return
-    except RuntimeError:  # vmap allows no look at values; the same samples were checked outside of it
-        return
-    if empty.any():
+    empty, outside = bad_labels(labels, labelled, vocabulary)
+    if empty:
         raise ValueError(
             f"Expected each sequence to have at least one labelled token, but those at the positions "
-            f"{empty.nonzero().flatten().tolist()} of the batch have none: all their labels are the ignored one. Look "
+            f"{empty} of the batch have none: all their labels are the ignored one. Look "
             "for texts that were cut before their answer begins, and remove such samples from the data set."
         )
-    sample, place = outside.nonzero()[0].tolist()
-    raise ValueError(
-        f"Expected labels in [0, {vocabulary}), the vocabulary of the logits, or ignored labels, but the sequence at "
-        f"position {sample} of the batch has the label {int(labels[sample, place])}. Resize the model's embeddings to "
-        "the tokenizer (`model.resize_token_embeddings(len(tokenizer))`), or set `ignore_index`."
-    )
-
-
-def _describe(found: Any) -> str:
-    return f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if outside:
+        sample, place = outside[0]
+        raise ValueError(
+            f"Expected labels in [0, {vocabulary}), the vocabulary of the logits, or ignored labels, but the sequence "
+            f"at position {sample} of the batch has the label {int(labels[sample, place])}. Resize the model's "
+            "embeddings to the tokenizer (`model.resize_token_embeddings(len(tokenizer))`), or set `ignore_index`."
+        )

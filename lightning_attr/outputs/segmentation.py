@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.outputs.base import ModelOutput, at_least_float32
+from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 
 __all__ = ["PixelMargin"]
 
@@ -93,38 +93,29 @@ def _check_shapes(outputs: Any, targets: Any) -> None:
     if not isinstance(outputs, Tensor) or outputs.ndim < 3 or not outputs.dtype.is_floating_point:
         raise ValueError(
             f"Expected the outputs for PixelMargin to be float logits of shape (b, c, height, width), but got "
-            f"{_describe(outputs)}. Override `attribution_step` to return them; for one label an image use "
+            f"{describe(outputs)}. Override `attribution_step` to return them; for one label an image use "
             "MulticlassMargin."
         )
     expected = (outputs.shape[0], *outputs.shape[2:])
     if not isinstance(targets, Tensor) or targets.dtype.is_floating_point or targets.shape != expected:
         raise ValueError(
             f"Expected the targets for PixelMargin to be integer labels of shape {tuple(expected)}, one for each pixel "
-            f"of the logits, but got {_describe(targets)}. For soft masks use NegativeLoss."
+            f"of the logits, but got {describe(targets)}. For soft masks use NegativeLoss."
         )
 
 
 def _check_labels(labels: Tensor, labelled: Tensor, classes: int) -> None:
-    """Find labels without logits before they are looked up: on a GPU that ends the process."""
-    outside = labelled & ((labels < 0) | (labels >= classes))
-    empty = ~labelled.any(1)
-    try:
-        if not (outside.any(1) | empty).any():
-            return
-    except RuntimeError:  # vmap allows no look at values; the same samples were checked outside of it
-        return
-    if empty.any():
+    empty, outside = bad_labels(labels, labelled, classes)
+    if empty:
         raise ValueError(
             "Expected each image to have a labelled pixel, but those at the positions "
-            f"{empty.nonzero().flatten().tolist()} of the batch have none: all their labels are the ignored one. "
+            f"{empty} of the batch have none: all their labels are the ignored one. "
             "Remove them from the data set."
         )
-    image, pixel = outside.nonzero()[0].tolist()
-    raise ValueError(
-        f"Expected labels in [0, {classes}), the classes of the logits, or ignored labels, but the image at position "
-        f"{image} of the batch has the label {int(labels[image, pixel])}. Set `ignore_index` if it means no class."
-    )
-
-
-def _describe(found: Any) -> str:
-    return f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    if outside:
+        image, pixel = outside[0]
+        raise ValueError(
+            f"Expected labels in [0, {classes}), the classes of the logits, or ignored labels, but the image at "
+            f"position {image} of the batch has the label {int(labels[image, pixel])}. Set `ignore_index` if it means "
+            "no class."
+        )
