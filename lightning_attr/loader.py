@@ -134,9 +134,13 @@ class DataSource:
         return self.loader.collate_fn in {default_collate, default_convert}
 
     @property
-    def seeded(self) -> bool:
-        """Whether a sample is read under seeds of its own: where nothing can be random, they only cost time."""
-        return not self.stacks or not _only_indexes(self.dataset)
+    def indexes(self) -> bool:
+        """Whether a batch is nothing but rows of tensors, which can be taken all at once."""
+        dataset: Any = self.dataset
+        while type(dataset) is Subset:
+            dataset = dataset.dataset
+        dense = type(dataset) is TensorDataset and all(values.layout is torch.strided for values in dataset.tensors)
+        return dense and self.stacks
 
     def digest(self) -> str | None:
         """Hash a few samples across the data set, to tell another data set of equal length.
@@ -187,10 +191,11 @@ class OrderedLoader:
         given = self.source.loader
         # Workers are worth their start-up only when each has several batches to prepare.
         workers = given.num_workers if len(self) > 2 * given.num_workers else 0
+        indexes = self.source.indexes
         loader = DataLoader(
-            _Rows(self.source.dataset, seeded=self.source.seeded),
+            _Indexed(self.source.dataset) if indexes else _Rows(self.source.dataset),
             batch_sampler=self.batches,
-            collate_fn=self.source.collate,
+            collate_fn=_same if indexes else self.source.collate,
             num_workers=workers,
             pin_memory=given.pin_memory,
             timeout=given.timeout if workers else 0,
@@ -205,17 +210,14 @@ class OrderedLoader:
 class _Rows(Dataset[Any]):
     """The data set with each sample's row beside it, read under seeds of its own."""
 
-    def __init__(self, dataset: Dataset[Any], seeded: bool = True) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
-        self.seeded = seeded
         self.generators: list[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # checked by DataSource.of
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
-        if not self.seeded:
-            return row, self.dataset[row]
         if self.generators is None:  # found in the process that uses them, which may be a worker
             self.generators = find_generators(self.dataset)
         seed = hashed_seed("sample", row)
@@ -227,11 +229,23 @@ class _Rows(Dataset[Any]):
         return row, self.dataset[row]
 
 
-def _only_indexes(dataset: Dataset[Any]) -> bool:
-    """Whether reading a sample is nothing but indexing tensors."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return type(dataset) is TensorDataset
+class _Indexed(Dataset[Any]):
+    """A data set of tensors, whose batches are indexed at once: nothing in it can be random."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, rows: list[int]) -> tuple[list[int], list[torch.Tensor]]:
+        dataset: Any = self.dataset
+        indices = rows
+        while type(dataset) is Subset:
+            dataset, indices = dataset.dataset, [int(dataset.indices[i]) for i in indices]
+        index = torch.tensor(indices)
+        return rows, [values[index] for values in dataset.tensors]
+
+
+def _same(batch: Any) -> Any:
+    return batch
 
 
 class _Collate:

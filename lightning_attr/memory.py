@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_attr.batch import batched_tensors, select_rows
 from lightning_attr.errors import MemoryBudgetError
@@ -188,8 +187,8 @@ class _Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(result):
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *(kwargs or {}).values()))}
+        for storage in (tensor.untyped_storage() for tensor in _tensors((result,))):
             if storage._cdata not in given and storage not in self.seen:
                 self.seen.add(storage)
                 weakref.finalize(storage, self._release, storage.nbytes())
@@ -201,8 +200,13 @@ class _Meter(TorchDispatchMode):
         self.current -= size
 
 
-def _storages(structure: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the arguments or results of an operator, which come alone or in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -20,7 +20,7 @@ from lightning_attr.featurizer import AttributionPlan, Featurizer
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
-from lightning_attr.memory import MemoryBudget
+from lightning_attr.memory import MemoryBudget, free_bytes
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
@@ -30,6 +30,9 @@ from lightning_attr.store import FeatureStore
 from lightning_attr.transfer import probe, samples_on_device, set_up_at, to_device
 
 __all__ = ["AttributionStep"]
+
+_KEPT_SHARE = 0.25
+"""Of the free memory, for features that nobody reads later."""
 
 
 class AttributionStep(L.LightningModule):
@@ -48,6 +51,8 @@ class AttributionStep(L.LightningModule):
         memory: what a batch may take while it is featurized.
         folder: for a result that has to travel between processes.
         target_function: what is measured of the targets, in place of the model output.
+        scratch: whether the store is thrown away in the end: features keep all digits then, and stay in memory where
+            they fit.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class AttributionStep(L.LightningModule):
         memory: MemoryBudget,
         folder: Path,
         target_function: TargetFunction | None = None,
+        scratch: bool = False,
     ) -> None:
         super().__init__()
         self.module = module
@@ -79,9 +85,11 @@ class AttributionStep(L.LightningModule):
         self.memory = memory
         self.folder = folder
         self.target_function = target_function
+        self.scratch = scratch
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.result: AttributionResult | None = None
         self.writer: ShardWriter | None = None
+        self.kept: dict[str, RowTable] = {}  # columns of this process's training rows, of snapshots without shards
 
     # What is to be done --------------------------------------------------------------------------------------------
 
@@ -97,12 +105,15 @@ class AttributionStep(L.LightningModule):
         self.store.check(self.fingerprint)
         self.used: Sequence[Snapshot] = self.method.select(self.store.snapshots)
         self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
-        # A method without stored features still wants the values of the training samples, for the result.
-        self.values = RowTable(len(self.train_data)) if self.method.projector is None else None
 
     def _prepare_store(self) -> None:
         if not FeatureStore.exists(self.store_path):
-            store = FeatureStore.create(self.store_path, self.fingerprint, batch_size=self.train_data.batch_size)
+            store = FeatureStore.create(
+                self.store_path,
+                self.fingerprint,
+                batch_size=self.train_data.batch_size,
+                feature_dtype="float32" if self.scratch else "float16",  # the same digits in memory and on disk
+            )
             step, epoch = self.trainer.global_step, max(0, self.trainer.current_epoch - 1)
             # Nothing was recorded while these weights were trained, and so no learning rate either.
             store.add_snapshot("current", weights_of(self.module), epoch=epoch, global_step=step, learning_rate=0.0)
@@ -121,7 +132,7 @@ class AttributionStep(L.LightningModule):
         jobs = []
         for snapshot in self.used:
             shards: Sequence[int] = self.store.missing(snapshot.key)[rank::world]
-            if self.values is not None:
+            if self.method.projector is None:  # only the values beside the features are wanted, for the result
                 shards = self.own_shards if snapshot is self.used[-1] else ()
             jobs.append((snapshot.key, True, OrderedLoader(self.train_data, self._batches(shards))))
             source = self.target_data or self.train_data
@@ -166,9 +177,23 @@ class AttributionStep(L.LightningModule):
         if key != self.current:
             self._load(key)
         columns = (self.featurizer if train else self.target_featurizer)(inner, rows)
-        assert self.writer is not None  # of this snapshot
-        ((self.values or self.writer) if train else self.tables[key]).add(rows, columns)
+        if train:
+            self._train_table(key).add(rows, columns)
+        else:
+            self.tables[key].add(rows, columns)
         return len(rows)
+
+    def _train_table(self, key: str) -> RowTable | ShardWriter:
+        """Choose where training rows go: to the store, if it lasts or if they are many."""
+        if key in self.kept:
+            return self.kept[key]
+        dim, n = self.featurizer.projection.dim, len(self.train_data)
+        free = free_bytes(torch.device("cpu")) or 0
+        if dim == 0 or (self.scratch and self.share[1] == 1 and 8 * n * dim * len(self.used) <= _KEPT_SHARE * free):
+            self.kept[key] = RowTable(n)
+            return self.kept[key]
+        assert self.writer is not None  # of this snapshot
+        return self.writer
 
     def close(self, *failure: Any) -> None:
         """Wait for the training features that are on their way to the disk; an ``ExitStack`` may call it."""
@@ -255,17 +280,17 @@ class AttributionStep(L.LightningModule):
 
     def _training_values(self) -> tuple[Tensor, Tensor | None]:
         """Loss and, if there is one, label of every training sample, at the last snapshot."""
-        if self.values is not None:
-            columns = self._joined(self.values.columns, self._own_rows(), len(self.train_data))
-            return columns["loss"], columns.get("label")
         last = self.used[-1].key
+        if last in self.kept:
+            columns = self._joined(self.kept[last].columns, self._own_rows(), len(self.train_data))
+            return columns["loss"], columns.get("label")
         columns = next(self.store.blocks(last, [0]))[1]
         return self.store.column(last, "loss"), self.store.column(last, "label") if "label" in columns else None
 
     def _features(self, snapshot: Snapshot, train: Replay) -> SnapshotFeatures:
         rank, world = self.share
         return SnapshotFeatures(
-            blocks=lambda: self.store.blocks(snapshot.key, self.own_shards),
+            blocks=lambda: self._blocks(snapshot.key),
             targets=self._joined(
                 self.tables[snapshot.key].columns, self.target_rows[rank::world], len(self.target_rows)
             ),
@@ -277,6 +302,13 @@ class AttributionStep(L.LightningModule):
             n_train=len(self.train_data),
             key=snapshot.key,
         )
+
+    def _blocks(self, key: str) -> Iterator[tuple[range, Mapping[str, Tensor]]]:
+        if key not in self.kept:
+            return self.store.blocks(key, self.own_shards)
+        columns = self.kept[key].columns
+        rows = (self.store.rows(shard) for shard in self.own_shards)
+        return ((own, {name: values[own.start : own.stop] for name, values in columns.items()}) for own in rows)
 
     def _joined(self, columns: dict[str, Tensor], own: Sequence[int], count: int) -> dict[str, Tensor]:
         """Bring the rows of all processes together."""

@@ -123,8 +123,10 @@ class RowTable:
             rows: its row numbers.
             columns: column name -> values ``(b, ...)``, on any device.
         """
+        ordered = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        index = slice(rows[0], rows[0] + len(rows)) if ordered else list(rows)  # copies at once, where it can
         for name, values in columns.items():
             values = values.detach().cpu()
             if name not in self.columns:
                 self.columns[name] = values.new_zeros(self.num_rows, *values.shape[1:])
-            self.columns[name][list(rows)] = values
+            self.columns[name][index] = values

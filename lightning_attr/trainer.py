@@ -131,7 +131,8 @@ def attribute(
         targets: "predict", "test", "val" or "train"; "auto" takes the first of them that the datamodule defines.
         method: how to score; by default the callback's, else TRAK with the store's projection.
         store: directory of a store; by default the callback's. Without either, the model's current weights are the only
-            snapshot, and nothing is kept. A directory without a store gets one of the current weights.
+            snapshot, and nothing is kept, so that features are not rounded to half precision. A directory without a
+            store gets one of the current weights.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics; by default the callback's.
         topk: keep only this many proponents and opponents of each target, with the figures of all scores: the result's
             ``scores`` are :class:`lightning_attr.top_scores.TopScores`, and no matrix of all scores is ever built.
@@ -203,6 +204,7 @@ def attribute(
             memory=MemoryBudget(memory_budget),
             folder=folder / "result",
             target_function=target_function,
+            scratch=path is None,
         )
         _check_store(step)
         stack.enter_context(_lent(trainer, module))

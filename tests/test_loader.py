@@ -24,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from lightning_attr import loader
@@ -381,15 +382,39 @@ class Noted(TensorDataset):
         return (*super().__getitem__(index), torch.rand(()))
 
 
+IMAGES = TensorDataset(torch.randn(9, 2, 3), torch.arange(9), torch.randn(9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
-    "dataset", [TensorDataset(torch.arange(6.0)), Subset(TensorDataset(torch.arange(9.0)), range(6))]
+    "dataset",
+    [
+        TensorDataset(torch.arange(6.0)),
+        IMAGES,
+        Subset(IMAGES, [8, 0, -1, 3, 3]),
+        Subset(Subset(IMAGES, torch.arange(8, 0, -1)), np.array([7, 2, 5])),  # type: ignore[arg-type]
+    ],
+    ids=["one", "three", "subset", "nested"],
 )
-def test_plain_tensors_are_read_without_seeds(dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_tensors_are_indexed_without_seeds(
+    dataset: Any, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loader, "hashed_seed", lambda *key: pytest.fail("seeded"))
-    source = DataSource.of(DataLoader(dataset, batch_size=4), "training")
-    batches = list(OrderedLoader(source, source.batches(range(6))))
-    assert [rows for rows, _ in batches] == [[0, 1, 2, 3], [4, 5]]
-    torch.testing.assert_close(torch.cat([x for _, (x,) in batches]), torch.arange(6.0))
+    source = DataSource.of(DataLoader(dataset, batch_size=2, num_workers=num_workers), "training")
+    rows = [0, 1, 2, 1, 0]
+    batches = list(OrderedLoader(source, source.batches(rows)))
+    assert [numbers for numbers, _ in batches] == [[0, 1], [2, 1], [0]]
+    for numbers, batch in batches:
+        expected = default_collate([dataset[row] for row in numbers])
+        assert type(batch) is type(expected)
+        torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+
+
+def test_tensors_that_cannot_be_indexed_at_once_are_read_one_by_one() -> None:
+    data = TensorDataset(torch.eye(3).to_sparse(), torch.arange(3))
+    source = DataSource.of(DataLoader(data, batch_size=2), "training")
+    assert not source.indexes
+    assert DataSource.of(DataLoader(IMAGES, batch_size=2), "training").indexes
 
 
 @pytest.mark.parametrize("case", ["subclass", "collation"])

@@ -37,7 +37,7 @@ def ours(make: Make, snapshots: str | None = None) -> Scores:
             if snapshots is not None:
                 path = Path(folder) / "store"
                 shutil.copytree(run.paths[snapshots], path)
-            result = AttributionTrainer(**quiet()).attribute(
+            result = run.trainer.attribute(
                 model=copy.deepcopy(run.module),
                 train_dataloaders=DataLoader(TensorDataset(data.x, data.y), 512),
                 target_dataloaders=DataLoader(targets, 512),

@@ -130,10 +130,11 @@ class Regression(DigitsClassifier):
 
 @dataclass
 class Run:
-    """A trained module, the data that it was trained on and its targets, and the snapshots of its training."""
+    """A trained module and a trainer, the data that it was trained on and its targets, and the snapshots of its training."""
 
     setting: Setting
     data: Data
+    trainer: AttributionTrainer
     module: DigitsClassifier
     paths: Mapping[str, Path]  # of the stores, by their schedule
     cache: Path  # of what is retrained
@@ -184,7 +185,7 @@ def recorded(setting: Setting, data: Data, cache: Path, seed: int = 0) -> Iterat
             trainer = AttributionTrainer(max_epochs=setting.epochs, callbacks=[callback], **quiet())
             shuffled = setting.name != "lr"
             trainer.fit(module, DataLoader(TensorDataset(data.x, data.y), setting.batch_size, shuffle=shuffled))
-        yield Run(setting, data, module.eval(), paths, cache)
+        yield Run(setting, data, AttributionTrainer(**quiet()), module.eval(), paths, cache)
 
 
 def thinned(run: Run, every: int) -> Run:
