@@ -177,23 +177,10 @@ class AttributionStep(L.LightningModule):
         if key != self.current:
             self._load(key)
         columns = (self.featurizer if train else self.target_featurizer)(inner, rows)
-        if train:
-            self._train_table(key).add(rows, columns)
-        else:
-            self.tables[key].add(rows, columns)
-        return len(rows)
-
-    def _train_table(self, key: str) -> RowTable | ShardWriter:
-        """Choose where training rows go: to the store, if it lasts or if they are many."""
-        if key in self.kept:
-            return self.kept[key]
-        dim, n = self.featurizer.projection.dim, len(self.train_data)
-        free = free_bytes(torch.device("cpu")) or 0
-        if dim == 0 or (self.scratch and self.share[1] == 1 and 8 * n * dim * len(self.used) <= _KEPT_SHARE * free):
-            self.kept[key] = RowTable(n)
-            return self.kept[key]
         assert self.writer is not None  # of this snapshot
-        return self.writer
+        table = self.kept.get(key, self.writer) if train else self.tables[key]
+        table.add(rows, columns)
+        return len(rows)
 
     def close(self, *failure: Any) -> None:
         """Wait for the training features that are on their way to the disk; an ``ExitStack`` may call it."""
@@ -219,8 +206,17 @@ class AttributionStep(L.LightningModule):
             self.module, self.target_plan, of_targets, self.memory, stream, self.first_target
         )
         self.writer = ShardWriter(self.store, key)
+        if self._stays(projection.dim):
+            self.kept[key] = RowTable(len(self.train_data))
         self.layers = projection.layers  # the same at all snapshots
         self.current = key
+
+    def _stays(self, dim: int) -> bool:
+        """Whether training rows stay in memory: nobody reads them later, and they fit."""
+        if dim == 0 or not self.scratch or self.share[1] > 1:
+            return dim == 0
+        free = free_bytes(torch.device("cpu"))
+        return free is not None and 8 * dim * len(self.train_data) * len(self.used) <= _KEPT_SHARE * free
 
     def _set_up(self, stream: str) -> None:
         set_up_at(stream, self.trainer, self.module, self.datamodule, self.train_data)

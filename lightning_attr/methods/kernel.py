@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -16,10 +16,12 @@ from lightning_attr.methods.damping import DampedMethod, check_damping
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projection, Projector
 
-__all__ = ["KernelMethod", "SolvedKernel", "squared_norms"]
+__all__ = ["KernelMethod", "SolvedKernel", "squared_norms", "triangular_inverse"]
 
 _STRIP = 256
 """Columns at once where half of a product is known to be zero or to mirror the other half."""
+_LEAF = 128
+"""Sides up to which a triangular matrix is inverted by substitution."""
 _SOLVE = 4096
 """Targets solved for at once, in float64."""
 
@@ -34,27 +36,32 @@ class SolvedKernel:
     Args:
         targets: :math:`K^{-1} \Psi^\top`, ``(k, m)``.
         inverses: columns of a block and its :math:`L^{-1}`, lower triangular.
+        known: leverages of training rows; :meth:`leverage` adds to them.
 
     Example:
         >>> kernel = SolvedKernel(torch.ones(2, 1), [(slice(0, 2), torch.eye(2) / 2)])
-        >>> kernel.leverage(torch.ones(1, 2)), kernel.solve(torch.ones(1, 2))
+        >>> kernel.leverage(torch.ones(1, 2), range(1)), kernel.solve(torch.ones(1, 2))
         (tensor([0.5000]), tensor([[0.2500, 0.2500]]))
     """
 
     targets: Tensor
     inverses: Blocks
+    known: dict[range, Tensor] = field(default_factory=dict)
 
-    def leverage(self, features: Tensor) -> Tensor:
-        r"""Compute :math:`\phi^\top K^{-1} \phi` of each sample.
+    def leverage(self, features: Tensor, rows: range) -> Tensor:
+        r"""Compute :math:`\phi^\top K^{-1} \phi` of each training sample, once.
 
         Args:
             features: ``(b, k)``.
+            rows: which samples these are.
 
         Returns:
             ``(b,)``.
         """
-        norms = [squared_norms(features[:, columns], inverse) for columns, inverse in self.inverses]
-        return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+        if rows not in self.known:
+            norms = [squared_norms(features[:, columns], inverse) for columns, inverse in self.inverses]
+            self.known[rows] = norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+        return self.known[rows]
 
     def solve(self, features: Tensor) -> Tensor:
         r"""Compute :math:`K^{-1} \phi` of each sample.
@@ -161,12 +168,11 @@ class KernelMethod(DampedMethod):
             for start in range(0, len(targets), _SOLVE):
                 part = slice(start, start + _SOLVE)
                 solved[columns, part] = torch.cholesky_solve(targets[part, columns].T.double(), factor)
-            unit = torch.eye(len(factor), dtype=targets.dtype, device=factor.device)
-            inverse = torch.linalg.solve_triangular(factor.to(targets.dtype), unit, upper=False)
+            inverse = triangular_inverse(factor.to(targets.dtype))
             inverses.append((columns, inverse))
             dimension += (len(factor) - ridge * inverse.square().sum()).item()
         snapshot.evidence["effective_dimension"] = dimension
-        return SolvedKernel(solved, inverses)
+        return SolvedKernel(solved, inverses, snapshot.memo.setdefault(f"leverages at {damping}", {}))
 
     def kernels(self, snapshot: SnapshotFeatures) -> Blocks:
         """Add up the kernel, without damping.
@@ -223,7 +229,7 @@ class KernelMethod(DampedMethod):
                 sums = torch.zeros(2, dtype=torch.float64)
                 for rows, columns in snapshot.blocks():
                     q = columns["out_to_loss"].to(kernel.targets)
-                    size = (q * kernel.leverage(columns["features"].to(q))).abs().double().sum().item()
+                    size = (q * kernel.leverage(columns["features"].to(q), rows)).abs().double().sum().item()
                     sums += torch.tensor([size, len(rows)], dtype=torch.float64)
                 total, count = snapshot.reduce(sums).tolist()
                 snapshot.memo[key] = total / count
@@ -253,6 +259,31 @@ def _factor(kernel: Tensor, ridge: Tensor, damping: float) -> Tensor:
             "(0.1 to 1.0 are good values), or lower `proj_dim` below the number of training samples."
         )
     return factor
+
+
+def triangular_inverse(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix, halves first, so that nearly all work is products of matrices.
+
+    Args:
+        lower: ``(k, k)``, without zeros on the diagonal.
+
+    Returns:
+        ``(k, k)``, lower triangular.
+
+    Example:
+        >>> triangular_inverse(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        tensor([[ 0.5000,  0.0000],
+                [-0.5000,  1.0000]])
+    """
+    if len(lower) <= _LEAF:
+        whole: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        return whole
+    half = len(lower) // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
+    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def squared_norms(features: Tensor, lower: Tensor) -> Tensor:

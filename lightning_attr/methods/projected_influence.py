@@ -129,7 +129,7 @@ class ProjectedInfluence(KernelMethod):
             self_influence = like.new_zeros(len(rows))
             for columns, kernel, weight in zip(train, kernels, weights, strict=True):
                 features, q = columns["features"].to(like), columns["out_to_loss"].to(like)
-                leverage = kernel.leverage(features)
+                leverage = kernel.leverage(features, rows)
                 change = kernel.solve(features).square().sum(1) if self.relative == "theta" else leverage
                 push = weight * q / divisor(self.relative, q.square() * leverage, q.square() * change)
                 scores.addmm_(push[:, None] * features, kernel.targets)
@@ -180,7 +180,7 @@ class FactGraSS(ProjectedInfluence):
 
     Example:
         >>> FactGraSS(proj_dim=256).config["projector"]
-        {'kind': 'factgrass', 'proj_dim': 256, 'seed': 0, 'mask_factor': 4, 'per_layer': True}
+        {'kind': 'factgrass-2', 'proj_dim': 256, 'seed': 0, 'mask_factor': 4, 'per_layer': True}
     """
 
     def __init__(

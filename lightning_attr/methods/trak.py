@@ -116,7 +116,7 @@ class TRAK(KernelMethod):
             scores, self_influence, push = (like.new_zeros(size) for size in ((len(rows), m), len(rows), len(rows)))
             for columns, kernel, weight in zip(train, kernels, weights, strict=True):
                 features, q = columns["features"].to(like), columns["out_to_loss"].to(like)
-                leverage = kernel.leverage(features)
+                leverage = kernel.leverage(features, rows)
                 if self.loo_correction:
                     left = self._left(leverage, columns, rows)
                     leverage, features = leverage / left, features / left[:, None]

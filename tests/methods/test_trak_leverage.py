@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_attr import AttributionMixin
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.methods import TRAK, SnapshotFeatures
+from lightning_attr.methods import TRAK, SnapshotFeatures, kernel
 from lightning_attr.outputs import Regression
 from lightning_attr.projectors import GaussianProjector, IdentityProjector, KroneckerProjector
 
@@ -153,3 +153,26 @@ def test_batches_and_their_order_change_nothing(projector: Any) -> None:
             found = _score(TRAK(), SnapshotFeatures.of(features(order, size), targets))
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [1, 2, 127, 129, 300])
+def test_triangular_inverse_is_the_inverse(side: int) -> None:
+    lower = torch.randn(side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(side)).tril()
+    lower += 3 * side**0.5 * torch.eye(side, dtype=torch.float64)
+    found = kernel.triangular_inverse(lower)
+    torch.testing.assert_close(found, torch.linalg.inv(lower), rtol=1e-10, atol=1e-12)
+    assert torch.equal(found, found.tril())
+
+
+def test_leverages_are_computed_once_for_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    squared_norms = kernel.squared_norms
+    monkeypatch.setattr(kernel, "squared_norms", lambda *given: calls.append(len(given[0])) or squared_norms(*given))
+    snapshots = [SnapshotFeatures.of(_columns(seed=seed), _columns(M, seed=3)) for seed in (0, 1)]
+    first = _score(TRAK(), *snapshots)
+    assert calls == [N, N]  # for the weights of the snapshots, which scoring reads again
+    second = _score(TRAK(), *snapshots)
+    assert calls == [N, N]
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    _score(TRAK(damping=0.1), *snapshots)
+    assert calls == 4 * [N]
