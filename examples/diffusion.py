@@ -1,8 +1,9 @@
 """Trace images that a DDPM generates to its training images, as a whole and step by step of their denoising.
 
 A `UNet2DModel` of diffusers learns zeros and ones from 160 of scikit-learn's digits. In the end it is retrained
-without the strongest proponents of the generated ones, and without as many random images, and generates of the same
-noise again. Run `python examples/diffusion.py`; it takes one to two minutes, and the figures go to `out/diffusion/`.
+without the strongest proponents of the generated zeros, without those of the ones, and without as many random images,
+and generates of the same noise again. Run `python examples/diffusion.py`; it takes one to two minutes, and the figures
+go to `out/diffusion/`.
 """
 
 import logging
@@ -20,17 +21,22 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.diffusion import DiffusionMixin
+from lightning_attr.methods import TRAK
 from lightning_attr.metrics import plot_denoising_steps
+from lightning_attr.outputs import SquaredPrediction
 from lightning_attr.trajectories import sample_trajectory
 
 OUT = Path("out/diffusion")
-N, BATCH, STEPS, REMOVED, SEEDS = 160, 32, 200, 64, (1, 2, 3)
-TIMESTEPS, GENERATED, SHOWN = 100, 32, 3
+N, BATCH, STEPS, REMOVED, SEEDS = 160, 32, 200, 48, (1, 2, 3)
+TIMESTEPS, GENERATED, SHOWN, METHOD = 100, 32, 3, TRAK(damping=10.0)
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 
 
 class LitDDPM(DiffusionMixin, L.LightningModule):
     """The mixin wants a `model` and a `scheduler`, and batches `[images]`."""
+
+    model_output = SquaredPrediction()  # with the next line, this is D-TRAK
+    attribution_timesteps, attribution_noise, attribution_draws = "even", "shared", 10
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,13 +45,13 @@ class LitDDPM(DiffusionMixin, L.LightningModule):
             in_channels=1,
             out_channels=1,
             layers_per_block=1,
-            block_out_channels=(8, 16),
+            block_out_channels=(16,),
             norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
             add_attention=False,
         )
-        self.scheduler = DDPMScheduler(TIMESTEPS, beta_schedule="squaredcos_cap_v2")
+        self.scheduler = DDPMScheduler(TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.denoising_loss(batch)
@@ -60,13 +66,19 @@ def loader_of(images: Tensor) -> DataLoader:
     return DataLoader(TensorDataset(images), batch_size=BATCH, shuffle=True)
 
 
-def generated_without(removed: Tensor, images: Tensor, seed: int) -> Tensor:
-    """Retrain without some images, and generate of the same noises as before."""
-    kept = torch.ones(len(images), dtype=torch.bool)
-    kept[removed] = False
+def generated_without(left_out: Tensor, images: Tensor, seed: int) -> Tensor:
+    """Retrain with copies of others in the place of some images, and generate of the same noises as before.
+
+    So every step takes the same places and noises whatever is left out, and only the images make a difference.
+    """
+    kept = torch.ones(N, dtype=torch.bool)
+    kept[left_out] = False
+    generator = torch.Generator().manual_seed(seed)
+    copies = kept.nonzero()[torch.randint(N - len(left_out), left_out.shape, generator=generator), 0]
     L.seed_everything(seed, verbose=False)
     model = LitDDPM()
-    L.Trainer(max_epochs=-1, max_steps=STEPS, accelerator="cpu", **QUIET).fit(model, loader_of(images[kept]))
+    trainer = L.Trainer(max_epochs=STEPS * BATCH // N, accelerator="cpu", **QUIET)
+    trainer.fit(model, loader_of(images.index_copy(0, left_out, images[copies])))
     return sample_trajectory(model, (1, 8, 8), GENERATED).samples
 
 
@@ -85,7 +97,7 @@ def main() -> None:
     trainer.fit(model, loader_of(images))
 
     trajectory = sample_trajectory(model, (1, 8, 8), GENERATED)
-    result = trainer.attribute(target_dataloaders=DataLoader(trajectory.final(), batch_size=GENERATED))
+    result = trainer.attribute(target_dataloaders=DataLoader(trajectory.final(), batch_size=GENERATED), method=METHOD)
     proponents, scores = result.scores.topk(5)
     for j in range(SHOWN):
         found = ", ".join(f"#{i} “{labels[i]}” {s:+.2g}" for i, s in zip(proponents[j], scores[j], strict=True))
@@ -94,7 +106,7 @@ def main() -> None:
     shown = sample_trajectory(model, (1, 8, 8), SHOWN)
     steps = range(0, len(shown.timesteps), 7)
     rows = shown.at_steps(steps)
-    by_step = trainer.attribute(target_dataloaders=DataLoader(rows, batch_size=len(rows)))
+    by_step = trainer.attribute(target_dataloaders=DataLoader(rows, batch_size=len(rows)), method=METHOD)
     top = by_step.scores.topk(3)[0].view(len(steps), SHOWN, 3)
     pictures, estimates = images / 2 + 0.5, shown.estimates.clamp(-1, 1) / 2 + 0.5
     for j in range(SHOWN):
@@ -106,22 +118,26 @@ def main() -> None:
     figure, _ = result.plot_proponents(pictures, estimates[-1], range(SHOWN), k=4)
     figure.savefig(OUT / "proponents.png")
 
-    group = labels[proponents].double().mean(1) > 0.5
-    removed = result.scores.values[:, group].mean(1).topk(REMOVED).indices
-    ones = labels[removed].double().mean()
-    print(f"{group.sum()} of {GENERATED} images are made by ones; ones are {ones:.0%} of their {REMOVED} proponents")
+    ones = labels[proponents].double().mean(1) > 0.5
     changes = torch.empty(len(SEEDS), 2)
     for s, seed in enumerate(SEEDS):
         random = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:REMOVED]
-        complete = generated_without(removed[:0], images, seed)[group]
-        for k, left_out in enumerate((removed, random)):
-            other = generated_without(left_out, images, seed)[group]
-            changes[s, k] = (other - complete).square().mean((1, 2, 3)).sqrt().mean() / 2  # pixels are 2 apart at most
+        complete, without_random = (generated_without(rows, images, seed) for rows in (random[:0], random))
+        of_images = torch.empty(GENERATED, 2)
+        for group in (ones, ~ones):
+            removed = result.scores.values[:, group].mean(1).topk(REMOVED).indices
+            for k, other in enumerate((generated_without(removed, images, seed), without_random)):
+                squares = (other - complete)[group].square().mean((1, 2, 3))
+                of_images[group, k] = squares.sqrt() / 2  # pixels are 2 apart at most
+        changes[s] = of_images.mean(0)
     by_proponents, by_random = changes.mean(0).tolist()
     excess = changes[:, 0] - changes[:, 1]
     half = 4.303 * excess.std().item() / len(SEEDS) ** 0.5  # Student's t, two degrees of freedom, 95 %
-    print(f"Change of these images, same noise, retrained without {REMOVED} of {N} training images (root mean square):")
-    print(f"  without their proponents {by_proponents:.3f}, without random images {by_random:.3f}")
+    print(
+        f"{ones.sum()} of {GENERATED} images are made by ones. Change of the images, of the same noise, by retraining"
+    )
+    print(f"without {REMOVED} of {N} training images (root mean square, as a share of the range of the pixels):")
+    print(f"  without the proponents of their digit {by_proponents:.3f}, without random images {by_random:.3f}")
     low, high = excess.mean() - half, excess.mean() + half
     print(f"  difference {excess.mean():+.3f}, 95 % interval of {len(SEEDS)} seeds [{low:+.3f}, {high:+.3f}]")
     print(f"Figures: {OUT}/proponents.png, {OUT}/steps_of_image_*.png")

@@ -27,7 +27,7 @@ from lightning_attr.metrics import mean_reciprocal_rank, recall_at_k
 from lightning_attr.outputs import LanguageModel
 from lightning_attr.tokens import LossTokens
 
-EPOCHS, ASKED, REMOVED, SEEDS = 32, 6, 5, 3
+EPOCHS, ASKED, REMOVED, SEEDS = 40, 6, 5, 3
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 OUT = Path("out/language_model")
 
@@ -55,7 +55,7 @@ class LitGPT2(AttributionMixin, L.LightningModule):
     """Attributes the log-probability of the words that have a label."""
 
     model_output = LanguageModel("loss")
-    learning_rate, epochs = 1.5e-2, EPOCHS
+    learning_rate, epochs = 1e-2, EPOCHS
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -138,11 +138,16 @@ def main() -> None:
             *factories, data, dirpath=f"{folder}/truth", index_sets=[*sets, random[: len(sets[0])]], seeds=SEEDS,
             progress=False,
         )  # fmt: skip
-    falls = truth.effects[..., :ASKED].mean(2) - truth.effects[..., ASKED:].mean(2)
-    print(f"\nFall of the log-probability of {ASKED} continuations, less that of others, 95 % interval ({SEEDS} seeds)")
+    likely = truth.outputs.exp()  # a probability is bounded: no single model decides
+    falls, others = ((likely[:, :1] - likely[:, 1:])[..., part].mean(2) for part in (slice(ASKED), slice(ASKED, None)))
+    full = likely[:, 0, :ASKED].mean()
+    print(
+        f"\nFall of the probability of {ASKED} continuations ({full:.2f} in full), and how much more it is than that of"
+    )
+    print(f"others; mean and 95 % interval, {SEEDS} seeds")
     names = "their proponents", "all that state the facts", "random sentences"
-    for name, removed, values in zip(names, truth.removed, falls.T, strict=True):
-        print(f"  without {len(removed)} sentences, {name:26s}{interval(values)}")
+    for name, removed, fall, other in zip(names, truth.removed, falls.T, others.T, strict=True):
+        print(f"  without {len(removed)} sentences, {name:26s}{interval(fall)}  {interval(fall - other)}")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ class DiffusionMixin(AttributionMixin):
     "shared".
 
     A batch ``(x, ...)`` is clean samples and nothing else; override :meth:`clean_samples` and :meth:`conditioning` for
-    latents, class labels or captions, and :meth:`denoise` for a network that is called in another way. A dict with
+    latents, class labels or captions, and :meth:`denoise` for a network that is called in another way. What the first
+    two give is constant: a text encoder that is trained runs in :meth:`denoise`, on token numbers. A dict with
     ``clean`` needs neither: ``clean`` ``(b, ...)``, if wanted ``conditioning``, a dict of tensors ``(b, ...)``, and
     ``timestep`` ``(b,)``, at which the sample is then measured in every draw. Generated samples come so, see
-    :class:`lightning_attr.trajectories.DenoisingTrajectory`; noise and timesteps of theirs are others than those of the
-    training samples of the same row.
+    :class:`lightning_attr.trajectories.DenoisingTrajectory`.
 
     Attributes:
         attribution_draws: draws of a timestep and a noise, each a forward and backward pass.
@@ -95,7 +95,8 @@ class DiffusionMixin(AttributionMixin):
             batch: what the data loader yields, on the module's device.
 
         Returns:
-            Name -> tensor ``(b, ...)``, keyword arguments of :meth:`denoise`; by default none.
+            Name -> tensor ``(b, ...)``, keyword arguments of :meth:`denoise`, without gradients: states of a frozen
+            text encoder, or token numbers for one that is trained, which :meth:`denoise` runs; by default none.
         """
         return {}
 
@@ -148,19 +149,19 @@ class DiffusionMixin(AttributionMixin):
 
         Raises:
             TypeError: if the batch holds no clean samples, or the module no scheduler.
-            ValueError: if a timestep is outside the schedule, or an option of the class is unknown.
+            ValueError: if a timestep is outside the schedule, the conditioning has not one entry a sample, either is
+                not constant, or an option of the class is unknown.
         """
-        given = self._given(batch)
+        with torch.enable_grad():  # to see what is trained
+            given = self._given(batch)
+        self._check_constants(given)
         clean = given["clean"]
-        # Row 0 of the generated samples is not row 0 of the training data: noise of one key would make them alike.
-        generated = given.pop("generated", None) is not None
-        own = replace(draw, snapshot=f"{draw.snapshot}/generated") if generated else draw
         if "timestep" not in given:
-            given["timestep"] = self._timesteps(own)
+            given["timestep"] = self._timesteps(draw)
         self._check_timesteps(given["timestep"])
         self._check_option("attribution_noise", ("own", "shared"))
         if self.attribution_noise == "own":
-            return {**given, "noise": own.normal(*clean.shape[1:]).to(clean)}
+            return {**given, "noise": draw.normal(*clean.shape[1:]).to(clean)}
         shared = replace(draw, rows=[0]).normal(*clean.shape[1:]).to(clean)
         return {**given, "noise": shared.expand_as(clean)}
 
@@ -197,8 +198,27 @@ class DiffusionMixin(AttributionMixin):
 
     def _given(self, batch: Any) -> dict[str, Any]:
         if isinstance(batch, Mapping) and "clean" in batch:
-            return {"conditioning": {}, **batch}
-        return {"clean": self.clean_samples(batch), "conditioning": self.conditioning(batch)}
+            given = {"conditioning": {}, **batch}
+        else:
+            given = {"clean": self.clean_samples(batch), "conditioning": self.conditioning(batch)}
+        count = len(given["clean"])
+        for name, values in given["conditioning"].items():
+            if not isinstance(values, Tensor) or values.shape[:1] != (count,):
+                found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+                raise ValueError(
+                    f"Expected `{name}` of the conditioning of {type(self).__name__} to be a tensor with one entry for "
+                    f"each of the {count} samples, but got {found}. Give each sample one caption or label, as numbers."
+                )
+        return given
+
+    def _check_constants(self, given: Mapping[str, Any]) -> None:
+        for name, values in {"clean": given["clean"], **given["conditioning"]}.items():
+            if values.requires_grad:
+                raise ValueError(
+                    f"Expected `{name}` of {type(self).__name__} to be without gradients, but it depends on parameters "
+                    "that are trained: what the sample owes to them would be missed. Freeze what computes it "
+                    "(`requires_grad_(False)`), or compute it in `denoise`, of token numbers for instance."
+                )
 
     def _timesteps(self, draw: Draw) -> Tensor:
         self._check_option("attribution_timesteps", ("random", "even"))

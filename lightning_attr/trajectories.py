@@ -19,8 +19,7 @@ __all__ = ["DenoisingTrajectory", "GeneratedSamples", "sample_trajectory"]
 class GeneratedSamples(Dataset[dict[str, Any]]):
     """Targets, as :class:`lightning_attr.diffusion.DiffusionMixin` takes them: a dict with ``clean`` and more each.
 
-    Held-out samples are welcome, too. What distinguishes them is that noise and timesteps are not those of the training
-    samples of the same row.
+    Held-out samples are welcome, too.
 
     Args:
         clean: float, ``(m, ...)``: images, or latents if the model works on latents.
@@ -43,21 +42,25 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
         self.conditioning = dict(conditioning or {})
         self.timesteps = timesteps
         given = {**self.conditioning, **({} if timesteps is None else {"timesteps": timesteps})}
-        for name, values in given.items():
-            if len(values) != len(clean):
-                raise ValueError(
-                    f"Expected `{name}` to hold one entry for each of the {len(clean)} samples, but got {len(values)}."
-                )
+        _check_lengths(given, len(clean))
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = {"clean": self.clean[index], "generated": True}
+        row: dict[str, Any] = {"clean": self.clean[index]}
         row["conditioning"] = {name: values[index] for name, values in self.conditioning.items()}
         if self.timesteps is not None:
             row["timestep"] = self.timesteps[index]
         return row
+
+
+def _check_lengths(given: Mapping[str, Tensor], count: int) -> None:
+    for name, values in given.items():
+        if len(values) != count:
+            raise ValueError(
+                f"Expected `{name}` to hold one entry for each of the {count} samples, but got {len(values)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,10 @@ def sample_trajectory(
         Samples and trajectory, on the CPU.
 
     Raises:
-        ValueError: if the scheduler does not say what it takes a sample for.
+        ValueError: if the conditioning has not one entry a sample, or the scheduler does not say what it takes a sample
+            for.
     """
+    _check_lengths(conditioning or {}, count)
     scheduler = copy.deepcopy(module.scheduler if scheduler is None else scheduler)
     scheduler.set_timesteps(steps)
     first = next(module.parameters())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusion_cases import SIZE, Denoiser, LabelledDenoiser, T
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from cases import loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
@@ -17,7 +17,7 @@ from lightning_attr.draws import Draw
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import TRAK, GradDot
-from lightning_attr.outputs import SquaredPrediction
+from lightning_attr.outputs import DenoisingLoss, SquaredPrediction
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.trajectories import GeneratedSamples, sample_trajectory
 
@@ -152,25 +152,32 @@ def test_the_score_at_a_step_is_that_of_the_estimate_there() -> None:
 
     for position, (step, j) in enumerate([(1, 0), (1, 1), (3, 0), (3, 1)]):
         t = int(trajectory.timesteps[step])
-        noises = [drawn(len(DATA) + position, n, f"{key}/generated")[1] for n in range(3)]
+        noises = [drawn(len(DATA) + position, n, key)[1] for n in range(3)]
         target = gradient(trajectory.estimates[step, j].double(), [(t, noise) for noise in noises])
         for i in range(6):
             expected = gradient(X[i], [drawn(i, n, key) for n in range(3)]) @ target
             assert scores[i, position].item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-5)
 
 
-def test_generated_samples_have_other_noise_than_training_samples_of_their_row() -> None:
+@pytest.mark.parametrize("noise", ["own", "shared"])
+def test_targets_do_not_draw_the_numbers_of_the_training_samples_of_their_row(noise: str) -> None:
     # With the same noise, training sample 0 would be the first proponent of target 0, whatever they are.
     model = Denoiser()
-    batch = model.attribution_batch([X], Draw(range(6), "a"))
-    (rows,) = DataLoader(GeneratedSamples(X), batch_size=6)
-    generated = model.attribution_batch(rows, Draw(range(6), "a"))
-    assert not (generated["noise"] == batch["noise"]).any()
-    assert (generated["timestep"] != batch["timestep"]).any()
-    assert "generated" not in generated
-    model.attribution_timesteps, model.attribution_noise = "even", "shared"  # D-TRAK: the noise of all samples
-    generated, batch = (model.attribution_batch(x, Draw(range(6), "a")) for x in (rows, [X]))
-    assert torch.equal(generated["noise"], batch["noise"])
+    model.attribution_noise = noise
+    callback = AttributionCallback("run", method=GradDot(IdentityProjector()), feature_dtype="float32", log=False)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[callback])
+    trainer.fit(model, loader_of(DATA, batch_size=4))
+    scores = trainer.attribute(target_dataloaders=loader_of(GeneratedSamples(DATA.tensors[0]))).scores.values
+    key = callback.store.snapshots[-1].key
+    model = model.double()
+
+    def gradient(sample: int, row: int) -> Tensor:
+        draws = [(drawn(row, n, key)[0], drawn(row if noise == "own" else 0, n, key)[1]) for n in range(3)]
+        value = -sum(loss(model, X[sample], *draw) for draw in draws) / 3
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+    expected = torch.stack([gradient(i, i) for i in range(6)]) @ torch.stack([gradient(j, 6 + j) for j in range(6)]).T
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-3, atol=1e-5)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
@@ -187,6 +194,45 @@ def test_a_batch_without_clean_samples() -> None:
         Denoiser().attribution_batch({"image": X}, Draw(range(6)))
     with pytest.raises(TypeError, match=r"but got str\. Override `clean_samples\(self, batch\)` in Denoiser"):
         Denoiser().attribution_batch(["a seven"], Draw([0]))
+
+
+@pytest.mark.parametrize(("labels", "found"), [(LABELS[:5], r"shape \(5,\)"), (["a seven"] * 6, "a list")])
+def test_captions_that_are_not_one_a_sample(labels: Any, found: str) -> None:
+    message = rf"`labels` of the conditioning of LabelledDenoiser .* each of the 6 samples, but got {found}\. Give each"
+    with pytest.raises(ValueError, match=message):
+        LabelledDenoiser().attribution_batch((X, labels), Draw(range(6)))
+    with pytest.raises(ValueError, match=message):
+        LabelledDenoiser().denoising_loss({"clean": X, "conditioning": {"labels": labels}})
+
+
+def test_an_encoder_that_is_trained_but_not_attributed() -> None:
+    class Encoded(LabelledDenoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.nn.Embedding(3, 1)
+
+        def conditioning(self, batch: Any) -> dict[str, Tensor]:
+            return {"labels": self.encoder(batch[1])[:, 0]}
+
+    model = Encoded()
+    message = r"`labels` of Encoded to be without gradients, .* compute it in `denoise`"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model.attribution_batch((X, LABELS), Draw(range(6)))
+    model.encoder.requires_grad_(False)
+    assert not model.attribution_batch((X, LABELS), Draw(range(6)))["conditioning"]["labels"].requires_grad
+    with pytest.raises(ValueError, match="`clean` of Encoded to be without gradients"):
+        model.attribution_batch((X.clone().requires_grad_(), LABELS), Draw(range(6)))
+
+
+def test_an_output_without_one_value_a_sample() -> None:
+    class Mean(DenoisingLoss):
+        def output(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return super().output(outputs, targets).mean()
+
+    model = Denoiser()
+    model.model_output = Mean()
+    with pytest.raises(ValueError, match=r"to return one value a sample, of shape \(4,\), but got \(\)"):
+        plan(model.eval(), (X[:4].float(),), 4)
 
 
 @pytest.mark.parametrize("option", ["attribution_timesteps", "attribution_noise"])

@@ -102,6 +102,11 @@ def test_conditioning_and_another_scheduler() -> None:
     assert not torch.allclose(found.samples[1], plain.samples[1])
 
 
+def test_captions_of_another_number_than_the_samples() -> None:
+    with pytest.raises(ValueError, match="Expected `labels` to hold one entry for each of the 2 samples, but got 1"):
+        sample_trajectory(LabelledDenoiser(), (SIZE,), 2, 5, conditioning={"labels": torch.zeros(1)})
+
+
 def test_a_scheduler_without_estimates() -> None:
     class Plain(Scheduler):
         def step(self, *args: Any, **kwargs: Any) -> Any:

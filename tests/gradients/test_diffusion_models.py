@@ -19,6 +19,7 @@ from lightning_attr.outputs import DenoisingLoss, ModelOutput, SquaredPrediction
 from lightning_attr.projectors import IdentityProjector
 
 diffusers = pytest.importorskip("diffusers", minversion="0.30", reason="needs diffusers")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 pytestmark = pytest.mark.slow  # importing diffusers takes seconds
 
@@ -44,6 +45,24 @@ class Denoiser(DiffusionMixin, nn.Module):
 
     def conditioning(self, batch: list[Tensor]) -> dict[str, Tensor]:
         return {self.condition: batch[1]} if self.condition else {}
+
+
+class Captioned(Denoiser):
+    """Latents of a frozen autoencoder, and a text encoder that is trained; a batch is `(x, tokens)`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, "v_prediction", "tokens")
+        size = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        special = {"vocab_size": 7, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        config = transformers.CLIPTextConfig(max_position_embeddings=4, **size, **special)
+        self.text_encoder = transformers.CLIPTextModel(config)
+        self.autoencoder = _autoencoder(latent_channels=1).model.requires_grad_(False)
+
+    def clean_samples(self, batch: list[Tensor]) -> Tensor:
+        return self.autoencoder.encode(batch[0]).latent_dist.mean
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        return self.model(noisy, timesteps, self.text_encoder(tokens).last_hidden_state).sample
 
 
 class Decoder(AttributionMixin, nn.Module):
@@ -87,7 +106,7 @@ def _classes() -> nn.Module:
     return Denoiser(network, "sample", "class_labels")
 
 
-def _text() -> nn.Module:
+def _text(captioned: bool = False) -> nn.Module:
     network = diffusers.UNet2DConditionModel(
         in_channels=1,
         out_channels=1,
@@ -97,14 +116,14 @@ def _text() -> nn.Module:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **SMALL,
     )
-    return Denoiser(network, condition="encoder_hidden_states")
+    return Captioned(network) if captioned else Denoiser(network, condition="encoder_hidden_states")
 
 
-def _autoencoder() -> nn.Module:
+def _autoencoder(latent_channels: int = 2) -> Any:
     network = diffusers.AutoencoderKL(
         in_channels=1,
         out_channels=1,
-        latent_channels=2,
+        latent_channels=latent_channels,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         **SMALL,
@@ -117,6 +136,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "UNet2DModel, velocity": (_velocity, lambda: torch.zeros(B)),
     "UNet2DModel with classes": (_classes, lambda: torch.arange(B) % 4),
     "UNet2DConditionModel": (_text, lambda: torch.randn(B, 3, 6).double()),
+    "latents, tokens, and a text encoder": (lambda: _text(captioned=True), lambda: torch.randint(2, 7, (B, 4))),
     "AutoencoderKL": (_autoencoder, lambda: torch.zeros(B)),
 }
 
@@ -141,9 +161,13 @@ def _features(module: Any, batch: list[Tensor], rows: list[int]) -> Tensor:
     return featurizer([x[rows] for x in batch], rows)["features"]
 
 
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def _reference(module: Any, batch: list[Tensor]) -> Tensor:
     """Mean over the draws of a backward pass a sample."""
-    trainable = dict(module.named_parameters())
+    trainable = _trainable(module)
     count = getattr(module, "attribution_draws", 1)
     total = torch.zeros(())
     for number in range(count):
@@ -167,7 +191,29 @@ def test_no_parameter_needs_a_fallback(case: Any) -> None:
     module, batch = case
     found = _plan(module, batch)
     assert found.fallback == ()
-    assert set(found.hooked) == {name for name, _ in module.named_parameters()}
+    assert set(found.hooked) == set(_trainable(module))
+
+
+def test_the_gradient_of_the_loss_is_that_of_the_output(case: Any) -> None:
+    module, batch = case
+    drawn = module.attribution_batch(batch, Draw(range(B), "final"))
+    loss, output = (part({}, {}, drawn) for part in (module.functional_loss, module.functional_output))
+    q = module.model_output.out_to_loss(*module.attribution_step(drawn))
+    parameters = list(_trainable(module).values())
+    for i in range(B):
+        of_loss, of_output = (torch.autograd.grad(f[i], parameters, retain_graph=True) for f in (loss, output))
+        for one, other in zip(of_loss, of_output, strict=True):
+            torch.testing.assert_close(one, -q[i] * other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_text_encoder_that_is_trained_has_gradients() -> None:
+    module: Any = _text(captioned=True).double().eval()
+    batch = [torch.randn(B, 1, SIZE, SIZE).double(), torch.randint(2, 7, (B, 4))]
+    drawn = module.attribution_batch(batch, Draw(range(B), "final"))
+    rows = loop_gradients(lambda p, b: module.functional_output(p, {}, b), _trainable(module), drawn, B)
+    words = rows["text_encoder.embeddings.token_embedding.weight"].abs().sum(2) > 0
+    for found, tokens in zip(words, batch[1], strict=True):
+        assert set(found.nonzero().flatten().tolist()) == set(tokens.tolist())
 
 
 def test_sampling_with_schedulers_of_diffusers() -> None:
