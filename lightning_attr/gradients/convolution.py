@@ -16,9 +16,12 @@ def convolution(
     layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, activations: Tensor, backprops: Tensor
 ) -> dict[str, ParameterGradient]:
     """Convolutions, with every padding mode of theirs."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(activations, _padding(layer), mode=mode)
-    weight = ConvSum(padded, backprops, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+    pads = _padding(layer)
+    zeros = pads[::-2]  # first dimension first
+    if layer.padding_mode != "zeros" or zeros != pads[-2::-2]:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        activations, zeros = F.pad(activations, pads, mode=mode), [0] * len(zeros)
+    weight = ConvSum(activations, backprops, layer.kernel_size, layer.stride, layer.dilation, layer.groups, zeros)
     return {"weight": weight, "bias": RowSum(weight)}
 
 

@@ -62,7 +62,7 @@ class FactoredGradient(ABC):
 
         Args:
             left: as in :meth:`project`.
-            right: as in :meth:`project`.
+            right: likewise.
 
         Returns:
             False unless a form says otherwise.
@@ -121,14 +121,10 @@ class OuterSum(FactoredGradient):
             total = _apply(left, self.row_sum().unsqueeze(1)).mT  # (b, k_rows, 1)
             target += self.project(left, right).addcmul_(total, shift)
         else:
-            target += torch.bmm(_apply(left, self.rows).mT, _apply(right, self.columns) + shift)
+            target += torch.bmm(_apply(left, self.rows).mT, _apply(right, self.columns, shift))
 
     def row_sum(self) -> Tensor:
-        """Sum the factors on the side of the rows.
-
-        Returns:
-            ``(b, rows)``.
-        """
+        """Sum the factors on the side of the rows, ``(b, rows)``."""
         return self.rows.sum(1)
 
 
@@ -188,6 +184,7 @@ class ConvSum(FactoredGradient):
         stride: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        padding: Sequence[int] | None = None,
     ) -> None:
         self.inputs = inputs
         self.backprops = backprops
@@ -195,6 +192,7 @@ class ConvSum(FactoredGradient):
         self.stride = tuple(stride)
         self.dilation = tuple(dilation)
         self.groups = groups
+        self.padding = (0,) * len(self.kernel_size) if padding is None else tuple(padding)
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:  # noqa: D102 - inherited
         if self.materialises(left, right):
@@ -214,30 +212,37 @@ class ConvSum(FactoredGradient):
             right: ``(k_columns, columns)``.
             shift: the column of the bias, ``(k_columns,)``.
         """
-        target += self._combine(left, self._project_patches(right) + shift[:, None])
+        target += self._combine(left, self._project_patches(right, shift))
 
     def row_sum(self) -> Tensor:
-        """Sum the gradient at the output over positions.
-
-        Returns:
-            ``(b, c_out)``.
-        """
+        """Sum the gradient at the output over positions, ``(b, c_out)``."""
         return self.backprops.flatten(2).sum(2)
 
     def _combine(self, left: Tensor | None, columns: Tensor) -> Tensor:
         """Sum the outer products over positions; ``columns`` are ``(b, g, k_columns, l)``."""
         b, groups = self.backprops.shape[0], self.groups
+        if groups == 1:
+            rows = self.backprops.flatten(2)
+            rows = rows if left is None else torch.bmm(left.expand(b, *left.shape), rows)
+            return torch.bmm(rows, columns.squeeze(1).mT)
         rows = self.backprops.reshape(b, groups, -1, columns.shape[-1])  # (b, g, c_out / g, l)
         if left is None:  # each row belongs to one group
             return (rows @ columns.mT).reshape(b, -1, columns.shape[2])
         weights = left.reshape(left.shape[0], groups, -1).transpose(0, 1)  # (g, k_rows, c_out / g)
-        rows = weights @ rows  # (b, g, k_rows, l)
-        return torch.bmm(rows.transpose(1, 2).flatten(2), columns.transpose(1, 2).flatten(2).mT)
+        return torch.bmm((weights @ rows).transpose(1, 2).flatten(2), columns.transpose(1, 2).flatten(2).mT)
 
-    def _project_patches(self, right: Tensor) -> Tensor:
-        kernel = right.reshape(right.shape[0], -1, *self.kernel_size).repeat(self.groups, *[1] * (self.inputs.ndim - 1))
+    def _project_patches(self, right: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Project each patch, and add ``shift`` to it: ``(b, g, k_columns, l)``."""
+        if self.groups == 1 and set(self.kernel_size) == set(self.stride) == {1} and not any(self.padding):
+            inputs, kernel = self.inputs.flatten(2), right.expand(self.inputs.shape[0], *right.shape)
+            out = torch.bmm(kernel, inputs) if shift is None else torch.baddbmm(shift[:, None], kernel, inputs)
+            return out.unsqueeze(1)
+        kernel = right.reshape(right.shape[0], -1, *self.kernel_size)
+        if self.groups > 1:
+            kernel = kernel.repeat(self.groups, *[1] * (kernel.ndim - 1))
+            shift = None if shift is None else shift.repeat(self.groups)
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
-        out = convolve(self.inputs, kernel, stride=self.stride, dilation=self.dilation, groups=self.groups)
+        out = convolve(self.inputs, kernel, shift, self.stride, self.padding, self.dilation, self.groups)
         return out.reshape(out.shape[0], self.groups, right.shape[0], -1)
 
     def part(self, samples: slice) -> ConvSum:
@@ -249,16 +254,14 @@ class ConvSum(FactoredGradient):
         Returns:
             Their gradients, as views.
         """
-        sizes = (self.kernel_size, self.stride, self.dilation, self.groups)
+        sizes = (self.kernel_size, self.stride, self.dilation, self.groups, self.padding)
         return ConvSum(self.inputs[samples], self.backprops[samples], *sizes)
 
     def windows(self) -> Tensor:
-        """Unfold the input into the window of each position, as a view.
-
-        Returns:
-            ``(b, groups, c_in / groups, *out_size, *kernel_size)``.
-        """
+        """View the padded input as windows, ``(b, groups, c_in / groups, *out_size, *kernel_size)``."""
         x = self.inputs
+        if any(self.padding):
+            x = F.pad(x, [size for size in reversed(self.padding) for _ in range(2)])
         for i, (size, step, spread) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + i, (size - 1) * spread + 1, step)[..., ::spread]  # (b, c_in, *out_size, ..., size)
         windows: Tensor = x.unflatten(1, (self.groups, -1))
@@ -373,16 +376,18 @@ def two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Te
     return left @ gradient
 
 
-def _apply(matrix: Tensor | None, factors: Tensor) -> Tensor:
-    """Project factors, ``(k, d), (b, s, d) -> (b, s, k)``."""
+def _apply(matrix: Tensor | None, factors: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Project factors, ``(k, d), (b, s, d) -> (b, s, k)``, and add ``shift`` to each."""
     if matrix is None:
         return factors
-    if factors.shape[1] == 1:
-        return factors @ matrix.T
+    b, s, d = factors.shape
+    if s == 1:
+        return factors @ matrix.T if shift is None else factors @ matrix.T + shift
     # This way around a matrix product of few rows is up to twice as fast.
-    projected = matrix @ factors.reshape(-1, factors.shape[2]).T  # (k, b * s)
-    result: Tensor = projected.unflatten(1, factors.shape[:2]).permute(1, 2, 0)
-    return result
+    projected = torch.mm(matrix, factors.reshape(-1, d).T)
+    if shift is not None:
+        projected += shift.unsqueeze(1)
+    return projected.view(-1, b, s).permute(1, 2, 0)
 
 
 def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:

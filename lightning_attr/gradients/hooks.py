@@ -144,6 +144,14 @@ class HookedGradients:
             if name in wanted and (direct is None or name in direct or name not in ruled)
         }
         self._frozen = [p for name, p in trainable.items() if name not in self._followed]
+        # A layer whose parameters are followed nowhere looks the same to a mode with its rule and without.
+        self._bracketed = {
+            layer
+            for layer, own in self._layers.items()
+            if direct is None or not self._followed.keys().isdisjoint(own.values())
+        }
+        self._parameters = list(module.parameters())
+        self._buffered = [layer for layer in module.modules() if any(True for _ in layer.buffers(recurse=False))]
 
     def __call__(
         self, forward: Callable[[], Tensor], batch_size: int, sink: LayerSink, skipped: set[str] | None = None
@@ -154,8 +162,9 @@ class HookedGradients:
         capture = _Capture(batch_size, sink)
         uses = None
         if self._followed:
+            buffers = (buffer for layer in self._buffered for buffer in layer.buffers(recurse=False))
             uses = DirectUses(
-                self.module,
+                (*self._parameters, *buffers),
                 self._followed,
                 batch_size,
                 capture.attach,
@@ -171,6 +180,8 @@ class HookedGradients:
             output = forward()
             if output.requires_grad and (capture.leaves or uses is not None):
                 self._backward(output, capture, uses)
+                if uses is not None:
+                    uses.finish()
         if uses is not None:
             self.used = uses.used
             capture.skipped |= uses.skipped
@@ -206,11 +217,12 @@ class HookedGradients:
         handles, changed = [], []
         try:
             for layer, own in self._layers.items():
-                if uses is not None:
+                bracketed = uses is not None and layer in self._bracketed
+                if uses is not None and bracketed:
                     handles += _bracket(uses, layer, own, layer in self._rules)
                 rule = self._rules.get(layer)
                 if rule is not None:
-                    hook = capture.watch(rule, layer, own)
+                    hook = capture.watch(rule, layer, own, bracketed)
                     handles.append(layer.register_forward_hook(hook, with_kwargs=True))
             for layer, forward in self._forwards.items():
                 if "forward" not in vars(layer):  # else somebody else has put his own in its place
@@ -289,11 +301,13 @@ class _Capture:
         self.skipped: set[str] = set()
         self.uses: DirectUses | None = None
 
-    def watch(self, rule: GradientRule, layer: nn.Module, names: dict[str, str]) -> Callable[..., Tensor]:
-        """Make the forward hook of a layer."""
+    def watch(
+        self, rule: GradientRule, layer: nn.Module, names: dict[str, str], bracketed: bool
+    ) -> Callable[..., Tensor]:
+        """Make the forward hook of a layer; one that is bracketed may have been run on what all samples share."""
 
         def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            if self.uses is not None and self.uses.left_shared:
+            if bracketed and self.uses is not None and self.uses.left_shared:
                 return output
             return self.attach(layer, names, rule, _first(args, kwargs), output)
 
@@ -336,8 +350,9 @@ class _Capture:
         if activations.shape[0] != self.batch_size or backprops.shape[0] != self.batch_size:
             self.skipped.update(names.values())
             return
-        # Half-precision factors would lose the small products; autocast must not put them back.
-        with torch._C.DisableTorchFunction(), torch.no_grad(), _without_autocast(backprops.device.type):
+        # Half-precision factors would lose the small products; autocast must not put them back. A backward pass without
+        # a graph of its own has gradients disabled.
+        with torch._C.DisableTorchFunction(), _without_autocast(backprops.device.type):
             dtype = torch.promote_types(backprops.dtype, torch.float32)
             if activations.dtype.is_floating_point:
                 activations = activations.to(dtype)

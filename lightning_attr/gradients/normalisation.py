@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.gradients.rules import gradient_rule
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "llama_norm", "rms_norm", "t5_norm"]
 
 
 @gradient_rule(nn.LayerNorm)
@@ -28,6 +31,28 @@ def rms_norm(layer: nn.RMSNorm, activations: Tensor, backprops: Tensor) -> dict[
     shape = list(layer.normalized_shape)
     normalised = F.rms_norm(activations, shape, eps=layer.eps)
     return {"weight": _sum_positions(normalised.mul_(backprops), 1 + len(shape))}
+
+
+# Norms of transformers in Python. Without a rule, their scales would be followed through every function of the module.
+@gradient_rule("transformers.models.t5.modeling_t5.T5LayerNorm", "transformers.models.mt5.modeling_mt5.MT5LayerNorm")
+def t5_norm(layer: Any, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
+    """Scale after dividing by the root mean square, which is in single precision whatever the input."""
+    variance = activations.to(torch.float32).square().mean(-1, keepdim=True)
+    normalised = activations * torch.rsqrt(variance + layer.variance_epsilon)
+    return {"weight": _sum_positions(normalised.mul_(backprops), 2)}
+
+
+@gradient_rule(
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm",
+    "transformers.models.mistral.modeling_mistral.MistralRMSNorm",
+    "transformers.models.phi3.modeling_phi3.Phi3RMSNorm",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm",
+    "transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm",
+)
+def llama_norm(layer: Any, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:
+    """The same, all of it in single precision."""
+    normalised = F.rms_norm(activations.to(torch.float32), activations.shape[-1:], eps=layer.variance_epsilon)
+    return {"weight": _sum_positions(normalised.to(backprops.dtype) * backprops, 2)}
 
 
 @gradient_rule(nn.GroupNorm)

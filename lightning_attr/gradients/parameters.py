@@ -11,17 +11,26 @@ dimension of what depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.gradients.rules import GradientRule
-from lightning_attr.gradients.uses import USES, WITHOUT_VALUES, Use, is_in_place, repeats_rows, replace, tensors_in
+from lightning_attr.gradients.uses import (
+    USES,
+    WITHOUT_TENSORS,
+    WITHOUT_VALUES,
+    Use,
+    is_in_place,
+    repeats_rows,
+    replace,
+    tensors_in,
+)
 
 __all__ = ["DirectUses"]
 
@@ -32,7 +41,7 @@ class DirectUses(TorchFunctionMode):
     """Follows the direct uses of some parameters through a forward pass, and through what checkpoints run again of it.
 
     Args:
-        module: the module; its parameters and buffers do not depend on the batch, and neither do tensors made inside
+        free: parameters and buffers of the module: they do not depend on the batch, and neither do tensors made inside
             the forward pass. Every other tensor from outside counts as the batch's.
         followed: the parameters, by name; they alone require gradients.
         batch_size: ``b``.
@@ -45,7 +54,7 @@ class DirectUses(TorchFunctionMode):
 
     def __init__(
         self,
-        module: nn.Module,
+        free: Iterable[Tensor],
         followed: Mapping[str, Tensor],
         batch_size: int,
         attach: Attach,
@@ -66,9 +75,11 @@ class DirectUses(TorchFunctionMode):
         self._known = known
         self._single = batch_size == 1 and not checking  # then there is nothing to tell apart
         # Held until the end, so that no id comes to stand for another tensor.
-        self._free: dict[int, Tensor] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self._free: dict[int, Tensor] = {id(t): t for t in free}
         self._overwritten: set[int] = set()  # storages into which values of the batch were written
         self._sources: dict[int, dict[str, Tensor]] = {}
+        self._open: dict[int, int] = {}  # copies of derived values whose gradients are still to come
+        self._sums: dict[int, Tensor] = {}  # those that have come
         self._constants: dict[int, Tensor] = {}  # what stands for the parameters that rules cover
         # Of each layer being run: the constants in the place of parameters, and whether no sample has a part in its
         # input.
@@ -78,10 +89,14 @@ class DirectUses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function that the module calls, in a form that shows each sample's part in its parameters."""
         kwargs = kwargs or {}
+        if func in WITHOUT_TENSORS:  # a third of the calls
+            return func(*args, **kwargs)
         covered = self._layers[-1][0]
         if covered:
             args, kwargs = replace((args, kwargs), lambda t: covered.get(id(t), t))
-        tensors = tensors_in((args, kwargs))
+        tensors = tensors_in(args) + tensors_in(kwargs) if kwargs else tensors_in(args)
+        if tensors and not any(id(t) in self._free for t in tensors):  # nearly all others
+            return func(*args, **kwargs)
         derived = [t for t in tensors if t.requires_grad and self.is_derived(t)] if torch.is_grad_enabled() else []
         rows = [t for t in tensors if not self.is_free(t)]
         if func.__name__ in WITHOUT_VALUES and tensors:
@@ -128,10 +143,11 @@ class DirectUses(TorchFunctionMode):
         leaf = value.detach().reshape(1, *shape).expand(self.batch_size, *shape).requires_grad_()
         self._leaves.append(leaf)
         copies = leaf.view_as(leaf) if dtype is None else leaf.to(dtype).view_as(leaf)
+        self._open[id(value)] = self._open.get(id(value), 0) + 1
 
         def arrive(gradient: Tensor) -> Tensor:
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                self.give(value, gradient.reshape(self.batch_size, *value.shape))
+                self._arrive(value, gradient.reshape(self.batch_size, *value.shape))
                 return gradient.new_zeros(()).expand_as(gradient)  # so that it is not kept until the end
 
         copies.register_hook(arrive)
@@ -150,6 +166,23 @@ class DirectUses(TorchFunctionMode):
             return {}
 
         return self._attach(None, names, give, x, output)
+
+    def _arrive(self, value: Tensor, gradient: Tensor) -> None:
+        """Pass on the gradient of a copy; all copies of a derived value, such as a bias of all layers, at once."""
+        key = id(value)
+        self._open[key] -= 1
+        if key in self._names:
+            self.give(value, gradient)
+            return
+        self._sums[key] = self._sums[key] + gradient if key in self._sums else gradient
+        if self._open[key] == 0:
+            self.give(value, self._sums.pop(key))
+
+    def finish(self) -> None:
+        """Pass on what has waited for copies that have no part in the output."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for key in list(self._sums):
+                self.give(self._free[key], self._sums.pop(key))
 
     def give(self, value: Tensor, gradient: ParameterGradient) -> None:
         """Pass a value's per-sample gradients on to the parameters that it is derived from."""
@@ -230,15 +263,7 @@ class DirectUses(TorchFunctionMode):
             return {self._names[id(value)]: value}
         known = self._sources.get(id(value))
         if known is None:
-            found: set[int] = set()
-            nodes, seen = [value.grad_fn], {value.grad_fn}
-            while nodes:
-                node = nodes.pop()
-                if node is not None:  # else a tensor that needs gradients by itself, or by nothing
-                    found.add(id(getattr(node, "variable", None)))
-                    new = {following for following, _ in node.next_functions} - seen
-                    seen |= new
-                    nodes += new
+            found = {id(getattr(node, "variable", None)) for node in _nodes(value)}
             known = {name: p for name, p in self.followed.items() if id(p) in found}
             self._sources[id(value)] = known
         return known
@@ -248,10 +273,29 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _nodes(value: Tensor) -> set[Any]:
+    """The nodes of the graph that a value comes from."""
+    nodes, seen = [value.grad_fn], {value.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if node is not None:  # else a tensor that needs gradients by itself, or by nothing
+            new = {following for following, _ in node.next_functions} - seen
+            seen |= new
+            nodes += new
+    return seen - {None}
+
+
 def _pull_back(value: Tensor, parameters: list[Tensor], rows: Tensor) -> list[Tensor]:
     """Vector-Jacobian products with each sample's row, ``(b, *shape)`` of each parameter."""
+
+    def product(row: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, parameters, row, retain_graph=True)
+
     try:
+        # `is_grads_batched` runs the backward of an embedding, as of relative positions, row by row; but it is silent
+        # about functions that neither runs at once.
+        if any(type(node).__name__ == "EmbeddingBackward0" for node in _nodes(value)):
+            return list(torch.func.vmap(product)(rows))
         return list(torch.autograd.grad(value, parameters, rows, retain_graph=True, is_grads_batched=True))
     except (RuntimeError, NotImplementedError):  # a backward formula that vmap cannot run
-        columns = [torch.autograd.grad(value, parameters, row, retain_graph=True) for row in rows]
-        return [torch.stack(column) for column in zip(*columns, strict=True)]
+        return [torch.stack(column) for column in zip(*map(product, rows), strict=True)]

@@ -18,7 +18,7 @@ from lightning_attr.gradients.linear import linear, positions, prelu, transposed
 from lightning_attr.gradients.normalisation import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from lightning_attr.gradients.rules import GradientRule
 
-__all__ = ["USES", "WITHOUT_VALUES", "Use", "is_in_place", "repeats_rows", "replace", "tensors_in"]
+__all__ = ["USES", "WITHOUT_TENSORS", "WITHOUT_VALUES", "Use", "is_in_place", "repeats_rows", "replace", "tensors_in"]
 
 
 class Uses(Protocol):
@@ -306,6 +306,11 @@ _ELEMENTWISE = """
 """
 _AUGMENTED = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ipow__"}
 _REPETITIONS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave"}
+
+WITHOUT_TENSORS = {
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")
+} | {Tensor.size, Tensor.dim}
+"""Functions that say something of a tensor without its values, and give no tensor."""
 
 WITHOUT_VALUES = {"to", "type_as", "view_as", "reshape_as"}
 """Functions that take from their second argument its form only."""

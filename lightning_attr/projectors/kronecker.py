@@ -233,9 +233,16 @@ class _TwoSided:
         self.slot = slot
         self.block = block
         self.sides = sides
+        self._split: tuple[Tensor, Tensor, Tensor] | None = None  # the right side; that of the weight, of the bias
 
     def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
         columns = self.block.columns - (self.block.bias is not None)
+        if self.block.columns == 1 and isinstance(gradient, Tensor):  # in one call
+            left, _ = self.sides.on(features)
+            rows = gradient.reshape(len(features), -1)
+            slot = features[:, self.slot]
+            slot.add_(rows) if left is None else slot.addmm_(rows, left.T)
+            return
         if isinstance(gradient, Tensor):
             gradient = gradient.reshape(-1, self.block.rows, columns)
         projected = self.sides.project(gradient, features, columns)
@@ -246,7 +253,9 @@ class _TwoSided:
         left, right = self.sides.on(features)
         if right is None:
             return False
-        columns, last = right[:, :-1], right[:, -1]
+        if self._split is None or self._split[0] is not right:  # once for all batches
+            self._split = right, right[:, :-1].contiguous(), right[:, -1].contiguous()
+        _, columns, last = self._split
         self.sides.note(bias.weight, left, columns)
         bias.weight.accumulate(self.view(features), left, columns, last)
         return True

@@ -32,6 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_attr import AttributionMixin
+from lightning_attr.attributed import completed
+from lightning_attr.diffusion import DiffusionMixin
+from lightning_attr.draws import Draw
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.gradients import vmap_gradients
 from lightning_attr.layout import ParameterLayout
@@ -59,12 +62,38 @@ class Classifier(AttributionMixin, nn.Module):
         return self.network(*batch[:-1]), batch[-1]
 
 
+class Denoiser(DiffusionMixin, nn.Module):
+    """A batch is (clean samples, states of a caption if there are any, labels without a meaning)."""
+
+    attribution_draws = 1
+
+    def __init__(self, job: Job) -> None:
+        from diffusers import DDPMScheduler
+
+        super().__init__()
+        self.model, self.scheduler = job.network, DDPMScheduler()
+
+    def conditioning(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": batch[1]} if len(batch) > 2 else {}
+
+
+def module_of(job: Job) -> Any:
+    """The network as it is attributed."""
+    return (Denoiser(job) if job.model_output is None else Classifier(job)).eval()
+
+
 def plain(job: Job) -> Callable[[], None]:
-    """A forward and a backward pass that gives the gradient of every parameter."""
+    """A forward and a backward pass that gives the gradient of every parameter, with one draw of noise if need be."""
+    denoiser = Denoiser(job) if job.model_output is None else None
+
+    def loss() -> Tensor:
+        if denoiser is not None:
+            return denoiser.denoising_loss((*job.inputs, job.labels))
+        return F.cross_entropy(job.network(*job.inputs).flatten(0, -2), job.labels.flatten())
 
     def run() -> None:
         job.network.zero_grad()
-        F.cross_entropy(job.network(*job.inputs).flatten(0, -2), job.labels.flatten()).backward()
+        loss().backward()
 
     return run
 
@@ -73,7 +102,7 @@ def ours(projector: Projector) -> Maker:
     """What the callback does with a batch, but for writing it."""
 
     def make(job: Job) -> Callable[[], Any]:
-        module, batch = Classifier(job).eval(), (*job.inputs, job.labels)
+        module, batch = module_of(job), (*job.inputs, job.labels)
         path = plan(module, tuple(x[:4] for x in batch), 4)
         featurizer = Featurizer(module, path, projector.bind(ParameterLayout.of(module), "final"))
         rows = list(range(job.batch_size))
@@ -84,7 +113,8 @@ def ours(projector: Projector) -> Maker:
 
 def vmap(job: Job) -> Callable[[], Any]:
     """The usual way to per-sample gradients, not projected."""
-    module, batch = Classifier(job).eval(), (*job.inputs, job.labels)
+    module = module_of(job)
+    batch = completed(module, (*job.inputs, job.labels), Draw(range(job.batch_size), device=job.device))
     params = {name: p.detach() for name, p in module.named_parameters()}
     return lambda: vmap_gradients(lambda p, b: module.functional_output(p, {}, b), params, batch, job.batch_size)
 
@@ -98,7 +128,8 @@ def rows_of(key: str, peers: bool) -> dict[str, Maker]:
         rows["ours, GraSS, proj_dim 2048"] = ours(GraSSProjector(2048))
         rows["ours, FactGraSS, proj_dim 2048"] = ours(FactGraSSProjector(2048))
     rows["vmap(grad), gradients only"] = vmap
-    return rows | PEERS if peers and WORKS[key].length is None else rows  # peers are set up for classifiers
+    classifies = WORKS[key].length is None and not WORKS[key].denoises  # what peers are set up for
+    return rows | PEERS if peers and classifies else rows
 
 
 def seconds(run: Callable[[], Any], device: str, passes: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_attr.outputs import LanguageModel, ModelOutput, MulticlassMargin
 VOCABULARY, LENGTH, WIDTH, HEADS, CLASSES = 128, 64, 192, 6, 10
 BERT_VOCABULARY, BERT_LENGTH = 2000, 32
 GPT2_LENGTH, MT5_LENGTHS = 128, (64, 16)  # the encoder's and the decoder's
+CAPTION_LENGTH, CAPTION_WIDTH = 8, 32
 
 
 class ResidualBlock(nn.Module):
@@ -145,14 +147,36 @@ def _padded_text(n: int) -> tuple[Tensor, Tensor]:
     return torch.randint(1, BERT_VOCABULARY, (n, BERT_LENGTH)) * mask, mask
 
 
+def unet(size: int, channels: tuple[int, int], **changes: Any) -> nn.Module:
+    """UNet2DModel of diffusers for `size` x `size` pixels of one channel, without attention unless it is asked for."""
+    from diffusers import UNet2DModel
+
+    options = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    sizes = {"sample_size": size, "in_channels": 1, "out_channels": 1, "block_out_channels": channels}
+    return UNet2DModel(**(sizes | options | changes))  # type: ignore[no-any-return]
+
+
+def conditioned_unet() -> nn.Module:
+    """UNet2DConditionModel of diffusers for 16 x 16 latents of four channels, attending to a caption's states."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(  # type: ignore[no-any-return]
+        sample_size=16,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CAPTION_WIDTH,
+    )
+
+
 @dataclass(frozen=True)
 class Job:
-    """A network in eval mode and one batch for it, on one device."""
+    """A network in eval mode and one batch for it, on one device; `model_output` is None if it removes noise."""
 
     network: nn.Module
     inputs: tuple[Tensor, ...]
     labels: Tensor
-    model_output: ModelOutput
+    model_output: ModelOutput | None
 
     @property
     def batch_size(self) -> int:
@@ -171,7 +195,8 @@ class Job:
 class Work:
     """A network, its inputs, the batch size, and how many passes over the batch are timed together.
 
-    A language model has a label for each of the `length` tokens that it predicts.
+    A language model has a label for each of the `length` tokens that it predicts. A diffusion model `denoises` its
+    first input and has no use for labels: its pass is one draw of a timestep and a noise a sample.
     """
 
     title: str
@@ -180,6 +205,7 @@ class Work:
     batch_size: int
     passes: int
     length: int | None = None
+    denoises: bool = False
 
     def job(self, device: str) -> Job:
         """Make the network and its batch, the same each time."""
@@ -188,7 +214,8 @@ class Work:
         inputs = tuple(x.to(device) for x in self.inputs(self.batch_size))
         shape = (self.batch_size,) if self.length is None else (self.batch_size, self.length)
         labels = torch.randint(CLASSES, shape, device=device)
-        return Job(network, inputs, labels, MulticlassMargin() if self.length is None else LanguageModel(shift=False))
+        output = MulticlassMargin() if self.length is None else LanguageModel(shift=False)
+        return Job(network, inputs, labels, None if self.denoises else output)
 
 
 WORKS = {
@@ -216,6 +243,35 @@ WORKS = {
         16,
         1,
         MT5_LENGTHS[1],
+    ),
+    "unet": Work(
+        "UNet2DModel of diffusers, 1.0M parameters, 16x16",
+        lambda: unet(
+            16,
+            (32, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ),
+        lambda n: (torch.randn(n, 1, 16, 16),),
+        16,
+        1,
+        denoises=True,
+    ),
+    "unet-captions": Work(
+        "UNet2DConditionModel of diffusers, 1.1M parameters, 16x16",
+        conditioned_unet,
+        lambda n: (torch.randn(n, 4, 16, 16), torch.randn(n, CAPTION_LENGTH, CAPTION_WIDTH)),
+        16,
+        1,
+        denoises=True,
+    ),
+    "unet-8x8": Work(
+        "UNet2DModel of diffusers, 40k parameters, 8x8",
+        lambda: unet(8, (8, 16), layers_per_block=1, norm_num_groups=4),
+        lambda n: (torch.randn(n, 1, 8, 8),),
+        32,
+        2,
+        denoises=True,
     ),
     "mlp": Work("MLP 64-128-64-10, 17k parameters", mlp, lambda n: (torch.rand(n, 64),), 256, 16),
     "cnn": Work("digits CNN, 10k parameters", cnn, lambda n: (torch.rand(n, 1, 8, 8),), 64, 4),

@@ -26,15 +26,17 @@ def _gather() -> tuple[FactoredGradient, Tensor]:
     return GatherSum(ids, columns, num_rows=6), dense
 
 
-def _conv(dims: int, groups: int, stride: int, dilation: int) -> tuple[FactoredGradient, Tensor]:
-    size, kernel, c_in, c_out = 7, 2, 4, 8
+def _conv(
+    dims: int, groups: int, stride: int, dilation: int, padding: int = 0, kernel: int = 2
+) -> tuple[FactoredGradient, Tensor]:
+    size, c_in, c_out = 7, 4, 8
     x = torch.randn(B, c_in, *[size] * dims).double()
     weight = torch.zeros(c_out, c_in // groups, *[kernel] * dims).double().requires_grad_()
     convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[dims - 1]
-    out = convolve(x, weight, stride=stride, dilation=dilation, groups=groups)
+    out = convolve(x, weight, None, stride, padding, dilation, groups)
     delta = torch.randn_like(out)
     rows = [torch.autograd.grad(out[i], weight, delta[i], retain_graph=True)[0].flatten(1) for i in range(B)]
-    factored = ConvSum(x, delta, (kernel,) * dims, (stride,) * dims, (dilation,) * dims, groups)
+    factored = ConvSum(x, delta, (kernel,) * dims, (stride,) * dims, (dilation,) * dims, groups, (padding,) * dims)
     return factored, torch.stack(rows)
 
 
@@ -47,6 +49,11 @@ CASES = {
     "conv2d": lambda: _conv(2, groups=1, stride=2, dilation=1),
     "conv2d, groups": lambda: _conv(2, groups=2, stride=2, dilation=2),
     "conv2d, depthwise": lambda: _conv(2, groups=4, stride=1, dilation=1),
+    "conv2d, padding": lambda: _conv(2, groups=1, stride=2, dilation=2, padding=1),
+    "conv2d, groups, padding": lambda: _conv(2, groups=2, stride=1, dilation=1, padding=1),
+    "conv2d of one pixel": lambda: _conv(2, groups=1, stride=1, dilation=1, kernel=1),
+    "conv2d of one pixel, stride": lambda: _conv(2, groups=1, stride=2, dilation=1, kernel=1),
+    "conv2d of one pixel, padding": lambda: _conv(2, groups=1, stride=1, dilation=1, padding=1, kernel=1),
     "conv3d, groups": lambda: _conv(3, groups=2, stride=2, dilation=2),
 }
 

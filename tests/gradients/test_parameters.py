@@ -102,6 +102,15 @@ def _bucketed(m: nn.Module, x: Tensor) -> Tensor:
     return scores.softmax(-1) @ x[:, None]
 
 
+def _shared_bias(m: nn.Module, x: Tensor) -> Tensor:
+    s = torch.arange(x.shape[1])
+    bias = m.table((s[:, None] - s[None, :]).clamp(-3, 3) + 3).permute(2, 0, 1).unsqueeze(0)
+    scores = m.first(x)[:, None] @ x[:, None].mT
+    _ = scores * bias  # no part in the output
+    once = (scores + bias).softmax(-1) @ x[:, None]
+    return (once @ once.mT + bias).softmax(-1) @ once
+
+
 def _in_place(m: nn.Module, x: Tensor) -> Tensor:
     h = m.first(x)
     h *= m.scale
@@ -319,6 +328,10 @@ COVERED: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     ),
     "relative positions of an embedding": lambda: (
         LayersOf(_bucketed, first=nn.Linear(6, 6), table=nn.Embedding(7, 2)),
+        SEQUENCE,
+    ),
+    "one bias of two layers": lambda: (
+        LayersOf(_shared_bias, first=nn.Linear(6, 6), table=nn.Embedding(7, 2)),
         SEQUENCE,
     ),
     "in place": lambda: (

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_attr import AttributionMixin
 from lightning_attr.batch import map_tensors, select_rows
 from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
-from lightning_attr.gradients import loop_gradients
+from lightning_attr.gradients import hooked_layers, loop_gradients
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.outputs import NegativeLoss
 from lightning_attr.projectors import IdentityProjector
@@ -321,3 +321,12 @@ def test_only_adapters_have_features() -> None:
 def test_no_parameter_needs_a_fallback(case: Case) -> None:
     module, batch = case.module(), _to(case.batch(), torch.float64)
     assert _plan(module, batch).fallback == ()
+
+
+@pytest.mark.parametrize("make", ["Llama", "Mistral", "Phi3", "Qwen2", "Qwen3"])
+def test_norms_have_rules(make: str) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = getattr(transformers, f"{make}Config")(vocab_size=16, num_hidden_layers=1, pad_token_id=0, **sizes)
+    network = getattr(transformers, f"{make}ForCausalLM")(config)
+    ruled = {name for own in hooked_layers(network).values() for name in own.values()}
+    assert ruled == {name for name, _ in network.named_parameters()}
