@@ -290,17 +290,15 @@ class Datamodel(RetrainingMethod):
             strengths, choice = torch.full((self.outputs.shape[1],), self.strength, dtype=torch.float64), None
         else:
             strengths, choice = self._choose()
-        fitted = [
-            solve(y, strengths[part])
-            for solve in [self._solver(self.masks)]
-            for part, y in self._parts(self.outputs - self.outputs.mean(0), 1)
-        ]
+        solver = self._solver(self.masks)
+        parts = self._parts(self.outputs - self.outputs.mean(0), 1)
+        fitted = [solver.solve(y, strengths[part]) for part, y in parts]
         return DatamodelFit(torch.cat(fitted, 1), strengths, choice)
 
-    def _solver(self, masks: Tensor) -> Any:
+    def _solver(self, masks: Tensor) -> Lasso | Ridge:
         inputs = masks.double()
         inputs -= inputs.mean(0)
-        return (Lasso if self.penalty == "lasso" else Ridge)(inputs).solve
+        return (Lasso if self.penalty == "lasso" else Ridge)(inputs)
 
     def _parts(self, outputs: Tensor, copies: int) -> Iterator[tuple[slice, Tensor]]:
         """Outputs of some targets at a time, so many that their weights fit into memory."""
@@ -317,12 +315,12 @@ class Datamodel(RetrainingMethod):
         held, used = order[: m // 10], order[m // 10 :]
         masks, means = self.masks[used], self.outputs[used].mean(0)
         unseen = self.masks[held].double() - masks.double().mean(0)
-        solve = self._solver(masks)
+        solver = self._solver(masks)
         errors = []
         for part, outputs in self._parts(self.outputs, len(grid)):
-            y = (outputs[used] - means[part]).repeat_interleave(len(grid), 1)
-            predicted = unseen @ solve(y, grid.repeat(outputs.shape[1]))
-            wrong = predicted.view(len(held), -1, len(grid)) - (outputs[held] - means[part])[:, :, None]
+            weights = solver.path(outputs[used] - means[part], grid)
+            predicted = (unseen @ weights.flatten(1)).view(len(held), -1, len(grid))
+            wrong = predicted - (outputs[held] - means[part])[:, :, None]
             errors.append(wrong.square().mean(0))
         error = torch.cat(errors)  # (n_target, grid)
         least, best = error.min(1)

@@ -94,8 +94,7 @@ def test_the_strength_of_each_target_has_the_least_error_on_held_out_subsets(
     held, used = order[:3], order[3:]
     errors, center = [], outputs[used].mean(0)
     for strength in datamodel._GRIDS[penalty]:
-        solve = method._solver(masks[used])
-        weights = solve(outputs[used] - center, torch.full((M,), strength))
+        weights = method._solver(masks[used]).solve(outputs[used] - center, torch.full((M,), strength))
         predicted = center + (masks[held].double() - masks[used].double().mean(0)) @ weights
         errors.append((predicted - outputs[held]).square().sum(0))
     error = torch.stack(errors)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sklearn.linear_model import Lasso as ScikitLasso
 from sklearn.linear_model import Ridge as ScikitRidge
 from torch import Tensor
 
-from lightning_attr.methods import penalised
+from lightning_attr.methods import homotopy, penalised
 from lightning_attr.methods.penalised import Lasso, Ridge
 
 SHAPES = pytest.mark.parametrize(("m", "n"), [(40, 7), (15, 30), (12, 12)])
@@ -78,6 +80,57 @@ def test_constant_inputs_and_outputs_have_no_weight(solver: type[Lasso] | type[R
 
 
 def test_a_lasso_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalised, "_SHORT", 0)
     monkeypatch.setattr(penalised, "_MOST_SWEEPS", 1)
     with pytest.raises(ArithmeticError, match="4 of 4 outputs are not fitted after 1 sweeps"):
         Lasso(problem(15, 30)[0]).solve(problem(15, 30)[1], torch.full((4,), 1e-3))
+
+
+@SHAPES
+@pytest.mark.parametrize("solver", [Lasso, Ridge])
+def test_a_path_has_the_solution_of_each_strength(solver: type[Lasso | Ridge], m: int, n: int) -> None:
+    z, y = problem(m, n)
+    found = solver(z).path(y, STRENGTHS)
+    assert found.shape == (n, 4, 4)
+    for k, strength in enumerate(STRENGTHS):
+        expected = solver(z).solve(y, strength.expand(4))
+        torch.testing.assert_close(found[:, :, k], expected, rtol=1e-9, atol=1e-10)
+
+
+@SHAPES
+def test_following_the_solution_finds_what_descent_finds(m: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, y = problem(m, n)
+    z = torch.cat([z, z[:, :2], z[:, 1:2] - z[:, 2:3]], 1)  # columns that are combinations of others
+    followed = Lasso(z).path(y, STRENGTHS)
+    monkeypatch.setattr(penalised, "_SHORT", 0)
+    descended = Lasso(z).path(y, STRENGTHS)
+    assert not torch.equal(followed, descended)
+    for k, strength in enumerate(STRENGTHS):
+        penalty = strength * (z.T @ y).abs().amax(0) / m
+        values = [
+            (y - z @ w).square().sum(0) / (2 * m) + penalty * w.abs().sum(0)
+            for w in (followed[:, :, k], descended[:, :, k])
+        ]
+        torch.testing.assert_close(*values, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(z @ followed[:, :, k], z @ descended[:, :, k], rtol=1e-4, atol=1e-5)
+
+
+def first_weights(z: Tensor, y: Tensor) -> Any:
+    """What following gives for the first output and the second strength."""
+    penalties = STRENGTHS[:2] * (z.T @ y[:, 0]).abs().max() / len(z)
+    return homotopy.follow(z.T.contiguous().numpy(), y[:, 0].numpy() / len(z), len(z), penalties.numpy())[:, 1]
+
+
+def test_descent_finishes_what_following_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, y = problem(15, 30)
+    strengths = STRENGTHS[:2]  # with the others, descent leaves the last digits
+    expected = Lasso(z).path(y, strengths)
+    monkeypatch.setattr(homotopy, "_MOST_TURNS", 0)
+    assert not torch.allclose(torch.from_numpy(first_weights(z, y)), expected[:, 0, 1])
+    torch.testing.assert_close(Lasso(z).path(y, strengths), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [Lasso, Ridge])
+def test_outputs_that_are_all_alike_have_no_weights(solver: type[Lasso | Ridge]) -> None:
+    z, y = problem(15, 30)
+    assert not solver(z).path(0 * y, STRENGTHS).any()
