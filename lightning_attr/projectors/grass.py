@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class _MaskedProjector(Projector):
         masks = self.masks(layout, key)
         return _MaskedProjection(masks, self.sketches(masks, key))
 
-    def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> dict[str, tuple[slice, Sketch]]:
+    def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> _Maps:
         """Draw the map of the entries that are kept: one for all parameters.
 
         Args:
@@ -62,8 +62,10 @@ class _MaskedProjector(Projector):
             key: what the map depends on.
 
         Returns:
-            Parameter name -> columns of the features, and the map to them.
+            Parameter name -> columns of the features, and the map to them, or None where they are the entries.
         """
+        if sum(mask.kept for mask in masks.values()) <= self.proj_dim:
+            return _side_by_side(masks)
         sketch = Sketch(self.proj_dim, key)
         return {name: (slice(0, self.proj_dim), sketch) for name in masks}
 
@@ -81,7 +83,8 @@ class GraSSProjector(_MaskedProjector):
     r"""Keeps ``mask_factor * proj_dim`` random entries of the whole gradient, and projects them by SJLT.
 
     The mask is one subset of all ``p`` entries, without repetition, scaled by :math:`\sqrt{p/m}`; where they are no
-    more than that, all are kept. Entries of linear layers and tables are gathered from the factors where they are few;
+    more than that, all are kept, and where they are no more than ``proj_dim``, they are the features themselves,
+    without SJLT. Entries of linear layers and tables are gathered from the factors where they are few;
     other gradients (convolutions) are formed first, one parameter at a time. On CUDA features repeat to rounding only
     (see :class:`SJLTProjector`).
 
@@ -102,7 +105,7 @@ class GraSSProjector(_MaskedProjector):
         tensor(16.)
     """
 
-    kind: ClassVar[str] = "grass"
+    kind: ClassVar[str] = "grass-2"  # in stores of the first, few entries were hashed
 
     def masks(self, layout: ParameterLayout, key: tuple[object, ...]) -> dict[str, _Mask]:
         """Draw one subset of all entries, and cut it by parameter.
@@ -130,7 +133,8 @@ class FactGraSSProjector(_MaskedProjector):
 
     Each matrix keeps at most ``side`` rows and columns, each vector at most ``side ** 2`` entries, with the largest
     ``side`` whose total is at most ``mask_factor * proj_dim``; what is kept is scaled by
-    :math:`\sqrt{d_o d_i / (k_o k_i)}`. Rows and columns are gathered from the factors of linear layers and tables, so
+    :math:`\sqrt{d_o d_i / (k_o k_i)}`. Where no more than ``proj_dim`` are kept, they are the features themselves,
+    without SJLT. Rows and columns are gathered from the factors of linear layers and tables, so
     that a sample of ``L`` positions costs :math:`L k_o k_i`; convolutions take them by their factored projection onto
     unit vectors, at the cost of the Kronecker projection. On CUDA features repeat to rounding only (see
     :class:`SJLTProjector`).
@@ -155,13 +159,13 @@ class FactGraSSProjector(_MaskedProjector):
         tensor(8.)
     """
 
-    kind: ClassVar[str] = "factgrass"
+    kind: ClassVar[str] = "factgrass-2"  # as above
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0, mask_factor: int = 4, per_layer: bool = False) -> None:
         super().__init__(proj_dim, seed, mask_factor)
         self.per_layer = per_layer
 
-    def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> dict[str, tuple[slice, Sketch]]:
+    def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> _Maps:
         """Draw the map of the entries that are kept: one for all parameters, or one a layer.
 
         Args:
@@ -169,7 +173,7 @@ class FactGraSSProjector(_MaskedProjector):
             key: what the maps depend on.
 
         Returns:
-            Parameter name -> columns of the features, and the map to them.
+            Parameter name -> columns of the features, and the map to them, or None where they are the entries.
 
         Raises:
             ValueError: if the layers are more than the features.
@@ -186,7 +190,9 @@ class FactGraSSProjector(_MaskedProjector):
                 f"Expected argument `proj_dim` to be at least {len(kept)}, one for each layer, but got "
                 f"{self.proj_dim}. Raise it, or freeze parameters that should not be attributed."
             )
-        own: dict[str, tuple[slice, Sketch]] = {}
+        if total <= self.proj_dim:
+            return _side_by_side(masks)
+        own: _Maps = {}
         start = 0
         for layer, count in kept.items():
             dim = min(count, 1 + spare * count // total)
@@ -238,17 +244,35 @@ class FactGraSSProjector(_MaskedProjector):
 
 
 class _MaskedProjection(Projection):
-    def __init__(self, masks: dict[str, _Mask], sketches: dict[str, tuple[slice, Sketch]]) -> None:
+    def __init__(self, masks: dict[str, _Mask], sketches: _Maps) -> None:
         super().__init__(max(columns.stop for columns, _ in sketches.values()))
         self.masks = masks
         self.sketches = sketches
-        if len({sketch for _, sketch in sketches.values()}) == len({name.rpartition(".")[0] for name in sketches}):
+        layers = {(columns.start, name.rpartition(".")[0]) for name, (columns, _) in sketches.items()}
+        if len({start for start, _ in layers}) == len(layers):  # no feature is of two layers
             self.layers = by_layer({name: columns for name, (columns, _) in sketches.items()})
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
         if name in self.masks:
             mask, (columns, sketch) = self.masks[name], self.sketches[name]
-            sketch.add(features[:, columns], name, mask.apply(gradient, features) * mask.scale)
+            entries = mask.apply(gradient, features) * mask.scale
+            if sketch is None:
+                features[:, columns] += entries
+            else:
+                sketch.add(features[:, columns], name, entries)
+
+
+def _side_by_side(masks: Mapping[str, _Mask]) -> _Maps:
+    """Give every entry a feature of its own, so that inner products of what is kept are exact."""
+    maps: _Maps = {}
+    start = 0
+    for name, mask in masks.items():
+        maps[name] = (slice(start, start + mask.kept), None)
+        start += mask.kept
+    return maps
+
+
+_Maps: TypeAlias = "dict[str, tuple[slice, Sketch | None]]"
 
 
 class _Mask(ABC):

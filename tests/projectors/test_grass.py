@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from lightning_attr.gradients import ConvSum, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors import FactGraSSProjector, GraSSProjector, Projector, SJLTProjector, grass
+from lightning_attr.projectors import (
+    FactGraSSProjector,
+    GraSSProjector,
+    Projector,
+    SJLTProjector,
+    grass,
+    projector_from_config,
+)
 from lightning_attr.projectors.base import flat_slots
 
 DRAWS = 4000
@@ -53,6 +61,36 @@ def test_grass_keeps_so_many_entries_of_the_whole_gradient(factor: int) -> None:
 def test_where_all_is_kept_it_is_sjlt(kind: type[Projector]) -> None:
     layout = ParameterLayout({"weight": (6, 9), "bias": (6,), "scale": ()})
     assert torch.equal(_images(kind(24), layout), _images(SJLTProjector(24), layout))
+
+
+@pytest.mark.parametrize("kind", [GraSSProjector, FactGraSSProjector, partial(FactGraSSProjector, per_layer=True)])
+@pytest.mark.parametrize("proj_dim", [61, 80])
+def test_as_many_features_as_entries_are_the_entries(kind: type[Projector], proj_dim: int) -> None:
+    layout = ParameterLayout({"a.weight": (6, 9), "a.bias": (6,), "scale": ()})
+    projection = kind(proj_dim).bind(layout, "final")
+    assert torch.equal(_images(kind(proj_dim), layout)[:, :61], torch.eye(61).double())
+    assert projection.dim == 61
+    assert projection.layers == {"a": slice(0, 60), "": slice(60, 61)}
+
+
+@pytest.mark.parametrize("kind", [GraSSProjector, FactGraSSProjector])
+def test_few_kept_entries_are_not_hashed(kind: type[Projector]) -> None:
+    layout = ParameterLayout({"w": (30, 40)})
+    images = _images(kind(150, mask_factor=1), layout)
+    kept = (images != 0).any(1)
+    assert (kept.sum() == 150) if kind is GraSSProjector else (kept.sum() == 144)
+    assert torch.equal((images != 0).sum(1), kept.long())
+    scale = 1200 / int(kept.sum())
+    torch.testing.assert_close(images @ images.T, scale * kept.double().diag())
+
+
+def test_stores_of_maps_that_hashed_few_entries_are_refused() -> None:
+    config = GraSSProjector(16).config
+    assert projector_from_config(config).config == config
+    with pytest.raises(ValueError, match="the store was written with 'grass'"):
+        projector_from_config({**config, "kind": "grass"})
+    with pytest.raises(ValueError, match="the store was written with 'factgrass'"):
+        projector_from_config({**config, "kind": "factgrass"})
 
 
 def test_factgrass_keeps_rows_and_columns() -> None:
