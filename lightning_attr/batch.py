@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-__all__ = ["batched_tensors", "map_tensors", "replace_tensors", "select_rows"]
+__all__ = ["batched_tensors", "float_tensors", "join_batches", "map_tensors", "replace_tensors", "select_rows"]
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -104,6 +104,64 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int]) -> Any:
         return type(data)(*items) if named else type(data)(items)
 
     return apply_to_collection(batch, (Tensor, list, tuple), select)
+
+
+def join_batches(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Put the samples of several batches one after the other.
+
+    Args:
+        batches: of one structure.
+        sizes: number of samples in each.
+
+    Returns:
+        One batch of all: what :func:`select_rows` takes from a batch is joined, what it shares has to be equal.
+
+    Raises:
+        ValueError: if the batches differ in more than their samples, such as in how far they are padded.
+
+    Example:
+        >>> import torch
+        >>> join_batches([{"x": torch.zeros(2), "text": ["a", "b"]}, {"x": torch.ones(1), "text": ["c"]}], [2, 1])
+        {'x': tensor([0., 0., 1.]), 'text': ['a', 'b', 'c']}
+    """
+    first = batches[0]
+    if len({type(batch) for batch in batches}) > 1:
+        raise ValueError(_APART)
+    if isinstance(first, Tensor):
+        return _joined_tensors(batches, sizes)
+    if isinstance(first, Mapping):
+        if any(batch.keys() != first.keys() for batch in batches):
+            raise ValueError(_APART)
+        return type(first)({key: join_batches([batch[key] for batch in batches], sizes) for key in first})  # type: ignore[call-arg]
+    if isinstance(first, (list, tuple)):
+        named = hasattr(first, "_fields")
+        lengths = [len(batch) for batch in batches]
+        if not named and lengths == [*sizes] and all(_is_plain(value) for batch in batches for value in batch):
+            return type(first)(value for batch in batches for value in batch)
+        if len({*lengths}) > 1:
+            raise ValueError(_APART)
+        items = [join_batches(parts, sizes) for parts in zip(*batches, strict=True)]
+        return type(first)(*items) if named else type(first)(items)
+    if not isinstance(first, (str, bytes, int, float, type(None))) or any(batch != first for batch in batches):
+        raise ValueError(_APART)
+    return first
+
+
+_APART = "Expected batches that differ in nothing but their samples."
+
+
+def _joined_tensors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    batched = [_is_batched(tensor, size) for tensor, size in zip(tensors, sizes, strict=True)]
+    if (
+        len({(tensor.shape[1:] if all(batched) else tensor.shape, tensor.dtype, tensor.device) for tensor in tensors})
+        > 1
+    ):
+        raise ValueError(_APART)
+    if all(batched):
+        return torch.cat([*tensors])
+    if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise ValueError(_APART)
+    return tensors[0]
 
 
 def _is_plain(value: Any) -> bool:

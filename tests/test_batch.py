@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_attr.batch import batched_tensors, float_tensors, map_tensors, replace_tensors, select_rows
+from lightning_attr.batch import (
+    batched_tensors,
+    float_tensors,
+    join_batches,
+    map_tensors,
+    replace_tensors,
+    select_rows,
+)
 
 B = 4
 X, Y = torch.arange(8.0).reshape(B, 2), torch.arange(B)
@@ -114,3 +121,33 @@ def test_nothing_is_changed_in_place() -> None:
 def test_float_tensors() -> None:
     found = float_tensors({"a": X, "b": (Y, SHARED.half()), "c": "text"})
     assert [t.dtype for t in found] == [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BATCHES if kind not in {"dataclass", "nested"}])
+def test_joined_batches_are_the_batch_that_they_are_part_of(kind: str) -> None:
+    batch = _batches()[kind]
+    parts = [select_rows(batch, B, rows) for rows in ([0], [1, 2], [3])]
+    joined = join_batches(parts, [1, 2, 1])
+    assert type(joined) is type(batch)
+    assert _equal(joined, batch)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"x": torch.ones(2, 4)},  # padded further
+        {"x": torch.ones(2, 3).double()},
+        {"x": torch.ones(2, 3), "more": 1},
+        {"x": [1.0, 2.0]},
+        {"x": torch.ones(3, 3)},  # three rows for two samples
+        {"x": torch.ones(2, 3), "scale": torch.tensor(2.0)},
+        {"x": torch.ones(2, 3), "name": "b"},
+        {"x": torch.ones(2, 3), "pair": (torch.ones(2),)},
+        {"x": torch.ones(2, 3), "record": Record(X, {})},
+    ],
+)
+def test_batches_that_differ_in_more_than_their_samples_are_not_joined(others: dict[str, Any]) -> None:
+    rest = {"scale": torch.tensor(1.0), "name": "a", "pair": (torch.ones(2), torch.ones(2)), "record": Record(X, {})}
+    batch = {"x": torch.ones(2, 3), **{key: value for key, value in rest.items() if key in others}}
+    with pytest.raises(ValueError, match="differ in nothing but their samples"):
+        join_batches([batch, others], [2, 2])

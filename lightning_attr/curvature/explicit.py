@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,14 +29,18 @@ class Factorisation:
 
     Args:
         solve: a function from rows ``(r, p)`` to ``(r, p)``, solved in float64, in the rows' dtype.
+        form: a function from rows ``(r, p)`` to :math:`v^\top (C + \lambda I)^{-1} v` of each, ``(r,)``, which takes
+            half as long as a solution where there are no negative eigenvalues.
         negative_eigenvalues: how many of :math:`C + \lambda I` there are.
 
     Example:
-        >>> factor(torch.diag(torch.tensor([2.0, -1.0]))).negative_eigenvalues
-        1
+        >>> factors = factor(torch.diag(torch.tensor([2.0, -1.0])))
+        >>> factors.negative_eigenvalues, factors.form(torch.tensor([[4.0, 1.0]]))
+        (1, tensor([7.]))
     """
 
     solve: Product
+    form: Callable[[Tensor], Tensor]
     negative_eigenvalues: int
 
 
@@ -72,7 +78,8 @@ def factor(matrix: Tensor, damping: float = 0.0, *, definite: bool = False) -> F
     damped.diagonal().add_(damping)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if not failed:
-        result = Factorisation(_row_solver(lambda columns: torch.cholesky_solve(columns, lower)), 0)
+        solve = _row_solver(lambda columns: torch.cholesky_solve(columns, lower))
+        result = Factorisation(solve, partial(_half_solved, lower), 0)
     elif definite:
         raise ValueError(_singular(len(matrix), damping))
     else:
@@ -98,7 +105,15 @@ def _indefinite(damped: Tensor, damping: float) -> Factorisation:
     # A negative pivot marks a block of two rows; its determinant is negative, so that one eigenvalue is.
     single = pivots > 0
     negative = int((packed.diagonal()[single] < 0).sum()) + int((~single).sum()) // 2
-    return Factorisation(_row_solver(lambda columns: torch.linalg.ldl_solve(packed, pivots, columns)), negative)
+    solve = _row_solver(lambda columns: torch.linalg.ldl_solve(packed, pivots, columns))
+    return Factorisation(solve, lambda rows: (rows * solve(rows)).sum(1), negative)
+
+
+def _half_solved(lower: Tensor, rows: Tensor) -> Tensor:
+    """Lengths of the rows after the first of the two triangular systems."""
+    half = torch.linalg.solve_triangular(lower, checked_rows(rows).T.double(), upper=False)
+    lengths: Tensor = half.square_().sum(0)
+    return lengths.to(rows.dtype)
 
 
 def _row_solver(solve_columns: Product) -> Product:

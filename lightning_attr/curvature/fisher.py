@@ -7,8 +7,8 @@ The expectation is over labels from the model's own distribution, which makes it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,14 +17,16 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from lightning_attr.batch import select_rows
-from lightning_attr.gradients import HookedGradients
+from lightning_attr.gradients import HookedGradients, ParameterGradient
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.outputs import ModelOutput
 from lightning_attr.randomness import row_uniforms
 
-__all__ = ["GradientBatch", "GradientStream", "Labels", "fisher_batch", "usual_labels"]
+__all__ = ["GradientBatch", "GradientStream", "Labels", "RepeatedPasses", "fisher_batch", "usual_labels"]
 
 _FEW_LABELS = 16
+_KEPT_BYTES = 2**28
+"""Factored gradients that stay in memory from one pass to the next."""
 
 GradientStream: TypeAlias = Callable[[LayerSink], object]
 """Streams the gradients of a batch into a sink, layer by layer."""
@@ -51,6 +53,80 @@ class GradientBatch:
     streams: Sequence[GradientStream]
     samples: int
     labels: int = 1
+
+
+class RepeatedPasses:
+    """Passes that have the same gradients every time: where these are small, they are computed once.
+
+    Args:
+        read: makes a pass.
+
+    Example:
+        >>> reads = []
+        >>> batch = GradientBatch([lambda sink: sink({"weight": torch.ones(4, 1)})], samples=4)
+        >>> passes = RepeatedPasses(lambda: iter([reads.append("read") or batch]))
+        >>> for number in range(3):
+        ...     for own in passes(number):
+        ...         for stream in own.streams:
+        ...             stream(lambda gradients: print(tuple(gradients["weight"].shape)))
+        (4, 1)
+        (4, 1)
+        (4, 1)
+        >>> reads
+        ['read']
+    """
+
+    def __init__(self, read: Callable[[], Iterable[GradientBatch]]) -> None:
+        self.read = read
+        self._kept: list[GradientBatch] | None = None
+
+    def __call__(self, number: int) -> Iterator[GradientBatch]:
+        """Yield the batches; their streams have to be run before the next one is taken.
+
+        Args:
+            number: of the pass; not used.
+        """
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        for batch in self.read():
+            if size > _KEPT_BYTES:
+                yield batch
+                continue
+            recordings = [_Recording(stream) for stream in batch.streams]
+            yield replace(batch, streams=recordings)
+            size += sum(recording.size for recording in recordings)
+            if size <= _KEPT_BYTES:
+                kept.append(replace(batch, streams=[recording.again for recording in recordings]))
+            else:
+                kept.clear()
+        if size <= _KEPT_BYTES:
+            self._kept = kept
+
+
+class _Recording:
+    """A stream, and what it gave."""
+
+    def __init__(self, stream: GradientStream) -> None:
+        self.stream = stream
+        self.found: list[Mapping[str, ParameterGradient]] = []
+        self.size = 0
+
+    def __call__(self, sink: LayerSink) -> None:
+        def both(gradients: Mapping[str, ParameterGradient]) -> None:
+            self.found.append(gradients)
+            for gradient in gradients.values():
+                parts = [gradient] if isinstance(gradient, Tensor) else vars(gradient).values()
+                self.size += sum(part.nbytes for part in parts if isinstance(part, Tensor))
+            sink(gradients)
+
+        self.stream(both)
+
+    @torch.no_grad()
+    def again(self, sink: LayerSink) -> None:
+        for gradients in self.found:
+            sink(gradients)
 
 
 def fisher_batch(

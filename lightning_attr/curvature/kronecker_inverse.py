@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_attr.curvature.fisher import GradientStream
 from lightning_attr.curvature.kronecker_factors import BlockFactors, KroneckerFactors, KroneckerMethod
-from lightning_attr.curvature.kronecker_rotation import BatchUses, squared_gradients
+from lightning_attr.curvature.kronecker_rotation import BatchUses, rotated, squared_gradients
 
 __all__ = ["KroneckerInverse"]
 
@@ -137,8 +137,8 @@ class KroneckerInverse:
     def _solve(self, name: str, matrices: Tensor) -> Tensor:
         factors = self.factors.blocks[name]
         rows, columns = factors.rows_basis.to(matrices), factors.columns_basis.to(matrices)
-        rotated = rows.mT @ matrices @ columns
-        return rows @ rotated.mul_(self._scales[name].to(matrices)) @ columns.mT
+        turned = rotated(rows.mT @ matrices, columns).mul_(self._scales[name].to(matrices))
+        return rotated(rows @ turned, columns.mT)
 
 
 def _reciprocal(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_attr.curvature.kronecker_layout import KroneckerBlock, WeightGradient
 from lightning_attr.gradients import ConvSum, ParameterGradient
 
-__all__ = ["BatchUses", "SquaredGradients", "chunks", "squared_gradients"]
+__all__ = ["BatchUses", "SquaredGradients", "chunks", "rotated", "squared_gradients"]
 
 CHUNK = 1 << 25
 """Numbers that a chunk of samples may take: 128 MiB of float32."""
@@ -115,14 +115,14 @@ def squared_gradients(
         rows, columns = (torch.cat(side, 2) if len(uses) > 1 else side[0] for side in zip(*sides, strict=True))
         positions, d_o, d_i = rows.shape[2], block.rows, block.columns
         if positions == 1:
-            rows, columns = _rotated(rows, rows_basis, labels), columns @ columns_basis
+            rows, columns = _rotated(rows, rows_basis, labels), rotated(columns, columns_basis)
             summed = rows[:, :, 0].square().unflatten(2, (labels, d_o)).sum(2)
             yield samples, SquaredGradients(rows=summed, columns=columns[:, :, 0].square())
             continue
         if positions * (labels * d_o**2 + d_i**2) < labels * d_o * d_i * (d_o + d_i):
-            gradients = _rotated(rows, rows_basis, labels).mT @ (columns @ columns_basis)
+            gradients = _rotated(rows, rows_basis, labels).mT @ rotated(columns, columns_basis)
         else:
-            gradients = (rows.mT @ columns @ columns_basis).unflatten(2, (labels, d_o))
+            gradients = rotated(rows.mT @ columns, columns_basis).unflatten(2, (labels, d_o))
             gradients = (rows_basis.mT.unsqueeze(1) @ gradients).flatten(2, 3)
         yield samples, SquaredGradients(formed=gradients.square_().unflatten(2, (labels, d_o)).sum(2))
 
@@ -130,9 +130,27 @@ def squared_gradients(
 def _rotated(rows: Tensor, basis: Tensor, labels: int) -> Tensor:
     """Rotate the output gradients of each label, ``(b, groups, s, labels * d_o)``."""
     if labels == 1:
-        return rows @ basis
-    rotated: Tensor = rows.unflatten(3, (labels, -1)).flatten(2, 3) @ basis
-    return rotated.reshape(rows.shape)
+        return rotated(rows, basis)
+    return rotated(rows.unflatten(3, (labels, -1)).flatten(2, 3), basis).reshape(rows.shape)
+
+
+def rotated(factors: Tensor, basis: Tensor) -> Tensor:
+    """Multiply from the right: one product a group, as one a sample would read the basis for each of them.
+
+    Args:
+        factors: ``(b, groups, s, d)``.
+        basis: ``(groups, d, e)``.
+
+    Returns:
+        ``(b, groups, s, e)``.
+
+    Example:
+        >>> rotated(torch.ones(2, 1, 1, 2), torch.tensor([[[1.0], [3.0]]])).flatten()
+        tensor([4., 4.])
+    """
+    first = factors.transpose(0, 1)
+    product: Tensor = (first.flatten(1, 2) @ basis).unflatten(1, first.shape[1:3])
+    return product.transpose(0, 1)
 
 
 def chunks(block: KroneckerBlock, uses: list[WeightGradient], beside: int = 0, labels: int = 1) -> Iterator[slice]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.attributed import MixinOutput
-from lightning_attr.batch import float_tensors, map_tensors, select_rows
+from lightning_attr.batch import float_tensors, join_batches, map_tensors, select_rows
 from lightning_attr.curvature.products import ggn_product, hessian_product
 from lightning_attr.curvature.rows import Product
 from lightning_attr.gradients.functional import call_with
@@ -108,7 +108,8 @@ class TrainingCurvature:
             for name, tensor in tensors.items()
             if name not in self.point and tensor.dtype.is_floating_point
         }
-        self._kept: list[tuple[Sequence[int], Product]] | None = None
+        self._written: Tensor | None = None
+        self._kept: list[Product] | None = None
         self._bytes_a_row = 0
         self._mean_eigenvalue: float | None = None
 
@@ -126,7 +127,18 @@ class TrainingCurvature:
         Returns:
             ``(r, p)``, in the same dtype.
         """
+        if self._written is not None:
+            return rows @ self._written
         return self._mean(rows, self._products(), self.model.n_train)
+
+    def write(self, matrix: Tensor) -> None:
+        """Take the curvature as it was written out, with which products are cheap.
+
+        Args:
+            matrix: ``(p, p)``, weight decay included.
+        """
+        self._written = matrix
+        self.release()
 
     def sampled_product(self, rows: Tensor, batch_size: int, *key: object) -> Tensor:
         """Multiply with the curvature of some training samples, drawn by a key; all processes call it together.
@@ -167,7 +179,10 @@ class TrainingCurvature:
             exact = self.size <= _EXACT_TRACE
             probes = torch.eye(self.size) if exact else rademacher((_PROBES, self.size), "trace")
             probes = probes.to(device=self.model.device, dtype=self.model.dtype)
-            images = self._sum(probes, self._products()) / self.model.n_train
+            if self._written is None:
+                images = self._sum(probes, self._products()) / self.model.n_train
+            else:
+                images = (probes @ self._written).sub_(probes, alpha=self.weight_decay)
             total = (probes.double() * images.double()).sum().item()
             self._mean_eigenvalue = total / self.size if exact else total / probes.numel()
         return self._mean_eigenvalue
@@ -209,24 +224,46 @@ class TrainingCurvature:
         return self.model.reduce(total)
 
     def _products(self, wanted: set[int] | None = None) -> Iterator[Product]:
-        """Give the product of each batch, with the samples wanted; those of whole batches are kept while small."""
+        """Give the products of all batches, or of the samples wanted; while small, those of all are kept, as one."""
         if self._kept is not None and wanted is None:
-            yield from (product for _, product in self._kept)
+            yield from self._kept
             return
-        kept: list[tuple[Sequence[int], Product]] = []
+        kept: list[tuple[Product, list[int], Any]] = []
         count, size = 0, 0
-        for rows, batch in self.model.train_batches():
-            chosen = [i for i, row in enumerate(rows) if wanted is None or row in wanted]
-            if not chosen:
-                continue
-            part = batch if len(chosen) == len(rows) else select_rows(batch, len(rows), chosen)
-            product = self._product(self.model.completed([rows[i] for i in chosen], part), len(chosen))
+        for rows, batch in self._batches(wanted):
+            product = self._product(self.model.completed(rows, batch), len(rows))
             yield product
             count, size = count + 1, size + 2 * self._bytes_a_row
             if size <= _AT_ONCE:
-                kept.append((rows, product))
+                kept.append((product, rows, batch))
         if wanted is None and len(kept) == count:
-            self._kept = kept
+            self._keep(kept)
+
+    def _batches(self, wanted: set[int] | None) -> Iterator[tuple[list[int], Any]]:
+        """Go through this process's samples, or those wanted, of which as many go together as a batch has."""
+        parts: list[tuple[list[int], Any]] = []
+        largest, waiting = 0, 0
+        for rows, batch in self.model.train_batches():
+            chosen = [i for i, row in enumerate(rows) if wanted is None or row in wanted]
+            if waiting and waiting + len(chosen) > largest:
+                yield from _joined(parts)
+                parts, waiting = [], 0
+            largest = max(largest, len(rows))
+            if chosen:
+                part = batch if len(chosen) == len(rows) else select_rows(batch, len(rows), chosen)
+                parts.append(([rows[i] for i in chosen], part))
+                waiting += len(chosen)
+        yield from _joined(parts)
+
+    def _keep(self, found: list[tuple[Product, list[int], Any]]) -> None:
+        """Keep the products of all batches: as one, which takes the time of one call, if the batches can be joined."""
+        joined = _joined([(rows, batch) for _, rows, batch in found])
+        if len(joined) == len(found):
+            self._kept = [product for product, _, _ in found]
+            return
+        ((rows, batch),) = joined
+        self._bytes_a_row = self._bytes_a_row * len(rows) // len(found[0][1])  # measured with the first
+        self._kept = [self._product(self.model.completed(rows, batch), len(rows))]
 
     def _product(self, batch: Any, size: int) -> Product:
         """Prepare the product with the sum of the curvatures of a batch."""
@@ -267,3 +304,14 @@ class TrainingCurvature:
             return total
 
         return outputs, loss
+
+
+def _joined(parts: Sequence[tuple[list[int], Any]]) -> Sequence[tuple[list[int], Any]]:
+    """Make one batch of several, if they differ in nothing but their samples."""
+    if len(parts) < 2:
+        return parts
+    try:
+        batch = join_batches([batch for _, batch in parts], [len(rows) for rows, _ in parts])
+    except ValueError:
+        return parts
+    return [([row for rows, _ in parts for row in rows], batch)]

@@ -12,7 +12,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.fisher import GradientBatch, GradientStream, Labels, fisher_batch, usual_labels
+from lightning_attr.curvature.fisher import (
+    GradientBatch,
+    GradientStream,
+    Labels,
+    RepeatedPasses,
+    fisher_batch,
+    usual_labels,
+)
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
 from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
 from lightning_attr.curvature.kronecker_layout import KroneckerLayout
@@ -86,9 +93,11 @@ class EKFAC(Solver):
             labels = streams.usual_labels() if self.labels == "auto" else self.labels
 
         def compute() -> dict[str, Tensor]:
+            # Only draws differ between the passes.
+            same = RepeatedPasses(lambda: streams.fisher(labels))
             factors = KroneckerFactors.fit(
                 layout,
-                lambda number: streams.fisher(labels, (seed, model.key, number)),
+                same if labels != "sampled" else lambda number: streams.fisher(labels, (seed, model.key, number)),
                 reduce=model.reduce,
                 device=model.device,
                 dtype=model.dtype,
@@ -146,7 +155,7 @@ class _Streams:
             many += usual_labels(distribution, len(rows)) == "sampled"
         return "sampled" if self.model.reduce(many) > 0 else "exact"
 
-    def fisher(self, labels: Labels, key: tuple[object, ...]) -> Iterator[GradientBatch]:
+    def fisher(self, labels: Labels, key: tuple[object, ...] = ()) -> Iterator[GradientBatch]:
         """Gradients of the loss for labels of the model's own, or for those observed."""
         module: Any = self.model.module
         for rows, batch in self.batches():

@@ -88,12 +88,21 @@ class RepresentationSimilarity(ModelMethod):
 
     def _compare(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Scores ``(b, m)`` and self-influence ``(b,)`` of representations ``(b, d)`` and ``(m, d)``."""
-        if self.similarity == "l2":  # not by inner products: what is close would drown in their rounding
-            distances = torch.cdist(h, targets, compute_mode="donot_use_mm_for_euclid_dist")
-            return -distances.square(), h.new_zeros(len(h))
+        if self.similarity == "l2":
+            return -_squared_distances(h, targets), h.new_zeros(len(h))
         if self.similarity == "cosine":
             h, targets = normalize(h), normalize(targets)
         return h @ targets.T, h.square().sum(1)
+
+
+def _squared_distances(h: Tensor, targets: Tensor) -> Tensor:
+    """Squared distances ``(b, m)``, by inner products where their rounding does not drown what is close."""
+    if h.dtype == torch.float64:
+        return torch.cdist(h, targets, compute_mode="donot_use_mm_for_euclid_dist").square()
+    center = targets.double().mean(0) if len(targets) else 0.0
+    left, right = h.double() - center, targets.double() - center
+    norms = left.square().sum(1)[:, None] + right.square().sum(1)
+    return norms.addmm_(left, right.T, alpha=-2).clamp_(min=0).to(h.dtype)
 
 
 def representation(seen: Observation, layer: str | None, tokens: str = "mean") -> Tensor:

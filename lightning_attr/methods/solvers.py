@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.explicit import factor
+from lightning_attr.curvature.explicit import Factorisation, factor
 from lightning_attr.curvature.lanczos import lanczos, spectral_inverse
 from lightning_attr.curvature.products import dense
 from lightning_attr.curvature.rows import Product
@@ -94,10 +94,21 @@ class Inverse(ABC):
                 if rows.stop >= stop or (following := next(blocks, None)) is None:
                     break
                 rows, gradients = following[:2]
-            tile = model.reduce(tile)
-            solved = self.solve(tile)
-            forms[:, start:stop] = torch.stack([(tile * solved).sum(1), solved.square().sum(1)])
+            forms[:, start:stop] = self.forms(model.reduce(tile), squared)
         return forms[0], forms[1]
+
+    def forms(self, rows: Tensor, squared: bool) -> Tensor:
+        r"""Compute :math:`v^\top (C + \lambda I)^{-1} v` and :math:`|(C + \lambda I)^{-1} v|^2` of some vectors.
+
+        Args:
+            rows: ``(r, p)``.
+            squared: whether the second is wanted; it may be zeros otherwise.
+
+        Returns:
+            ``(2, r)``.
+        """
+        solved = self.solve(rows)
+        return torch.stack([(rows * solved).sum(1), solved.square().sum(1)])
 
 
 Prepared: TypeAlias = Callable[[float], Inverse]
@@ -142,16 +153,20 @@ class Solver(ABC):
         return {"solver": self.name, **plain}
 
 
-class _Solved(Inverse):
-    """An inverse that is a function."""
-
-    def __init__(self, curvature: TrainingCurvature, solve: Product, found: dict[str, Any]) -> None:
+class _Factored(Inverse):
+    def __init__(self, curvature: TrainingCurvature, factors: Factorisation, found: dict[str, Any]) -> None:
         super().__init__(curvature)
-        self._solve = solve
+        self.factors = factors
         self.found = found
 
     def solve(self, rows: Tensor) -> Tensor:
-        return self._solve(rows)
+        return self.factors.solve(rows)
+
+    def forms(self, rows: Tensor, squared: bool) -> Tensor:
+        if squared:
+            return super().forms(rows, squared)
+        first = self.factors.form(rows)
+        return torch.stack([first, torch.zeros_like(first)])
 
 
 def absolute_damping(curvature: TrainingCurvature, damping: float) -> float:
@@ -224,12 +239,13 @@ class Explicit(Solver):
 
         digest = hashed_seed(curvature.curvature, curvature.weight_decay, str(model.dtype), model.n_train)
         matrix = model.kept(f"curvature-{digest:016x}", compute)["matrix"].to(model.device)
+        curvature.write(matrix)
 
         def inverse(damping: float) -> Inverse:
             absolute = absolute_damping(curvature, damping)
             factored = factor(matrix, absolute, definite=curvature.curvature != "hessian")
             found = {"damping": absolute, "negative_eigenvalues": factored.negative_eigenvalues}
-            return _Solved(curvature, factored.solve, found)
+            return _Factored(curvature, factored, found)
 
         return inverse
 

@@ -83,3 +83,12 @@ def test_bad_arguments(matrix: torch.Tensor, damping: float, message: str) -> No
         factor(matrix, damping)
     with pytest.raises(ValueError, match="floating-point matrix"):
         factor(torch.eye(2)).solve(torch.ones(2))
+
+
+@pytest.mark.parametrize("lowest", [0.1, -3.3])
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+def test_forms_are_products_with_the_solutions(lowest: float, dtype: torch.dtype) -> None:
+    factors, rows = factor(symmetric(torch.linspace(lowest, 4, 30)), 0.1), torch.randn(5, 30, dtype=dtype)
+    expected = (rows * factors.solve(rows)).sum(1)
+    assert factors.form(rows).dtype == dtype
+    torch.testing.assert_close(factors.form(rows), expected, rtol=1e-3 if dtype is torch.float32 else 1e-9, atol=1e-4)

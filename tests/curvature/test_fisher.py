@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Laplace, Normal
 
-from lightning_attr.curvature.fisher import fisher_batch, quadrature, sample, usual_labels
+from lightning_attr.curvature import fisher
+from lightning_attr.curvature.fisher import RepeatedPasses, fisher_batch, quadrature, sample, usual_labels
 from lightning_attr.gradients import HookedGradients
 from lightning_attr.outputs import BinaryMargin, ModelOutput, MulticlassMargin, NegativeLoss, Regression
 
@@ -198,3 +199,34 @@ def test_unknown_labels_are_refused() -> None:
     _, hooks = module_and_gradients()
     with pytest.raises(ValueError, match="`labels` to be one of sampled, observed, exact, but got 'true'"):
         fisher_batch(hooks, lambda b: (None, None), (), Regression(), [0], labels="true")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("limit", "reads"), [(2**20, 1), (100, 2), (0, 2)])
+def test_passes_that_are_small_are_read_once(limit: int, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fisher, "_KEPT_BYTES", limit)
+    layer, counts = nn.Linear(2, 1), []
+    hooks = HookedGradients(layer, ["weight", "bias"], direct=())
+    data = [(torch.randn(3, 2), torch.randn(3)) for _ in range(4)]
+
+    def read() -> Any:
+        counts.append(0)
+        for batch in data:
+            counts[-1] += 1
+            step = lambda b: (layer(b[0]), b[1])  # noqa: E731 - of this batch
+            yield fisher_batch(hooks, step, batch, Regression(), range(3), labels="observed")
+
+    def total() -> tuple[Tensor, int]:
+        found: list[Tensor] = []
+        batches = 0
+        for batch in passes(0):
+            batches += batch.samples
+            for stream in batch.streams:
+                stream(lambda gradients: found.append(gradients["weight"].materialise()))
+        assert not any(gradient.requires_grad for gradient in found)
+        return torch.cat(found), batches
+
+    passes = RepeatedPasses(read)
+    (first, samples), (second, again) = total(), total()
+    assert torch.equal(first, second)
+    assert samples == again == 12
+    assert counts == [4] * reads

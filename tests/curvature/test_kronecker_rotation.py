@@ -9,7 +9,7 @@ import torch
 
 from lightning_attr.curvature import kronecker_rotation
 from lightning_attr.curvature.kronecker_layout import KroneckerBlock
-from lightning_attr.curvature.kronecker_rotation import BatchUses, SquaredGradients, chunks, squared_gradients
+from lightning_attr.curvature.kronecker_rotation import BatchUses, SquaredGradients, chunks, rotated, squared_gradients
 from lightning_attr.gradients import ConvSum, OuterSum, RowSum
 
 BLOCK = KroneckerBlock("w", None, (3, 4))
@@ -97,3 +97,9 @@ def test_chunks_count_every_use_and_at_least_one_sample(monkeypatch: pytest.Monk
     assert [part.stop for part in chunks(BLOCK, [use], beside=1000)] == [1, 2, 3, 4]
     conv = ConvSum(torch.ones(3, 1, 8), torch.ones(3, 1, 7), (2,), (1,), (1,), 1)  # 7 positions of 1 + 2
     assert [part.stop for part in chunks(KroneckerBlock("w", None, (1, 1, 2)), [conv], beside=29)] == [2, 3]
+
+
+@pytest.mark.parametrize(("b", "g", "s"), [(4, 1, 3), (4, 3, 2), (1, 2, 1), (0, 1, 2)])
+def test_rotated_is_the_product_of_each_sample(b: int, g: int, s: int) -> None:
+    factors, basis = torch.randn(b, g, s, 5).double(), torch.randn(g, 5, 4).double()
+    torch.testing.assert_close(rotated(factors, basis), factors @ basis)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_attr import AttributionMixin
 from lightning_attr.methods.curvatures import TrainingCurvature, check_curvature
 from lightning_attr.outputs import NegativeLoss
+from lightning_attr.snapshot_model import SnapshotModel
 
 KINDS = ["ggn", "hessian", "empirical_fisher"]
 
@@ -184,3 +185,53 @@ def test_products_of_a_bfloat16_module_are_in_float32() -> None:
 def test_an_unknown_curvature() -> None:
     with pytest.raises(ValueError, match="`curvature` to be 'ggn', 'hessian' or 'empirical_fisher', but got 'fisher'"):
         check_curvature("fisher")
+
+
+def test_after_the_first_product_all_batches_go_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, train, targets = network()
+    curvature = TrainingCurvature(snapshot(module, train, targets, 5).model, "ggn")
+    prepare, sizes = curvature._product, []
+
+    def counted(batch: Any, size: int) -> Any:
+        sizes.append(size)
+        return prepare(batch, size)
+
+    monkeypatch.setattr(curvature, "_product", counted)
+    rows = torch.randn(3, curvature.size).double()
+    first, second = curvature.product(rows), curvature.product(rows)
+    assert sizes == [5, 5, 5, 5, 4, N]
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
+    curvature.sampled_product(rows, 4, 0, "key")
+    assert sizes[6:] == [4]  # drawn from several batches
+    curvature.sampled_product(rows, 12, 0, "key")
+    assert sum(sizes[7:]) == 12
+    assert max(sizes[7:]) <= 5  # of no more memory than a batch
+
+
+def test_batches_of_other_lengths_stay_apart() -> None:
+    class Sums(AttributionMixin, nn.Linear):
+        model_output = NegativeLoss(lambda outputs, targets: (outputs - targets).square())
+
+        def attribution_step(self, batch: Any) -> Any:
+            return self(batch[0].sum(2)).squeeze(1), batch[1]
+
+    module = Sums(2, 1).double()
+    parts = [(torch.randn(3, 2, length).double(), torch.randn(3).double()) for length in (2, 4)]
+    curvature = TrainingCurvature(SnapshotModel.of(module.eval(), parts, parts), "ggn")
+    x = torch.cat([torch.cat([part[0].sum(2), torch.ones(3, 1).double()], 1) for part in parts])
+    for _ in range(2):
+        torch.testing.assert_close(matrix(curvature), 2 * x.T @ x / 6)
+
+
+def test_a_curvature_that_is_written_out_multiplies_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, train, targets = network()
+    for exact in (1024, 10):
+        monkeypatch.setattr("lightning_attr.methods.curvatures._EXACT_TRACE", exact)
+        curvature, other = (
+            TrainingCurvature(snapshot(module, train, targets).model, "hessian", weight_decay=0.5) for _ in range(2)
+        )
+        curvature.write(matrix(curvature))
+        monkeypatch.setattr(curvature, "_product", None)
+        rows = torch.randn(2, 43).double()
+        torch.testing.assert_close(curvature.product(rows), other.product(rows))
+        assert curvature.mean_eigenvalue() == pytest.approx(other.mean_eigenvalue(), rel=1e-10)

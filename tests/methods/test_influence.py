@@ -26,6 +26,7 @@ from influence_cases import (
 )
 from torch import Tensor
 
+from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.errors import DivergenceError, NegativeCurvatureError, UnsupportedLayerError
 from lightning_attr.methods import (
     EKFAC,
@@ -362,6 +363,22 @@ def test_a_singular_curvature_without_damping(solver: str) -> None:
         scored(Influence(solver=solver, damping=0.0), snapshot(module, train, targets))
 
 
+def test_a_singular_curvature_without_damping_where_a_solver_drops_or_never_reaches_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module, train, targets = network()
+    train[0][:, 2] = 0
+    scores, own = scored(Influence(solver="arnoldi", damping=0.0), snapshot(module, train, targets))
+    assert scores.isfinite().all()
+    assert own.isfinite().all()
+    assert "A system is not solved" not in caplog.text
+    method = Influence(solver=LiSSA(iterations=20), damping=0.0, self_influence="ekfac")
+    features = snapshot(module, train, targets)
+    solved = method._solved_targets(features)
+    assert solved.isfinite().all()
+    assert "A system is not solved" in caplog.text
+
+
 def test_negative_curvature() -> None:
     module, train, targets = network()
     for parameter in module.parameters():
@@ -422,3 +439,39 @@ def test_a_layer_without_gradients_has_no_influence_by_datainf() -> None:
     scores, _ = scored(Influence(solver=DataInf()), snapshot(module, train, targets))
     assert scores.isfinite().all()
     assert scores.any()
+
+
+@pytest.mark.parametrize("solver", ["explicit", "cg", "arnoldi", "ekfac"])
+def test_a_function_of_the_targets_takes_the_place_of_their_output(solver: str) -> None:
+    module = BlobClassifier().double().eval()
+    x, y = blobs(N).tensors
+    shown, labels = blobs(M, seed=1).tensors
+    train, targets = (x.double(), y), (shown.double(), labels)
+
+    def difference(module: Any, batch: Any) -> Tensor:
+        """Of two logits, whatever the label."""
+        logits: Tensor = module(batch[0])
+        return logits[:, 0] - logits[:, 1]
+
+    settings = {"explicit": Explicit(), "cg": ConjugateGradient(500, 1e-12), "arnoldi": Arnoldi(200, 200)}
+    result, plain = (
+        quiet_trainer().attribute(
+            model=module,
+            method=Influence(solver=settings.get(solver, solver), damping=0.1),
+            train_dataloaders=loader_of(list(zip(*train, strict=True))),
+            target_dataloaders=loader_of(list(zip(*targets, strict=True))),
+            **more,
+        )
+        for more in ({"target_function": difference}, {})
+    )
+    assert not torch.allclose(result.scores.values, plain.scores.values, rtol=0.1)
+    torch.testing.assert_close(result.self_influence, plain.self_influence)  # of the training samples' own outputs
+    if solver == "ekfac":
+        return
+    curvature = dense_curvature(module, "ggn", train)
+    p = len(curvature)
+    damped = curvature + 0.1 * curvature.trace() / p * torch.eye(p).double()
+    losses = gradients(module, lambda b: module.model_output.loss(*module.attribution_step(b)), train)
+    measured = gradients(module, lambda b: difference(module, b), targets)
+    expected = -losses @ torch.linalg.solve(damped, measured.T) / N
+    torch.testing.assert_close(result.scores.values.double(), expected, rtol=1e-4, atol=1e-6)

@@ -105,3 +105,15 @@ def test_bad_arguments() -> None:
         RepresentationSimilarity(similarity="euclid")
     with pytest.raises(ValueError, match="`tokens` to be 'mean', 'last' or 'flatten', but got 'first'"):
         RepresentationSimilarity(tokens="first")
+
+
+def test_distances_of_what_is_close_keep_their_digits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = 100 + torch.randn(5, 64, generator=generator)
+    h = torch.cat([targets, targets + 1e-3 * torch.randn(5, 64, generator=generator), 100 - targets])
+    scores, own = RepresentationSimilarity(similarity="l2")._compare(h, targets)
+    expected = -(h.double()[:, None] - targets.double()).square().sum(2)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=1e-10)
+    assert not own.any()
+    assert RepresentationSimilarity(similarity="l2")._compare(h, targets[:0])[0].shape == (15, 0)
