@@ -55,8 +55,10 @@ types: typing $(DEV)  ## mypy --strict on the package, and on the calls users wr
 doctest: $(DEV)  ## the examples in the docstrings
 	$(BIN)/pytest tests/test_doctests.py $(ARGS)
 
+# Two at a time, each on one core; what one prints comes in one piece.
+RUN_EXAMPLE = printed=$$(OMP_NUM_THREADS=1 $(BIN)/python $$0 2>&1); code=$$?; printf "== %s\n%s\n" $$0 "$$printed"; exit $$code
 examples: $(DEV)  ## run every example
-	@set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@printf '%s\n' examples/*.py | xargs -n 1 -P 2 sh -c '$(RUN_EXAMPLE)'
 
 bench: $(BENCHMARKS)  ## run every benchmark (or BENCHMARK_SCRIPTS="tests/benchmarks/...")
 	@set -e; for script in $(BENCHMARK_SCRIPTS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -9,11 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from methods_runs import Run, quiet, subset_truth
+from methods_runs import Run, subset_truth
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_attr import AttributionTrainer
 from lightning_attr.methods import AttributionMethod
 
 Make = Callable[..., AttributionMethod]

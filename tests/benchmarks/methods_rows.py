@@ -13,6 +13,7 @@ from methods_ours import Scores, equal_sum, fitted, ours
 
 from digits import WEIGHT_DECAY
 from lightning_attr.methods import (
+    EKFAC,
     GAS,
     RPS,
     TRAK,
@@ -118,7 +119,7 @@ ROWS = [
     Row(
         "IF CG (Hessian)",
         "ours",
-        ours(influence("hessian", ConjugateGradient(), **CONVEX, self_influence="ekfac")),
+        ours(influence("hessian", ConjugateGradient(preconditioner=EKFAC()), **CONVEX, self_influence="ekfac")),
         networks=["lr"],
         **SOLVED,
     ),
@@ -190,16 +191,16 @@ ROWS = [
     Row("FactGraSS", "ours", ours(FactGraSS), RELATIVE),
     Row("FactGraSS", "dattri", dattri.blocks("FactGraSS"), over("damping", *ABSOLUTE, 0.3, 1.0)),
     # Gradient similarity
-    Row("GradDot", "ours", ours(partial(GradDot, IdentityProjector()))),
+    Row("GradDot", "ours", ours(GradDot)),
     Row("GradDot", "dattri", partial(dattri.tracin, snapshots=False)),
-    Row("GradCos", "ours", ours(partial(GradCos, IdentityProjector()))),
+    Row("GradCos", "ours", ours(GradCos)),
     Row("GradCos", "dattri", partial(dattri.tracin, snapshots=False, normalized=True)),
-    Row("TracIn, one run", "ours", ours(partial(TracIn, IdentityProjector()), RUN)),
+    Row("TracIn, one run", "ours", ours(TracIn, RUN)),
     Row("TracIn, one run", "dattri", partial(dattri.tracin, snapshots=True)),
     Row("TracIn, one run", "captum", partial(peers.captum_tracin, fast=False)),
-    Row("TracIn, one run, projected", "ours", ours(TracIn, RUN)),
+    Row("TracIn, one run, exact", "ours", ours(partial(TracIn, IdentityProjector()), RUN)),
     Row("TracIn, one run, last layer", "captum", partial(peers.captum_tracin, fast=True)),
-    Row("GAS, one run", "ours", ours(partial(GAS, IdentityProjector()), RUN)),
+    Row("GAS, one run", "ours", ours(GAS, RUN)),
     Row("GAS, one run", "dattri", partial(dattri.tracin, snapshots=True, normalized=True)),
     # Representations; the self-influence of a similarity says nothing of labels
     Row("RPS", "ours", ours(RPS), over("l2", 3e-4, 3e-3, 3e-2)),
@@ -213,7 +214,6 @@ ROWS = [
     Row("KNN-Shapley", "dattri", partial(dattri.knn_shapley, neighbors=10), own=False),  # loops in Python: minutes
     # Models retrained on other subsets
     Row("Empirical influence", "ours", fitted(EmpiricalInfluence), own=False, fitted=True),
-    # The path of strengths that it would choose from by itself takes minutes.
-    Row("Datamodel, lasso", "ours", fitted(partial(Datamodel, strength=0.3)), fitted=True, **SOLVED),
+    Row("Datamodel, lasso", "ours", fitted(Datamodel), own=False, fitted=True),
     Row("Datamodel, ridge", "ours", fitted(partial(Datamodel, penalty="ridge")), own=False, fitted=True),
 ]

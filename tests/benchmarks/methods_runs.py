@@ -130,7 +130,7 @@ class Regression(DigitsClassifier):
 
 @dataclass
 class Run:
-    """A trained module and a trainer, the data that it was trained on and its targets, and the snapshots of its training."""
+    """A trained module, a trainer, the data that it was trained on, targets, and the snapshots of its training."""
 
     setting: Setting
     data: Data

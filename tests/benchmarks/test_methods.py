@@ -102,7 +102,9 @@ def test_the_difference_is_a_share_of_each_targets_largest_score() -> None:
 
 def test_thinned_runs_keep_every_training_sample() -> None:
     data = methods_runs.clean(QUICK)
-    run = methods_runs.Run(QUICK, data, AttributionTrainer(**methods_runs.quiet()), digits.DigitsClassifier(QUICK), {}, Path())
+    run = methods_runs.Run(
+        QUICK, data, AttributionTrainer(**methods_runs.quiet()), digits.DigitsClassifier(QUICK), {}, Path()
+    )
     few = methods_runs.thinned(run, 6)
     assert torch.equal(few.data.x_target, data.x_target[::6])
     assert torch.equal(few.data.y_target, data.y_target[::6])
