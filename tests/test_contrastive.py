@@ -362,6 +362,36 @@ def test_a_model_like_those_of_open_clip() -> None:
     assert found["features"].shape == (N, sum(p.numel() for p in module.parameters()))
 
 
+@pytest.mark.slow  # importing it takes seconds
+@pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_open_clip(kind: str, tower: str) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip, which needs torchvision")
+    vision = {
+        "vit": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+        "resnet": {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8, "patch_size": None},
+    }[tower]
+    text = {"context_length": 7, "vocab_size": 20, "width": 16, "heads": 2, "layers": 2}
+    model = getattr(open_clip, kind)(8, vision, text)
+    for parameter in model.parameters():  # its own start has vanishing text embeddings
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    module = Held(model).double().eval()
+    size = vision["image_size"]
+    batch = (torch.randn(5, 3, size, size).double(), torch.randint(1, 19, (5, 7)))
+    module.attribution_setup(samples(batch), "final")
+    given = module.attribution_batch(batch, Draw(range(5), "final"))
+    made = plan(module, batch, 5)
+    # The pooling of its ResNet calls a function of torch that takes all weights of an attention at once.
+    assert [name for name in made.fallback if ".attnpool." not in name] == []
+    projection = IdentityProjector().bind(ParameterLayout.of(module), "final")
+    found = Featurizer(module, made, projection, snapshot="final")(batch, range(5))["features"]
+    trainable = dict(module.named_parameters())
+    loop = loop_gradients(lambda params, batch: module.functional_output(params, {}, batch), trainable, given, 5)
+    torch.testing.assert_close(found, torch.cat([rows.reshape(5, -1) for rows in loop.values()], 1))
+    assert (found.norm(dim=1) > 0).all()
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
