@@ -72,8 +72,8 @@ class RetrainingPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ValueError(f"Expected argument `seeds` to be a positive integer, but got {self.repeats}.")
+        if not isinstance(self.repeats, int) or self.repeats < 1:
+            raise ValueError(f"Expected argument `seeds` to be a positive integer, but got {self.repeats!r}.")
 
     def __len__(self) -> int:
         return self.repeats * len(self.masks)

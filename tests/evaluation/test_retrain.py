@@ -359,6 +359,7 @@ def seeded() -> Tiny:
         ({"alpha": 0.04}, ValueError, "0.04 of 24 training samples is less than one: a subset would be empty"),
         ({"num_subsets": 0}, ValueError, "`num_subsets` to be a positive integer, but got 0"),
         ({"seeds": 0}, ValueError, "`seeds` to be a positive integer, but got 0"),
+        ({"seeds": [1, 2]}, ValueError, r"`seeds` to be a positive integer, but got \[1, 2\]"),
         ({"num_workers": 0}, ValueError, "`num_workers` to be a positive integer, but got 0"),
     ],
 )
