@@ -20,6 +20,8 @@ __all__ = ["KernelMethod", "SolvedKernel", "squared_norms", "triangular_inverse"
 
 _STRIP = 256
 """Columns at once where half of a product is known to be zero or to mirror the other half."""
+_SUMMED = 4096
+"""Rows whose products are added up in the features' precision before they go into float64."""
 _LEAF = 128
 """Sides up to which a triangular matrix is inverted by substitution."""
 _SOLVE = 4096
@@ -195,20 +197,25 @@ class KernelMethod(DampedMethod):
 
     def _sums(self, snapshot: SnapshotFeatures, columns: Sequence[slice]) -> list[Tensor]:
         """Sum the kernels over the training samples of all processes, float64."""
-        device = snapshot.targets["features"].device
+        targets = compute_precision(snapshot.targets["features"])
         sides = [own.stop - own.start for own in columns]
-        uppers = [torch.zeros(k, k, dtype=torch.float64, device=device) for k in sides]
-        for _, block in snapshot.blocks():
-            features = compute_precision(block["features"])
+        sums = [torch.zeros(k, k, dtype=torch.float64, device=targets.device) for k in sides]
+        parts = [targets.new_zeros(k, k) for k in sides]  # of the rows since the last that went into the sums
+        pending = 0
+        for rows, block in snapshot.blocks():
+            features = block["features"].to(targets)
             weights = self.kernel_weights(block)
             if weights is not None:
                 features = features * weights.to(features).sqrt()[:, None]
-            for own, upper in zip(columns, uppers, strict=True):
-                part = features[:, own]
-                for start in range(0, part.shape[1], _STRIP):
-                    strip = slice(start, start + _STRIP)
-                    upper[strip, start:] += part[:, strip].T @ part[:, start:]
-        return [snapshot.reduce(upper.triu_() + upper.triu(1).T) for upper in uppers]
+            for own, part in zip(columns, parts, strict=True):
+                _add_upper(part, features[:, own])
+            pending += len(rows)
+            if pending >= _SUMMED:
+                pending = 0
+                for total, part in zip(sums, parts, strict=True):
+                    total += part
+                    part.zero_()
+        return [snapshot.reduce(_mirrored(total.add_(part))) for total, part in zip(sums, parts, strict=True)]
 
     def balanced_weights(self, snapshots: Sequence[SnapshotFeatures], kernels: Sequence[SolvedKernel]) -> list[float]:
         """Weigh snapshots so that each has an equal part in the scores; several are read once more for it.
@@ -259,6 +266,23 @@ def _factor(kernel: Tensor, ridge: Tensor, damping: float) -> Tensor:
             "(0.1 to 1.0 are good values), or lower `proj_dim` below the number of training samples."
         )
     return factor
+
+
+def _add_upper(kernel: Tensor, features: Tensor) -> None:
+    """Add the products of features to the upper triangle of a kernel; what is below it does not matter."""
+    for start in range(0, len(kernel), _STRIP):
+        strip = slice(start, start + _STRIP)
+        kernel[strip, start:].addmm_(features[:, strip].T, features[:, start:])
+
+
+def _mirrored(kernel: Tensor) -> Tensor:
+    """Copy the upper triangle to the lower, in place."""
+    for start in range(0, len(kernel), _STRIP):
+        stop = start + _STRIP
+        corner = kernel[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        kernel[stop:, start:stop] = kernel[start:stop, stop:].T
+    return kernel
 
 
 def triangular_inverse(lower: Tensor) -> Tensor:
