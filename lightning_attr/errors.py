@@ -1,17 +1,24 @@
 """What can go wrong, one class a cause. Plain bad arguments stay :class:`ValueError` and :class:`TypeError`."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 __all__ = [
     "AttributionError",
     "BatchDependenceError",
     "CorruptedStoreError",
     "DivergenceError",
     "IncompleteFeaturesError",
+    "InvalidLabelError",
     "MemoryBudgetError",
     "MissingDependencyError",
     "NegativeCurvatureError",
     "NonFiniteGradientError",
     "StoreMismatchError",
     "UnsupportedLayerError",
+    "named_samples",
 ]
 
 
@@ -76,3 +83,48 @@ class NegativeCurvatureError(AttributionError):
 
 class DivergenceError(AttributionError):
     """An iteration grows where it should settle; the message says which setting to change."""
+
+
+class InvalidLabelError(AttributionError, ValueError):
+    """Samples have no label that counts, or one that is no class; the message names them.
+
+    Args:
+        message: what is wrong, and what to do.
+        positions: where in their batch the samples are.
+        batch_size: number of samples in it.
+    """
+
+    def __init__(self, message: str, positions: Sequence[int] = (), batch_size: int = 0) -> None:
+        super().__init__(message)
+        self.positions = positions
+        self.batch_size = batch_size
+
+
+@contextmanager
+def named_samples(rows: Sequence[int]) -> Iterator[None]:
+    """Let errors that know samples by their positions in a batch name them in the data set.
+
+    Args:
+        rows: row numbers of the samples of the batch.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidLabelError: if one is raised inside; of a batch of as many samples, with ``dataset[i]`` in its message.
+
+    Example:
+        >>> with named_samples([7, 4, 9]):
+        ...     raise InvalidLabelError("No label in the samples [2] of the batch.", [2], 3)
+        Traceback (most recent call last):
+        ...
+        lightning_attr.errors.InvalidLabelError: No label in the samples [2] of the batch. Look at dataset[9].
+    """
+    try:
+        yield
+    except InvalidLabelError as error:
+        if error.batch_size != len(rows):  # a part of the batch, or what a module made of it
+            raise
+        named = ", ".join(f"dataset[{rows[position]}]" for position in error.positions[:8])
+        more = f" and {len(error.positions) - 8} more" if len(error.positions) > 8 else ""
+        raise InvalidLabelError(f"{error} Look at {named}{more}.", error.positions, len(rows)) from error

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_attr.attributed import set_up
 from lightning_attr.draws import Samples
+from lightning_attr.errors import named_samples
 from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, plan
 from lightning_attr.loader import DataSource, OrderedLoader
 
@@ -138,5 +139,5 @@ def probe(
     batch = to_device(precision.convert_input(batch), module, datamodule, device)
     set_up_at("", trainer, module, datamodule, source)
     # The comparisons want all digits: the default dtype of the precision, but no autocast.
-    with precision.forward_context(), torch.autocast(device.type, enabled=False):
+    with precision.forward_context(), torch.autocast(device.type, enabled=False), named_samples(rows):
         return plan(module, batch, len(rows)), batch, rows

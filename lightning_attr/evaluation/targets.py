@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_attr.attributed import Attributed, attributed, completed, draws_of, needs_setup, set_up
 from lightning_attr.batch import map_tensors
 from lightning_attr.draws import Draw
+from lightning_attr.errors import named_samples
 from lightning_attr.featurizer import PROBE_SIZE
 from lightning_attr.files import digest
 from lightning_attr.isolation import preserved_rng
@@ -109,7 +110,7 @@ def outputs_at(
         loads[0]()
         if train is not None:
             set_up(module, samples_on_device(trainer, module, datamodule, train), "")
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), named_samples(rows):
             what = attributed(module, completed(module, prepared(batch), Draw(rows, device=device)), len(rows))
         found: list[list[Tensor]] = [[] for _ in loads]
         for rows, given in OrderedLoader(targets, targets.batches(range(len(targets)))):
@@ -126,7 +127,8 @@ def _mean_output(what: Attributed, module: Any, batch: Any, rows: Sequence[int],
     """Average the outputs over the module's draws, the same for every set of weights."""
     count = draws_of(module)
     batches = (completed(module, batch, Draw(rows, number=number, device=device)) for number in range(count))
-    outputs = [what.sample_outputs(module, given, len(rows)) for given in batches]
+    with named_samples(rows):
+        outputs = [what.sample_outputs(module, given, len(rows)) for given in batches]
     return torch.stack(outputs).mean(0).cpu()
 
 

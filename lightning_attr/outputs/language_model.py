@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
+from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 
 __all__ = ["Kind", "LanguageModel"]
@@ -90,8 +91,8 @@ class LanguageModel(ModelOutput):
             ``f``, float32 or wider, ``(b,)``.
 
         Raises:
-            ValueError: if shapes or dtypes do not fit, a label is outside the vocabulary, or a sequence has no
-                labelled token.
+            InvalidLabelError: if a label is outside the vocabulary, or a sequence has no labelled token.
+            ValueError: if shapes or dtypes do not fit.
         """
         values, labelled = self._tokens(outputs, targets)
         if self.kind == "margin_of_mean":
@@ -209,15 +210,19 @@ def _checked(outputs: Any, targets: Any, shift: bool) -> tuple[Tensor, Tensor]:
 def _check_labels(labels: Tensor, labelled: Tensor, vocabulary: int) -> None:
     empty, outside = bad_labels(labels, labelled, vocabulary)
     if empty:
-        raise ValueError(
+        raise InvalidLabelError(
             f"Expected each sequence to have at least one labelled token, but those at the positions "
             f"{empty} of the batch have none: all their labels are the ignored one. Look "
-            "for texts that were cut before their answer begins, and remove such samples from the data set."
+            "for texts that were cut before their answer begins, and remove such samples from the data set.",
+            empty,
+            len(labels),
         )
     if outside:
         sample, place = outside[0]
-        raise ValueError(
+        raise InvalidLabelError(
             f"Expected labels in [0, {vocabulary}), the vocabulary of the logits, or ignored labels, but the sequence "
             f"at position {sample} of the batch has the label {int(labels[sample, place])}. Resize the model's "
-            "embeddings to the tokenizer (`model.resize_token_embeddings(len(tokenizer))`), or set `ignore_index`."
+            "embeddings to the tokenizer (`model.resize_token_embeddings(len(tokenizer))`), or set `ignore_index`.",
+            [sample],
+            len(labels),
         )

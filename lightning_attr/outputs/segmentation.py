@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 
 __all__ = ["PixelMargin"]
@@ -24,7 +25,8 @@ class PixelMargin(ModelOutput):
         ignore_index: label of pixels without a loss.
 
     Raises:
-        ValueError: on use, if logits and labels do not fit, a label is no class, or an image has no labelled pixel.
+        InvalidLabelError: on use, if a label is no class, or an image has no labelled pixel.
+        ValueError: on use, if logits and labels do not fit.
 
     Example:
         >>> import torch
@@ -107,15 +109,19 @@ def _check_shapes(outputs: Any, targets: Any) -> None:
 def _check_labels(labels: Tensor, labelled: Tensor, classes: int) -> None:
     empty, outside = bad_labels(labels, labelled, classes)
     if empty:
-        raise ValueError(
+        raise InvalidLabelError(
             "Expected each image to have a labelled pixel, but those at the positions "
             f"{empty} of the batch have none: all their labels are the ignored one. "
-            "Remove them from the data set."
+            "Remove them from the data set.",
+            empty,
+            len(labels),
         )
     if outside:
         image, pixel = outside[0]
-        raise ValueError(
+        raise InvalidLabelError(
             f"Expected labels in [0, {classes}), the classes of the logits, or ignored labels, but the image at "
             f"position {image} of the batch has the label {int(labels[image, pixel])}. Set `ignore_index` if it means "
-            "no class."
+            "no class.",
+            [image],
+            len(labels),
         )
