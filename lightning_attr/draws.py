@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.randomness import gaussian, random_words
+from lightning_attr.randomness import random_words, row_gaussians
 
 __all__ = ["Draw", "Samples"]
 
@@ -48,7 +48,7 @@ class Draw:
         Returns:
             ``(b, *shape)``, float32.
         """
-        return torch.stack([gaussian(shape, *self._key(stream, row)) for row in self.rows]).to(self.device)
+        return row_gaussians(shape, [self._key(stream, row) for row in self.rows]).to(self.device)
 
     def integers(self, high: int, *shape: int, stream: str = "integers") -> Tensor:
         """Draw integers from 0 to ``high - 1``, all alike.

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lightning_attr.attributed import Attributed, attributed, check_module, completed, draws_of
 from lightning_attr.draws import Draw
-from lightning_attr.errors import NonFiniteGradientError
+from lightning_attr.errors import NonFiniteGradientError, named_samples
 from lightning_attr.gradients import (
     GradientPlan,
     HookedGradients,
-    ParameterGradient,
     loop_gradients,
     plan_gradients,
     vmap_gradients,
 )
+from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.gradients.rules import check_layers
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.projectors import Projection
@@ -151,6 +151,7 @@ class Featurizer:
             targets are class labels.
 
         Raises:
+            InvalidLabelError: if the model output has no use for the labels of a sample.
             MemoryBudgetError: if not even one sample fits into the memory budget.
             NonFiniteGradientError: if a row holds NaN or Inf.
         """
@@ -160,28 +161,26 @@ class Featurizer:
 
     def _featurize(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)
-        features = torch.zeros(len(rows), self.projection.dim, dtype=self.dtype, device=device)
+        features = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=device)
         values: dict[str, Tensor] = {}
         drawn = [row + self.first_row for row in rows]
-        for number in range(draws):
-            given = completed(self.module, batch, Draw(drawn, self.snapshot, number, device))
-            for name, column in self._draw(given, len(rows), features).items():
-                # Projections are linear: the mean of features is the feature of the mean.
-                share = column if name == "label" or draws == 1 else column / draws
-                values[name] = values[name] + share if name in values and name != "label" else share
+        with self.projection.filling(features) as add, named_samples(rows):
+            for number in range(draws):
+                given = completed(self.module, batch, Draw(drawn, self.snapshot, number, device))
+                for name, column in self._draw(given, len(rows), add).items():
+                    # Projections are linear: the mean of features is the feature of the mean.
+                    share = column if name == "label" or draws == 1 else column / draws
+                    values[name] = values[name] + share if name in values and name != "label" else share
         if draws > 1:
             features /= draws
         columns = self.projection.finish({"features": features, **values})
         _check_finite(columns, rows)
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
 
-    def _draw(self, batch: Any, batch_size: int, features: Tensor) -> dict[str, Tensor]:
+    def _draw(self, batch: Any, batch_size: int, add: LayerSink) -> dict[str, Tensor]:
         """Add the features of one draw, and return the values beside them."""
         subject = self.plan.attributed
         seen: list[Any] = []
-
-        def add(gradients: Mapping[str, ParameterGradient]) -> None:
-            self.projection.accumulate_layer(features, gradients)
 
         def forward() -> Tensor:
             output, behind = subject.forward(self.module, batch, batch_size)

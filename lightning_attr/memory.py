@@ -31,8 +31,9 @@ _COMFORTABLE, _CACHED = 256, 2**25
 class MemoryBudget:
     """Splits batches into parts whose tensors stay within a limit; features do not depend on the split.
 
-    How much a sample takes is measured, once and again when larger samples come: one sample goes through, then two,
-    while every tensor that comes to life is counted. Memory inside library calls is not seen.
+    How much a sample takes is measured, once and again when larger samples come: one sample goes through, for what is
+    made once and kept, then again one and then two, while every tensor that comes to life is counted. Memory inside
+    library calls is not seen.
 
     Args:
         limit: bytes that the tensors of a pass may take; by default half of what is free on the device.
@@ -46,6 +47,7 @@ class MemoryBudget:
         ...     print(len(rows), "samples")
         ...     return {"x": batch * 2}
         >>> MemoryBudget(limit=3 * 4000).run(doubled, torch.ones(5, 1000), range(5))["x"].shape
+        1 samples
         1 samples
         2 samples
         3 samples
@@ -117,6 +119,7 @@ class MemoryBudget:
         self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], device: torch.device
     ) -> None:
         b = len(rows)
+        function(select_rows(batch, b, range(1)), rows[:1])
         peaks = []
         for count in range(1, min(b, 2) + 1):
             part = select_rows(batch, b, range(count))

@@ -68,7 +68,7 @@ def test_batch_is_split_as_the_limit_says(limit: int, parts: list[int]) -> None:
     sizes: list[int] = []
     batch, rows = _batch(7), [10, 11, 12, 13, 14, 15, 16]
     columns = MemoryBudget(limit + 8 * 7).run(_doubled(sizes), batch, rows)
-    assert sizes == [1, 2, *parts]  # the first two measure
+    assert sizes == [1, 1, 2, *parts]  # the first three measure
     torch.testing.assert_close(columns["x"], batch["x"] * 2 + 1)
     assert columns["row"].tolist() == rows
 
@@ -78,24 +78,38 @@ def test_batch_that_fits_goes_through_whole_and_is_measured_once() -> None:
     budget = MemoryBudget(100 * KB)
     for _ in range(3):
         budget.run(_doubled(sizes), _batch(7), range(7))
-    assert sizes == [1, 2, 7, 7, 7]
+    assert sizes == [1, 1, 2, 7, 7, 7]
+
+
+def test_what_is_made_once_and_kept_is_no_part_of_a_sample() -> None:
+    kept: list[Tensor] = []
+
+    def keeping(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+        if not kept:
+            kept.append(torch.ones(50 * 250))
+        return {"x": batch["x"] * 2}
+
+    budget = MemoryBudget(3 * KB)
+    assert len(budget.run(keeping, _batch(7), range(7))["x"]) == 7
+    assert budget._per_sample == KB
+    assert budget._fixed == 0
 
 
 def test_larger_samples_are_measured_again_smaller_ones_are_not() -> None:
     sizes: list[int] = []
     budget = MemoryBudget(9 * KB)
     budget.run(_doubled(sizes), _batch(4), range(4))
-    assert sizes == [1, 2, 4]
+    assert sizes == [1, 1, 2, 4]
     budget.run(_doubled(sizes), _batch(4, width=500), range(4))  # 4 kB a sample
-    assert sizes == [1, 2, 4, 1, 2, 2, 2]
+    assert sizes == [1, 1, 2, 4, 1, 1, 2, 2, 2]
     budget.run(_doubled(sizes), _batch(4), range(4))  # as if they were the larger ones
-    assert sizes == [1, 2, 4, 1, 2, 2, 2, 2, 2]
+    assert sizes == [1, 1, 2, 4, 1, 1, 2, 2, 2, 2, 2]
 
 
 def test_batch_of_one() -> None:
     sizes: list[int] = []
     MemoryBudget(3 * KB).run(_doubled(sizes), _batch(1), [0])
-    assert sizes == [1, 1]
+    assert sizes == [1, 1, 1]
 
 
 def test_split_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,21 +141,21 @@ def test_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * KB + 100)
     sizes: list[int] = []
     MemoryBudget().run(_doubled(sizes), _batch(5), range(5))
-    assert sizes == [1, 2, 2, 2, 1]
+    assert sizes == [1, 1, 2, 2, 2, 1]
 
 
 def test_default_too_small_tries_sample_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
     sizes: list[int] = []
     MemoryBudget().run(_doubled(sizes), _batch(3), range(3))
-    assert sizes == [1, 2, 1, 1, 1]
+    assert sizes == [1, 1, 2, 1, 1, 1]
 
 
 def test_without_knowledge_of_free_memory_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     sizes: list[int] = []
     MemoryBudget().run(_doubled(sizes), _batch(5), range(5))
-    assert sizes == [1, 2, 5]
+    assert sizes == [1, 1, 2, 5]
 
 
 def test_free_memory_is_plausible() -> None:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from lightning_attr.randomness import gaussian, hashed_seed, philox, rademacher, row_uniforms
+from lightning_attr.randomness import (
+    gaussian,
+    hashed_seed,
+    philox,
+    rademacher,
+    row_gaussians,
+    row_uniforms,
+)
 
 PINNED_SEED = 2352347809427705324
 PINNED_SIGNS = "+-+-+--++--+++---++-++---++-+-+--+-++++++-++-++---+++++---+-++--"
@@ -55,6 +62,12 @@ def test_any_number_of_normal_numbers(shape: tuple[int, ...]) -> None:
     assert values.shape == shape
     assert values.dtype == torch.float32
     assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 4)])
+def test_normal_numbers_of_several_keys_are_those_of_each(shape: tuple[int, ...]) -> None:
+    keys = [("noise", row) for row in range(5)]
+    assert torch.equal(row_gaussians(shape, keys), torch.stack([gaussian(shape, *key) for key in keys]))
 
 
 def test_signs_are_fair_and_independent() -> None:

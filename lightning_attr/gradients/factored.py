@@ -104,24 +104,30 @@ class OuterSum(FactoredGradient):
     def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:  # noqa: D102 - inherited
         return materialising_is_cheaper(self.rows.shape[1], self.rows.shape[2], self.columns.shape[2], left, right)
 
-    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor) -> None:
+    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor, fresh: bool) -> None:
         """Add the projection of the gradients with a bias as their last column; see :class:`RowSum`.
 
         Args:
             target: ``(b, k_rows, k_columns)``, changed in place.
-            left: as in :meth:`project`.
+            left: as in :meth:`project`; what it and the next two have beyond the target's sizes is not used.
             right: ``(k_columns, columns)``.
             shift: the column of the bias, ``(k_columns,)``.
+            fresh: overwrite the target instead, whatever it holds.
         """
+        _, k_rows, k_columns = target.shape
         if self.rows.shape[1] == 1:  # in as few calls as can be: small models spend their time on these
             rows = self.rows[:, 0] if left is None else torch.mm(self.rows[:, 0], left.T)
-            columns = torch.addmm(shift, self.columns[:, 0], right.T)
-            target.addcmul_(rows.unsqueeze(2), columns.unsqueeze(1))
-        elif self.materialises(left, right):
+            rows, columns = rows[:, :k_rows], torch.addmm(shift, self.columns[:, 0], right.T)[:, :k_columns]
+            rows, columns = rows.unsqueeze(2), columns.unsqueeze(1)
+            torch.mul(rows, columns, out=target) if fresh else target.addcmul_(rows, columns)
+            return
+        if self.materialises(left, right):
             total = _apply(left, self.row_sum().unsqueeze(1)).mT  # (b, k_rows, 1)
-            target += self.project(left, right).addcmul_(total, shift)
+            projected = self.project(left, right).addcmul_(total, shift)
         else:
-            target += torch.bmm(_apply(left, self.rows).mT, _apply(right, self.columns, shift))
+            projected = torch.bmm(_apply(left, self.rows).mT, _apply(right, self.columns, shift))
+        projected = projected[:, :k_rows, :k_columns]
+        target.copy_(projected) if fresh else target.add_(projected)
 
     def row_sum(self) -> Tensor:
         """Sum the factors on the side of the rows, ``(b, rows)``."""
@@ -203,16 +209,10 @@ class ConvSum(FactoredGradient):
         rows, columns = self.backprops.shape[1], self.inputs.shape[1] // self.groups * math.prod(self.kernel_size)
         return materialising_is_cheaper(math.prod(self.backprops.shape[2:]), rows, columns, left, right)
 
-    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor) -> None:
-        """Add the projection of the gradients with a bias as their last column; see :meth:`OuterSum.accumulate`.
-
-        Args:
-            target: ``(b, k_rows, k_columns)``, changed in place.
-            left: as in :meth:`project`.
-            right: ``(k_columns, columns)``.
-            shift: the column of the bias, ``(k_columns,)``.
-        """
-        target += self._combine(left, self._project_patches(right, shift))
+    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor, fresh: bool) -> None:
+        """Add the projection of the gradients with a bias as their last column; see :meth:`OuterSum.accumulate`."""
+        projected = self._combine(left, self._project_patches(right, shift))[:, : target.shape[1], : target.shape[2]]
+        target.copy_(projected) if fresh else target.add_(projected)
 
     def row_sum(self) -> Tensor:
         """Sum the gradient at the output over positions, ``(b, c_out)``."""

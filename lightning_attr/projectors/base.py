@@ -7,7 +7,9 @@ A :class:`Projector` says which family and how many dimensions; bound to a layou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +66,19 @@ class Projection(ABC):
         """
         for name, gradient in gradients.items():
             self.accumulate(features, name, gradient)
+
+    @contextmanager
+    def filling(self, features: Tensor) -> Iterator[Callable[[Mapping[str, ParameterGradient]], None]]:
+        """Fill the features of a batch, whatever they hold before.
+
+        Args:
+            features: ``(b, dim)``, float32 or float64, changed in place; complete when this ends.
+
+        Yields:
+            A function that adds the gradients from one use of a layer, as :meth:`accumulate_layer` does.
+        """
+        features.zero_()
+        yield partial(self.accumulate_layer, features)
 
     def finish(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """Do what is to be done when all gradients of a batch have come; a linear map does nothing.

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.gradients.factored import FactoredGradient, ParameterGradient, RowSum, two_sided
+from lightning_attr.gradients.factored import FactoredGradient, OuterSum, ParameterGradient, RowSum, two_sided
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer
 from lightning_attr.randomness import rademacher
@@ -107,7 +110,6 @@ class _KroneckerProjection(Projection):
         super().__init__(_total(blocks, side))
         self.maps: dict[str, _TwoSided] = {}
         self.last_columns: dict[str, _LastColumn] = {}
-        self.biases = {block.weight: block.bias for block in blocks if block.bias is not None}
         start = 0
         for block in blocks:
             stop = start + block.size(side)
@@ -121,15 +123,33 @@ class _KroneckerProjection(Projection):
         self.layers = by_layer({name: two_sided.slot for name, two_sided in self.maps.items()})
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
-        (self.maps.get(name) or self.last_columns[name]).accumulate(features, gradient)
+        self._add(features, set(), {name: gradient})
 
     def accumulate_layer(self, features: Tensor, gradients: Mapping[str, ParameterGradient]) -> None:
+        self._add(features, set(), gradients)
+
+    @contextmanager
+    def filling(self, features: Tensor) -> Iterator[Callable[[Mapping[str, ParameterGradient]], None]]:
+        fresh = set(self.maps)
+        yield partial(self._add, features, fresh)
+        for name in fresh:
+            features[:, self.maps[name].slot] = 0
+
+    def _add(self, features: Tensor, fresh: set[str], gradients: Mapping[str, ParameterGradient]) -> None:
+        """Add the gradients of a layer; what a block in ``fresh`` holds is overwritten, and then it is not fresh."""
         rest = dict(gradients)
         for name, gradient in gradients.items():
-            bias = gradients.get(self.biases.get(name, ""))
-            if isinstance(bias, RowSum) and bias.weight is gradient and self.maps[name].accumulate_both(features, bias):
-                del rest[name], rest[self.biases[name]]
-        super().accumulate_layer(features, rest)
+            block = self.maps.get(name)
+            bias = None if block is None or block.bias is None else gradients.get(block.bias)
+            if block is None or not isinstance(bias, RowSum) or bias.weight is not gradient:
+                continue
+            if block.accumulate_both(features, bias, name in fresh):
+                fresh.discard(name)
+                del rest[name], rest[str(block.bias)]
+        for name, gradient in rest.items():
+            part = self.maps.get(name) or self.last_columns[name]
+            part.accumulate(features, gradient, part.name in fresh)
+            fresh.discard(part.name)
 
 
 class Sides:
@@ -226,38 +246,53 @@ def _side(side: int, size: int, key: tuple[object, ...]) -> Tensor | None:
     return rademacher((side, size), *key).to(torch.float32) / math.sqrt(side)
 
 
+def _wide(side: Tensor) -> Tensor:
+    """Add rows of zeros up to a multiple of four: matrix products are faster by up to two fifths."""
+    return F.pad(side, (0, 0, 0, -len(side) % 4))
+
+
 class _TwoSided:
     """The map of a block's weight."""
 
     def __init__(self, slot: slice, block: _Block, sides: Sides) -> None:
         self.slot = slot
+        self.name = block.weight
+        self.bias = block.bias
         self.block = block
         self.sides = sides
-        self._split: tuple[Tensor, Tensor, Tensor] | None = None  # the right side; that of the weight, of the bias
+        # The right side; then, widened, the left side, the right side of the weight, and that of the bias.
+        self._split: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
 
-    def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
+    def accumulate(self, features: Tensor, gradient: ParameterGradient, fresh: bool) -> None:
         columns = self.block.columns - (self.block.bias is not None)
         if self.block.columns == 1 and isinstance(gradient, Tensor):  # in one call
             left, _ = self.sides.on(features)
             rows = gradient.reshape(len(features), -1)
             slot = features[:, self.slot]
-            slot.add_(rows) if left is None else slot.addmm_(rows, left.T)
+            if left is None:
+                slot.copy_(rows) if fresh else slot.add_(rows)
+            else:
+                slot.addmm_(rows, left.T, beta=0 if fresh else 1)
             return
+        if fresh:
+            features[:, self.slot] = 0
         if isinstance(gradient, Tensor):
             gradient = gradient.reshape(-1, self.block.rows, columns)
         projected = self.sides.project(gradient, features, columns)
         self.view(features)[:, :, : projected.shape[2]] += projected
 
-    def accumulate_both(self, features: Tensor, bias: RowSum) -> bool:
+    def accumulate_both(self, features: Tensor, bias: RowSum, fresh: bool) -> bool:
         """Add weight and bias at once; where the columns are kept as they are there is nothing to gain."""
         left, right = self.sides.on(features)
         if right is None:
             return False
         if self._split is None or self._split[0] is not right:  # once for all batches
-            self._split = right, right[:, :-1].contiguous(), right[:, -1].contiguous()
-        _, columns, last = self._split
-        self.sides.note(bias.weight, left, columns)
-        bias.weight.accumulate(self.view(features), left, columns, last)
+            widened = _wide if isinstance(bias.weight, OuterSum) else torch.clone
+            rows, both = None if left is None else widened(left), widened(right)
+            self._split = right, rows, both[:, :-1].contiguous(), both[:, -1].contiguous()
+        _, rows, columns, last = self._split
+        self.sides.note(bias.weight, rows, columns)
+        bias.weight.accumulate(self.view(features), rows, columns, last, fresh)
         return True
 
     def view(self, features: Tensor) -> Tensor:
@@ -271,8 +306,11 @@ class _LastColumn:
 
     def __init__(self, weight: _TwoSided) -> None:
         self.weight = weight
+        self.name = weight.name
 
-    def accumulate(self, features: Tensor, gradient: ParameterGradient) -> None:
+    def accumulate(self, features: Tensor, gradient: ParameterGradient, fresh: bool) -> None:
+        if fresh:
+            features[:, self.weight.slot] = 0
         left, right = self.weight.sides.on(features)
         if isinstance(gradient, FactoredGradient):
             gradient = gradient.materialise()

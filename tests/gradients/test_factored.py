@@ -95,7 +95,7 @@ def test_bias_as_last_column_equals_weight_and_bias_apart(case: str, sizes: tupl
     left = None if sizes[0] is None else torch.randn(sizes[0], rows).double()
     right, shift = torch.randn(sizes[1], columns).double(), torch.randn(sizes[1]).double()
     target = torch.ones(B, rows if left is None else len(left), len(right)).double()
-    weight.accumulate(target, left, right, shift)
+    weight.accumulate(target, left, right, shift, fresh=False)
     augmented, full = torch.cat([dense, bias], dim=2), torch.cat([right, shift[:, None]], dim=1)
     expected = augmented @ full.T
     torch.testing.assert_close(target - 1, expected if left is None else left @ expected, rtol=1e-12, atol=1e-12)

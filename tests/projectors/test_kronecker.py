@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_attr.gradients import OuterSum, RowSum
+from lightning_attr.gradients import OuterSum, ParameterGradient, RowSum
+from lightning_attr.gradients.convolution import convolution
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors import KroneckerProjector
+from lightning_attr.projectors import KroneckerProjector, Projector, RademacherProjector
 from lightning_attr.randomness import rademacher
 
 LAYOUT = ParameterLayout({"weight": (8, 10), "bias": (8,)})
@@ -138,3 +139,49 @@ def test_way_of_each_layer_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
         "short: gradients are projected factor by factor.",
         "long: gradients are materialised, then projected.",
     ]
+
+
+@pytest.mark.parametrize(
+    "projector", [KroneckerProjector(40), KroneckerProjector(200), RademacherProjector(5)], ids=["40", "200", "dense"]
+)
+@pytest.mark.parametrize("positions", [1, 6])
+def test_filling_overwrites_what_was_there_and_adds_from_then_on(projector: Projector, positions: int) -> None:
+    layout = ParameterLayout({
+        "a.weight": (8, 10),
+        "a.bias": (8,),
+        "b.weight": (8, 10),
+        "b.bias": (8,),
+        "norm": (12,),
+        "unused": (20, 3),
+    })
+    projection = projector.bind(layout, "final")
+
+    def linear(name: str) -> dict[str, ParameterGradient]:
+        weight = OuterSum(torch.randn(3, positions, 8), torch.randn(3, positions, 10))
+        return {f"{name}.weight": weight, f"{name}.bias": RowSum(weight)}
+
+    apart = {"b.bias": torch.randn(3, 8), "b.weight": torch.randn(3, 8, 10)}  # a bias that no weight brings along
+    uses = [linear("a"), linear("a"), apart, linear("b"), {"norm": torch.randn(3, 12)}, {"norm": torch.randn(3, 12)}]
+    expected = torch.zeros(3, projection.dim)
+    for use in uses:
+        for name, gradient in use.items():
+            projection.accumulate(expected, name, gradient)
+    found = torch.full((3, projection.dim), torch.nan)
+    for _ in range(2):  # the second batch into the same place
+        with projection.filling(found) as add:
+            for use in uses:
+                add(use)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("proj_dim", [60, 5000])
+def test_filling_with_convolutions(proj_dim: int) -> None:
+    layer = nn.Conv2d(3, 5, 3, padding=1)
+    projection = KroneckerProjector(proj_dim).bind(ParameterLayout.of(layer), "final")
+    gradients = convolution(layer, torch.randn(2, 3, 6, 6), torch.randn(2, 5, 6, 6))
+    expected, found = torch.zeros(2, projection.dim), torch.full((2, projection.dim), torch.nan)
+    for name, gradient in gradients.items():
+        projection.accumulate(expected, name, gradient)
+    with projection.filling(found) as add:
+        add(gradients)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
