@@ -120,19 +120,19 @@ class Gpt2(nn.Module):
 
 
 class Mt5(nn.Module):
-    """MT5ForConditionalGeneration of transformers, 2 + 2 layers of width 128, giving its logits: 1.0M parameters."""
+    """MT5ForConditionalGeneration of transformers, giving its logits: 1.0M parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 128, layers: int = 2, vocabulary: int = BERT_VOCABULARY) -> None:
         super().__init__()
         from transformers import MT5Config, MT5ForConditionalGeneration
 
         sizes = {
-            "vocab_size": BERT_VOCABULARY,
-            "d_model": 128,
+            "vocab_size": vocabulary,
+            "d_model": width,
             "d_kv": 64,
-            "d_ff": 256,
-            "num_layers": 2,
-            "num_heads": 2,
+            "d_ff": 2 * width,
+            "num_layers": layers,
+            "num_heads": width // 64,
         }
         config = MT5Config(**sizes, dropout_rate=0.0, tie_word_embeddings=False, use_cache=False)
         self.mt5 = MT5ForConditionalGeneration(config)
@@ -243,6 +243,14 @@ WORKS = {
         16,
         1,
         MT5_LENGTHS[1],
+    ),
+    "mt5-wide": Work(
+        "MT5 of transformers, 7.3M parameters, 128 and 32 tokens",
+        lambda: Mt5(256, 4, 4000),
+        lambda n: tuple(torch.randint(1, 4000, (n, 2 * length)) for length in MT5_LENGTHS),
+        16,
+        1,
+        2 * MT5_LENGTHS[1],
     ),
     "unet": Work(
         "UNet2DModel of diffusers, 1.0M parameters, 16x16",
