@@ -15,6 +15,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
@@ -139,11 +140,7 @@ class KroneckerFactors:
             )
         layout = dataclasses.replace(layout, blocks=reached)
         if layout.uncovered:
-            log.warning(
-                "Kronecker factors cover %.1f%% of the parameters; %s have none and add nothing to influences.",
-                100 * layout.share,
-                some(layout.uncovered),
-            )
+            _say_uncovered(layout.share, some(layout.uncovered))
         bases = {block.weight: covariances.pop(block.weight).decompose(samples, dtype) for block in reached}
         moments = {name: torch.zeros_like(factors.second_moments) for name, factors in bases.items()}
         again = _samples_of(passes(1), _MomentSink(reached, bases, moments), reduce, device)
@@ -266,6 +263,15 @@ class _MomentSink:
             bases = factors.rows_basis, factors.columns_basis
             for _, squares in squared_gradients(block, uses, *bases, self.labels):
                 self.moments[block.weight].add_(squares.summed())
+
+
+@cache  # the snapshots of a run have the same layers: once is enough
+def _say_uncovered(share: float, names: str) -> None:
+    log.warning(
+        "Kronecker factors cover %.1f%% of the parameters; %s have none and add nothing to influences.",
+        100 * share,
+        names,
+    )
 
 
 def _samples_of(

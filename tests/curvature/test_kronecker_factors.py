@@ -345,13 +345,13 @@ def test_layers_that_no_gradient_reaches_are_named(caplog: pytest.LogCaptureFixt
     module = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     module.unused = nn.Linear(2, 2)
     module.forward = lambda x: module[1](module[0](x))
-    factors = fit(module, MulticlassMargin(), torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
+    for _ in range(3):
+        factors = fit(module, MulticlassMargin(), torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
     assert list(factors.blocks) == ["0.weight"]
     assert factors.layout.uncovered == ("1.weight", "1.bias", "unused.weight", "unused.bias")
     assert factors.layout.share == 15 / 27
-    assert (
-        "cover 55.6% of the parameters; `1.weight`, `1.bias`, `unused.weight`, `unused.bias` have none" in caplog.text
-    )
+    said = "cover 55.6% of the parameters; `1.weight`, `1.bias`, `unused.weight`, `unused.bias` have none"
+    assert caplog.text.count(said) == 1
 
 
 def test_tensors_come_back_exactly() -> None:
