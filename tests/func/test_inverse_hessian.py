@@ -112,7 +112,6 @@ def test_influence_is_the_derivative_of_a_refit(name: str, loss: Callable[..., T
         torch.testing.assert_close(found, (sides[0] - sides[1]) / (2 * step), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # what dattri's imports do
 def test_the_same_as_dattri() -> None:
     theta = torch.linspace(-1, 1, 5, dtype=DOUBLE)
     x = (theta, X, Y)

@@ -22,9 +22,6 @@ from cases import blobs
 from lightning_attr import AttributionMixin
 from lightning_attr.methods import ConjugateGradient, Influence
 
-# What dattri's imports do.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-
 
 class Single(AttributionMixin, nn.Linear):
     """One parameter, so that a layer and a parameter are the same."""
