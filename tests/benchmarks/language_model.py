@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,17 @@ from lightning_attr.methods import TRAK, AttributionMethod, GradDot, Influence
 from lightning_attr.metrics import linear_datamodeling_score
 from lightning_attr.outputs import LanguageModel
 
+
+class LastTRAK(TRAK):
+    """TRAK at the end of the run."""
+
+    def select(self, snapshots: Sequence[Any]) -> Sequence[Any]:
+        return snapshots[-1:]
+
+
 ROWS: dict[str, AttributionMethod] = {
     "TRAK, start and geometric snapshots": TRAK(),
+    "TRAK, last snapshot": LastTRAK(),
     "Grad-Dot, last snapshot": GradDot(),
     "EK-FAC, last snapshot": Influence("empirical_fisher", damping=0.01),
     "EK-FAC, start and geometric snapshots": Influence("empirical_fisher", damping=0.01, snapshots="all"),
