@@ -151,17 +151,11 @@ _APART = "Expected batches that differ in nothing but their samples."
 
 
 def _joined_tensors(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    batched = [_is_batched(tensor, size) for tensor, size in zip(tensors, sizes, strict=True)]
-    if (
-        len({(tensor.shape[1:] if all(batched) else tensor.shape, tensor.dtype, tensor.device) for tensor in tensors})
-        > 1
-    ):
+    batched = all(_is_batched(tensor, size) for tensor, size in zip(tensors, sizes, strict=True))
+    forms = {(tensor.shape[1:] if batched else tensor.shape, tensor.dtype, tensor.device) for tensor in tensors}
+    if len(forms) > 1 or not (batched or all(torch.equal(tensor, tensors[0]) for tensor in tensors)):
         raise ValueError(_APART)
-    if all(batched):
-        return torch.cat([*tensors])
-    if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
-        raise ValueError(_APART)
-    return tensors[0]
+    return torch.cat([*tensors]) if batched else tensors[0]
 
 
 def _is_plain(value: Any) -> bool:

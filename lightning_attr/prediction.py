@@ -213,10 +213,12 @@ class AttributionStep(L.LightningModule):
 
     def _stays(self, dim: int) -> bool:
         """Whether training rows stay in memory: nobody reads them later, and they fit."""
-        if dim == 0 or not self.scratch or self.share[1] > 1:
-            return dim == 0
-        free = free_bytes(torch.device("cpu"))
-        return free is not None and 8 * dim * len(self.train_data) * len(self.used) <= _KEPT_SHARE * free
+        if dim == 0:
+            return True
+        if not self.scratch or self.share[1] > 1:
+            return False
+        free = free_bytes(torch.device("cpu")) or 0
+        return 8 * dim * len(self.train_data) * len(self.used) <= _KEPT_SHARE * free
 
     def _set_up(self, stream: str) -> None:
         set_up_at(stream, self.trainer, self.module, self.datamodule, self.train_data)

@@ -19,7 +19,7 @@ from lightning_attr.contrastive import ContrastiveMixin
 from lightning_attr.draws import Draw, Samples
 from lightning_attr.evaluation import retrain_lds
 from lightning_attr.evaluation.targets import outputs_at
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.gradients import loop_gradients
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource
@@ -308,6 +308,16 @@ def tiny_clip() -> nn.Module:
     return model
 
 
+def check_against_loop(module: Any, made: AttributionPlan, batch: Any, given: Any) -> None:
+    """The features of five pairs are their gradients, one by one, and none of them is zero."""
+    projection = IdentityProjector().bind(ParameterLayout.of(module), "final")
+    found = Featurizer(module, made, projection, snapshot="final")(batch, range(5))["features"]
+    trainable = dict(module.named_parameters())
+    loop = loop_gradients(lambda params, batch: module.functional_output(params, {}, batch), trainable, given, 5)
+    torch.testing.assert_close(found, torch.cat([rows.reshape(5, -1) for rows in loop.values()], 1))
+    assert (found.norm(dim=1) > 0).all()
+
+
 def test_clip_of_transformers() -> None:
     module = Held(tiny_clip()).double().eval()
     ids = torch.randint(3, 11, (5, 6))
@@ -326,12 +336,7 @@ def test_clip_of_transformers() -> None:
     made = plan(module, batch, 5)
     slow = [name for name in made.fallback if not name.endswith(("class_embedding", "logit_scale"))]
     assert slow == []
-    projection = IdentityProjector().bind(ParameterLayout.of(module), "final")
-    found = Featurizer(module, made, projection, snapshot="final")(batch, range(5))["features"]
-    trainable = dict(module.named_parameters())
-    loop = loop_gradients(lambda params, batch: module.functional_output(params, {}, batch), trainable, given, 5)
-    torch.testing.assert_close(found, torch.cat([rows.reshape(5, -1) for rows in loop.values()], 1))
-    assert (found.norm(dim=1) > 0).all()
+    check_against_loop(module, made, batch, given)
     # What training computes of all five as one batch is what each computes against the four others.
     loss = ContrastiveMargin().loss(*module.attribution_step(given)).mean()
     torch.testing.assert_close(loss, module.model(**batch, return_loss=True).loss)
@@ -384,12 +389,7 @@ def test_open_clip(kind: str, tower: str) -> None:
     made = plan(module, batch, 5)
     # The pooling of its ResNet calls a function of torch that takes all weights of an attention at once.
     assert [name for name in made.fallback if ".attnpool." not in name] == []
-    projection = IdentityProjector().bind(ParameterLayout.of(module), "final")
-    found = Featurizer(module, made, projection, snapshot="final")(batch, range(5))["features"]
-    trainable = dict(module.named_parameters())
-    loop = loop_gradients(lambda params, batch: module.functional_output(params, {}, batch), trainable, given, 5)
-    torch.testing.assert_close(found, torch.cat([rows.reshape(5, -1) for rows in loop.values()], 1))
-    assert (found.norm(dim=1) > 0).all()
+    check_against_loop(module, made, batch, given)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
