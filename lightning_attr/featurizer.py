@@ -157,7 +157,8 @@ class Featurizer:
         """
         if self.memory is None:
             return self._featurize(batch, rows)
-        return self.memory.run(self._featurize, batch, rows)
+        kind = f"{type(self.projection).__name__} {self.projection.dim}"
+        return self.memory.run(self._featurize, batch, rows, kind)
 
     def _featurize(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)

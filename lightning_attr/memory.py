@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,12 +29,25 @@ _COMFORTABLE, _CACHED = 256, 2**25
 """Samples a batch, and bytes that stay in the caches of a processor: more than either is no faster."""
 
 
+@dataclass
+class _Demand:
+    """What a pass takes, as far as it was measured."""
+
+    inputs: int = 0  # bytes of a sample's inputs
+    fixed: int = 0
+    per_sample: int = 0
+
+    def of(self, batch_size: int) -> int:
+        return self.fixed + batch_size * self.per_sample
+
+
 class MemoryBudget:
     """Splits batches into parts whose tensors stay within a limit; features do not depend on the split.
 
-    How much a sample takes is measured, once and again when larger samples come: one sample goes through, for what is
-    made once and kept, then again one and then two, while every tensor that comes to life is counted. Memory inside
-    library calls is not seen.
+    How much a sample takes is measured for each kind of pass, and again when larger samples come. Two samples go
+    through while every tensor that comes to life is counted. If that is so little that no batch comes near the limit,
+    it is all; else one sample and two tell what each takes, without what was made once and kept. Memory inside library
+    calls is not seen.
 
     Args:
         limit: bytes that the tensors of a pass may take; by default half of what is free on the device.
@@ -47,7 +61,7 @@ class MemoryBudget:
         ...     print(len(rows), "samples")
         ...     return {"x": batch * 2}
         >>> MemoryBudget(limit=3 * 4000).run(doubled, torch.ones(5, 1000), range(5))["x"].shape
-        1 samples
+        2 samples
         1 samples
         2 samples
         3 samples
@@ -60,18 +74,19 @@ class MemoryBudget:
             raise ValueError(f"Expected argument `memory_budget` to be a positive number of bytes, but got {limit}.")
         self.limit = limit
         self._demanded = limit is not None
-        self._measured = 0  # bytes of a sample's inputs
-        self._fixed = 0
-        self._per_sample = 0
+        self._demands: dict[str, _Demand] = {}
         self._said = False
 
-    def run(self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int]) -> Rows:
+    def run(
+        self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], kind: str = ""
+    ) -> Rows:
         """Call a function on a batch, or on its parts.
 
         Args:
             function: ``(batch, rows) -> columns``, each ``(b, ...)``; each sample on its own.
             batch: ``b`` samples, on their device.
             rows: their row numbers.
+            kind: of pass: those of one kind take the same memory.
 
         Returns:
             The columns of the whole batch.
@@ -82,10 +97,11 @@ class MemoryBudget:
         b = len(rows)
         tensors = batched_tensors(batch, b)
         inputs = sum(tensor.nbytes for tensor in tensors) // b
-        if inputs > self._measured:
-            self._measure(function, batch, rows, tensors[0].device)
-            self._measured = inputs
-        size = self._fitting(b)
+        demand = self._demands.setdefault(kind, _Demand())
+        if inputs > demand.inputs:
+            self._measure(demand, function, batch, rows, tensors[0].device)
+            demand.inputs = inputs
+        size = self._fitting(demand, b)
         if size >= b:
             return function(batch, rows)
         parts = []
@@ -108,39 +124,51 @@ class MemoryBudget:
             >>> MemoryBudget().comfortable(20)  # nothing was measured
             20
         """
-        while self._measured and 2 * batch_size <= _COMFORTABLE and self._needed(2 * batch_size) <= _CACHED:
+
+        def fits(size: int) -> bool:
+            return size <= _COMFORTABLE and all(demand.of(size) <= _CACHED for demand in self._demands.values())
+
+        while self._demands and fits(2 * batch_size):
             batch_size *= 2
         return batch_size
 
-    def _needed(self, batch_size: int) -> int:
-        return self._fixed + batch_size * self._per_sample
-
     def _measure(
-        self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], device: torch.device
+        self,
+        demand: _Demand,
+        function: Callable[[Any, Sequence[int]], Rows],
+        batch: Any,
+        rows: Sequence[int],
+        device: torch.device,
     ) -> None:
         b = len(rows)
-        function(select_rows(batch, b, range(1)), rows[:1])
-        peaks = []
-        for count in range(1, min(b, 2) + 1):
-            part = select_rows(batch, b, range(count))
-            peaks.append(peak_bytes(lambda part=part, count=count: function(part, rows[:count])))  # type: ignore[misc]
-        self._per_sample = max(self._per_sample, peaks[-1] - peaks[0] if b > 1 else peaks[0])
-        self._fixed = max(self._fixed, peaks[0] - self._per_sample)
         if self.limit is None:
             free = free_bytes(device)
             self.limit = int(_SHARE * free) if free is not None else None
 
-    def _fitting(self, batch_size: int) -> int:
+        def peak(count: int) -> int:
+            part = select_rows(batch, b, range(count))
+            return peak_bytes(lambda: function(part, rows[:count]))
+
+        few = min(b, 2)
+        most = -(-peak(few) // few)  # with a share of what is made once: no sample takes more
+        if most * max(b, _COMFORTABLE) <= min(_CACHED, self.limit or _CACHED):
+            demand.per_sample = max(demand.per_sample, most)
+            return
+        peaks = [peak(count) for count in range(1, few + 1)]
+        demand.per_sample = max(demand.per_sample, peaks[-1] - peaks[0] if b > 1 else peaks[0])
+        demand.fixed = max(demand.fixed, peaks[0] - demand.per_sample)
+
+    def _fitting(self, demand: _Demand, batch_size: int) -> int:
         """How many samples may go through at once."""
-        if self.limit is None or self._needed(batch_size) <= self.limit:
+        if self.limit is None or demand.of(batch_size) <= self.limit:
             return batch_size
-        size = (self.limit - self._fixed) // max(1, self._per_sample)
+        size = (self.limit - demand.fixed) // max(1, demand.per_sample)
         if size < 1 and not self._demanded:
             size = 1  # what is free is a guess: try
         if size < 1:
             raise MemoryBudgetError(
-                f"One sample needs about {_readable(self._needed(1))}, but the memory budget is "
-                f"{_readable(self.limit)}. Raise `memory_budget` to at least {self._needed(1):,} bytes, "
+                f"One sample needs about {_readable(demand.of(1))}, but the memory budget is "
+                f"{_readable(self.limit)}. Raise `memory_budget` to at least {demand.of(1):,} bytes, "
                 "use a smaller `proj_dim`, or freeze parameters that should not be attributed."
             )
         if not self._said:
@@ -148,7 +176,7 @@ class MemoryBudget:
                 "Featurizing in parts of %d samples: a batch of %d needs about %s, more than the memory budget of %s.",
                 size,
                 batch_size,
-                _readable(self._needed(batch_size)),
+                _readable(demand.of(batch_size)),
                 _readable(self.limit),
             )
             self._said = True

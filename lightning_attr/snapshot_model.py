@@ -21,7 +21,7 @@ from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.files import read_tensors, write_tensors
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.memory import MemoryBudget
-from lightning_attr.projectors import Projection
+from lightning_attr.projectors import GradientFactors, Projection
 
 __all__ = ["Batches", "Replay", "SnapshotModel"]
 
@@ -133,6 +133,16 @@ class SnapshotModel:
         """
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
+    def gradient_factors(self) -> GradientFactors:
+        """Keep gradients whole, in their shortest form.
+
+        Returns:
+            The map, for :meth:`train` and :meth:`targets`.
+        """
+        # The mean of outer products is none; and other functions of the module may use its layers in other ways.
+        alike = draws_of(self.module) == 1 and self.target_plan in (None, self.plan)
+        return GradientFactors(self.layout, self.plan.outer if alike else ())
+
     def train(self, projection: Projection) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Featurize this process's training samples.
 
@@ -158,6 +168,8 @@ class SnapshotModel:
         Returns:
             Columns ``(len(rows), ...)``, in that order.
         """
+        if not len(rows):
+            return {"features": torch.zeros(0, projection.dim, dtype=self.dtype, device=self.device)}
         targets_plan = self.target_plan or self.plan
         featurizer = Featurizer(self.module, targets_plan, projection, self.memory, self.key, self.first_target)
         parts: list[dict[str, Tensor]] = []

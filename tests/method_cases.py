@@ -105,6 +105,10 @@ CASES = [
     Case("TracIn in Adam's metric", lambda: TracIn(IdentityProjector(), preconditioner="adam")),
     Case("GAS", lambda: GAS(IdentityProjector())),
     Case("GAS layer by layer", lambda: GAS(IdentityProjector(), layerwise=True)),
+    Case("GradDot, exact", lambda: GradDot(exact=True)),
+    Case("GradCos, exact", lambda: GradCos(exact=True)),
+    Case("TracIn, exact", lambda: TracIn(exact=True)),
+    Case("GAS layer by layer, exact", lambda: GAS(layerwise=True, exact=True)),
     Case("LESS", lambda: LESS(IdentityProjector())),
     Case("influence, EK-FAC", lambda: Influence(solver=EKFAC(labels="exact"))),
     Case(

@@ -68,7 +68,7 @@ def test_batch_is_split_as_the_limit_says(limit: int, parts: list[int]) -> None:
     sizes: list[int] = []
     batch, rows = _batch(7), [10, 11, 12, 13, 14, 15, 16]
     columns = MemoryBudget(limit + 8 * 7).run(_doubled(sizes), batch, rows)
-    assert sizes == [1, 1, 2, *parts]  # the first three measure
+    assert sizes == [2, 1, 2, *parts]  # the first three measure
     torch.testing.assert_close(columns["x"], batch["x"] * 2 + 1)
     assert columns["row"].tolist() == rows
 
@@ -78,7 +78,7 @@ def test_batch_that_fits_goes_through_whole_and_is_measured_once() -> None:
     budget = MemoryBudget(100 * KB)
     for _ in range(3):
         budget.run(_doubled(sizes), _batch(7), range(7))
-    assert sizes == [1, 1, 2, 7, 7, 7]
+    assert sizes == [2, 1, 2, 7, 7, 7]
 
 
 def test_what_is_made_once_and_kept_is_no_part_of_a_sample() -> None:
@@ -91,19 +91,51 @@ def test_what_is_made_once_and_kept_is_no_part_of_a_sample() -> None:
 
     budget = MemoryBudget(3 * KB)
     assert len(budget.run(keeping, _batch(7), range(7))["x"]) == 7
-    assert budget._per_sample == KB
-    assert budget._fixed == 0
+    assert budget._demands[""].per_sample == KB
+    assert budget._demands[""].fixed == 0
 
 
 def test_larger_samples_are_measured_again_smaller_ones_are_not() -> None:
     sizes: list[int] = []
     budget = MemoryBudget(9 * KB)
     budget.run(_doubled(sizes), _batch(4), range(4))
-    assert sizes == [1, 1, 2, 4]
+    assert sizes == [2, 1, 2, 4]
     budget.run(_doubled(sizes), _batch(4, width=500), range(4))  # 4 kB a sample
-    assert sizes == [1, 1, 2, 4, 1, 1, 2, 2, 2]
+    assert sizes == [2, 1, 2, 4, 2, 1, 2, 2, 2]
     budget.run(_doubled(sizes), _batch(4), range(4))  # as if they were the larger ones
-    assert sizes == [1, 1, 2, 4, 1, 1, 2, 2, 2, 2, 2]
+    assert sizes == [2, 1, 2, 4, 2, 1, 2, 2, 2, 2, 2]
+
+
+def test_small_samples_are_measured_once_and_never_too_low() -> None:
+    sizes: list[int] = []
+    kept: list[Tensor] = []
+
+    def keeping(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+        if not kept:
+            kept.append(torch.ones(250))
+        sizes.append(len(rows))
+        return {"x": batch["x"] * 2}
+
+    budget = MemoryBudget()
+    budget.run(keeping, _batch(7), range(7))
+    assert sizes == [2, 7]
+    assert budget._demands[""].per_sample == 1.5 * KB  # with half of what was made once
+
+
+def test_each_kind_of_pass_is_measured() -> None:
+    few: list[int] = []
+    many: list[int] = []
+    budget = MemoryBudget(100 * KB)
+
+    def large(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+        many.append(len(rows))
+        return {"x": batch["x"].repeat(1, 50)}
+
+    for _ in range(2):
+        budget.run(_doubled(few), _batch(7), range(7), "values")
+        budget.run(large, _batch(7), range(7), "features")
+    assert few == [2, 1, 2, 7, 7]
+    assert many == [2, 1, 2, 2, 2, 2, 1, 2, 2, 2, 1]
 
 
 def test_batch_of_one() -> None:
@@ -141,21 +173,21 @@ def test_default_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * KB + 100)
     sizes: list[int] = []
     MemoryBudget().run(_doubled(sizes), _batch(5), range(5))
-    assert sizes == [1, 1, 2, 2, 2, 1]
+    assert sizes == [2, 1, 2, 2, 2, 1]
 
 
 def test_default_too_small_tries_sample_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10)
     sizes: list[int] = []
     MemoryBudget().run(_doubled(sizes), _batch(3), range(3))
-    assert sizes == [1, 1, 2, 1, 1, 1]
+    assert sizes == [2, 1, 2, 1, 1, 1]
 
 
 def test_without_knowledge_of_free_memory_nothing_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     sizes: list[int] = []
     MemoryBudget().run(_doubled(sizes), _batch(5), range(5))
-    assert sizes == [1, 1, 2, 5]
+    assert sizes == [2, 5]
 
 
 def test_free_memory_is_plausible() -> None:

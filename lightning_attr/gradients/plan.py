@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_attr.batch import select_rows
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
-from lightning_attr.gradients.factored import ParameterGradient, materialise
+from lightning_attr.gradients.factored import OuterSum, ParameterGradient, RowSum, materialise
 from lightning_attr.gradients.functional import FunctionalOutput, loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import HookedGradients, hooked_layers
 
@@ -33,6 +33,8 @@ class GradientPlan:
         fallback: the other names.
         vectorised: whether the fallback is ``vmap(grad)``; a loop over samples otherwise.
         direct: names among ``hooked`` that layers with a rule own and other code uses as well, or may come to use.
+        outer: names among ``hooked`` of which a sample's gradient is one outer product, as that of a linear layer is
+            that sees a sample once, at one position; with the biases of these layers.
 
     Example:
         >>> GradientPlan(hooked=("weight",), fallback=(), vectorised=True).hooked
@@ -43,6 +45,7 @@ class GradientPlan:
     fallback: tuple[str, ...]
     vectorised: bool
     direct: tuple[str, ...] = field(default=(), kw_only=True)
+    outer: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 def plan_gradients(
@@ -77,13 +80,13 @@ def plan_gradients(
         >>> from torch.func import functional_call
         >>> layer, x = nn.Linear(2, 1), torch.randn(3, 2)
         >>> plan_gradients(layer, lambda x: layer(x)[:, 0], lambda p, x: functional_call(layer, dict(p), x)[:, 0], x, 3)
-        GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True, direct=())
+        GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True, direct=(), outer=('weight', 'bias'))
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     reference, unused = _autograd_rows(sample_outputs or forward, trainable, batch, batch_size)
     if not all(rows.isfinite().all() for rows in reference.values()):
         _raise_not_finite(reference, loop_gradients(functional_output, trainable, batch, batch_size))
-    covered, direct = _covered(module, forward, trainable, batch, batch_size, reference, unused)
+    covered, direct, outer = _covered(module, forward, trainable, batch, batch_size, reference, unused)
     fallback = {name: p for name, p in trainable.items() if name not in covered}
     vectorised = True
     if fallback:
@@ -100,7 +103,13 @@ def plan_gradients(
                 )
         _log_fallback(module, trainable, fallback, vectorised)
     names = tuple(name for name in trainable if name in covered)
-    return GradientPlan(names, tuple(fallback), vectorised, direct=tuple(name for name in names if name in direct))
+    return GradientPlan(
+        names,
+        tuple(fallback),
+        vectorised,
+        direct=tuple(name for name in names if name in direct),
+        outer=tuple(name for name in names if name in outer - direct),
+    )
 
 
 def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch_size: int) -> None:
@@ -204,18 +213,19 @@ def _covered(
     batch_size: int,
     reference: Mapping[str, Tensor],
     unused: set[str],
-) -> tuple[set[str], set[str]]:
-    """The names that hooks get right, and those among them to be followed outside their layers.
+) -> tuple[set[str], set[str], set[str]]:
+    """The names that hooks get right, those among them to be followed outside their layers, and outer products.
 
     A name without gradients is right only if it has no part in the output, not if its gradient happens to be zero.
 
     Returns:
-        Both sets of names.
+        The sets of names.
     """
     noise = _noise(reference)
+    outer: set[str] = set()
 
     def right(hooked: HookedGradients) -> set[str]:
-        rows, skipped = _hooked_rows(hooked, forward, trainable, batch, batch_size)
+        rows, skipped = _hooked_rows(hooked, forward, trainable, batch, batch_size, outer)
         agree = {name for name, row in rows.items() if _agree(row, reference[name], noise)}
         return (agree | (unused - rows.keys())) - skipped
 
@@ -225,7 +235,7 @@ def _covered(
     direct = (hooked.used | unused) & covered & ruled
     if hooked.used & covered:  # once more, as it will be done
         covered &= right(HookedGradients(module, covered, direct))
-    return covered, direct & covered
+    return covered, direct & covered, outer
 
 
 def _hooked_rows(
@@ -234,17 +244,28 @@ def _hooked_rows(
     trainable: Mapping[str, Tensor],
     batch: Any,
     batch_size: int,
+    outer: set[str],
 ) -> tuple[dict[str, Tensor], set[str]]:
     rows: dict[str, Tensor] = {}
+    outer.clear()
 
     def add(gradients: Mapping[str, ParameterGradient]) -> None:
         for name, gradient in gradients.items():
+            if name in rows:
+                outer.discard(name)
+            elif _is_outer(gradient):
+                outer.add(name)
             tensor = materialise(gradient, tuple(trainable[name].shape))
             rows[name] = rows[name] + tensor if name in rows else tensor
 
     skipped: set[str] = set()
     hooked(lambda: forward(batch), batch_size, add, skipped)
     return rows, skipped
+
+
+def _is_outer(gradient: ParameterGradient) -> bool:
+    weight = gradient.weight if isinstance(gradient, RowSum) else gradient
+    return isinstance(weight, OuterSum) and weight.rows.shape[1] == 1
 
 
 def _vmap_agrees(

@@ -22,6 +22,7 @@ class GradDot(TracIn):
 
     Args:
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`.
+        exact: whole gradients in place of projected ones; see :class:`TracIn`.
 
     Example:
         >>> import torch
@@ -32,8 +33,8 @@ class GradDot(TracIn):
         (tensor([1., 6.]), tensor([ 0.5000, 25.0000]))
     """
 
-    def __init__(self, projector: Projector | None = None) -> None:
-        super().__init__(projector, weights="uniform")
+    def __init__(self, projector: Projector | None = None, exact: bool = False) -> None:
+        super().__init__(projector, weights="uniform", exact=exact)
 
     def select(self, snapshots: Sequence[T]) -> Sequence[T]:
         """Take the last one.
@@ -65,6 +66,7 @@ class GradCos(GradDot):
 
     Args:
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`.
+        exact: whole gradients in place of projected ones; see :class:`TracIn`.
 
     Example:
         >>> import torch
@@ -75,6 +77,6 @@ class GradCos(GradDot):
         (tensor([1.0000, 0.6000]), tensor([1., 1.]))
     """
 
-    def __init__(self, projector: Projector | None = None) -> None:
-        super().__init__(projector)
+    def __init__(self, projector: Projector | None = None, exact: bool = False) -> None:
+        super().__init__(projector, exact)
         self.normalize = True

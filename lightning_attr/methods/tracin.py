@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_attr.errors import AttributionError
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
+from lightning_attr.methods.exact import exact_sum
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection, Projector, ScaledProjection
 
@@ -35,6 +36,10 @@ class TracIn(AttributionMethod):
 
     Scores are in units of the model output with ``weights="integrated"`` and without ``normalize``; else rank-only.
 
+    With ``exact=True``, nothing is projected and nothing stored: the module runs at each snapshot, and gradients are
+    multiplied as they come, those of linear layers by their factors, see
+    :class:`lightning_attr.projectors.GradientFactors`. Scores of several snapshots are added up in memory.
+
     Args:
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`. With
             :class:`lightning_attr.projectors.IdentityProjector` it is exact; a
@@ -46,9 +51,10 @@ class TracIn(AttributionMethod):
             self-influence is a norm.
         normalize: cosines in place of inner products: True for those of the whole gradient, "layer" for the mean of
             those of each layer.
+        exact: whole gradients in place of projected ones.
 
     Raises:
-        ValueError: if an argument is none of these.
+        ValueError: if an argument is none of these, or ``exact`` comes with a projector or a preconditioner.
 
     Example:
         >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
@@ -64,6 +70,7 @@ class TracIn(AttributionMethod):
         weights: str | Sequence[float] = "integrated",
         preconditioner: str | None = None,
         normalize: bool | str = False,
+        exact: bool = False,
     ) -> None:
         numbers = not isinstance(weights, str) and all(math.isfinite(weight) for weight in weights)
         if not (numbers or weights in _WEIGHTS):
@@ -75,7 +82,15 @@ class TracIn(AttributionMethod):
             raise ValueError(f"Expected argument `preconditioner` to be 'adam' or None, but got {preconditioner!r}.")
         if normalize not in (False, True, "layer"):
             raise ValueError(f"Expected argument `normalize` to be True, False or 'layer', but got {normalize!r}.")
+        if exact and (projector is not None or preconditioner is not None):
+            raise ValueError(
+                "Expected argument `exact` to come without `projector` and `preconditioner`, which it would ignore. "
+                "Take `projector=IdentityProjector()` for whole gradients in Adam's metric."
+            )
         super().__init__(projector)
+        if exact:
+            self.projector = None
+        self.exact = exact
         self.weights = weights if isinstance(weights, str) else list(weights)
         self.preconditioner = preconditioner
         self.normalize = normalize
@@ -121,6 +136,9 @@ class TracIn(AttributionMethod):
                 to be normalized.
         """
         omegas = self._omegas(snapshots)
+        if self.exact:
+            yield from exact_sum(snapshots, omegas, self.normalize)
+            return
         layers = [self._layers(snapshot) for snapshot in snapshots]
         targets = [
             omega * self._scaled(compute_precision(snapshot.targets["features"]), own)
@@ -187,6 +205,7 @@ class GAS(TracIn):
         preconditioner: as in :class:`TracIn`.
         layerwise: the mean of the cosines of the layers in place of that of the whole gradient; the projector has to
             keep layers apart.
+        exact: as in :class:`TracIn`.
 
     Example:
         >>> train = {"features": torch.tensor([[1.0, 0.0], [3.0, 4.0]]), "out_to_loss": torch.tensor([0.5, 1.0])}
@@ -201,8 +220,9 @@ class GAS(TracIn):
         weights: str | Sequence[float] = "integrated",
         preconditioner: str | None = None,
         layerwise: bool = False,
+        exact: bool = False,
     ) -> None:
-        super().__init__(projector, weights, preconditioner, normalize="layer" if layerwise else True)
+        super().__init__(projector, weights, preconditioner, "layer" if layerwise else True, exact)
 
 
 def learning_rates(snapshots: Sequence[SnapshotFeatures]) -> list[float]:

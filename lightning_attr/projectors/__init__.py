@@ -12,6 +12,7 @@ from lightning_attr.projectors.base import (
 )
 from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
 from lightning_attr.projectors.factored_sjlt import FactoredSJLTProjector
+from lightning_attr.projectors.factors import GradientFactors
 from lightning_attr.projectors.fast_jl import FastJLProjector
 from lightning_attr.projectors.grass import FactGraSSProjector, GraSSProjector
 from lightning_attr.projectors.kronecker import KroneckerProjector
@@ -26,6 +27,7 @@ __all__ = [
     "FastJLProjector",
     "GaussianProjector",
     "GraSSProjector",
+    "GradientFactors",
     "IdentityProjector",
     "KroneckerProjector",
     "LayerSubset",

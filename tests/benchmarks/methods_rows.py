@@ -28,10 +28,11 @@ from lightning_attr.methods import (
     KNNShapley,
     LiSSA,
     LoGra,
+    ProjectedInfluence,
     RepresentationSimilarity,
     TracIn,
 )
-from lightning_attr.projectors import IdentityProjector
+from lightning_attr.projectors import FactGraSSProjector, KroneckerProjector, LayerSubset, Projector
 
 Grid = Sequence[Mapping[str, Any]]
 NETWORKS = ("lr", "mlp", "cnn")
@@ -71,6 +72,11 @@ class Row:
 
 def influence(curvature: str | None, solver: Any, **others: Any) -> Callable[..., Influence]:
     return partial(Influence, curvature, solver, **others)
+
+
+def on_linear_layers(projector: Projector) -> Callable[..., ProjectedInfluence]:
+    """What dattri's LoGra and FactGraSS see of the CNN: its only linear layer."""
+    return partial(ProjectedInfluence, LayerSubset(projector, ["network.7"]), "empirical_fisher", True)
 
 
 RELATIVE = over("damping", 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean eigenvalue
@@ -187,20 +193,28 @@ ROWS = [
     Row("EK-FAC", "dattri", dattri.ekfac, over("damping", *ABSOLUTE)),
     Row("EK-FAC, one run", "ours", ours(influence("ggn", "ekfac", snapshots="all"), RUN), RELATIVE),
     Row("LoGra", "ours", ours(LoGra), RELATIVE),
+    Row("LoGra, linear layers", "ours", ours(on_linear_layers(KroneckerProjector(1024))), RELATIVE, ["cnn"]),
     Row("LoGra", "dattri", dattri.blocks("LoGra"), over("damping", *ABSOLUTE, 0.3, 1.0)),
     Row("FactGraSS", "ours", ours(FactGraSS), RELATIVE),
+    Row(
+        "FactGraSS, linear layers",
+        "ours",
+        ours(on_linear_layers(FactGraSSProjector(1024, per_layer=True))),
+        RELATIVE,
+        ["cnn"],
+    ),
     Row("FactGraSS", "dattri", dattri.blocks("FactGraSS"), over("damping", *ABSOLUTE, 0.3, 1.0)),
     # Gradient similarity
-    Row("GradDot", "ours", ours(GradDot)),
+    Row("GradDot", "ours", ours(partial(GradDot, exact=True))),
     Row("GradDot", "dattri", partial(dattri.tracin, snapshots=False)),
-    Row("GradCos", "ours", ours(GradCos)),
+    Row("GradCos", "ours", ours(partial(GradCos, exact=True))),
     Row("GradCos", "dattri", partial(dattri.tracin, snapshots=False, normalized=True)),
-    Row("TracIn, one run", "ours", ours(TracIn, RUN)),
+    Row("TracIn, one run", "ours", ours(partial(TracIn, exact=True), RUN)),
     Row("TracIn, one run", "dattri", partial(dattri.tracin, snapshots=True)),
     Row("TracIn, one run", "captum", partial(peers.captum_tracin, fast=False)),
-    Row("TracIn, one run, exact", "ours", ours(partial(TracIn, IdentityProjector()), RUN)),
+    Row("TracIn, one run, projected", "ours", ours(TracIn, RUN)),
     Row("TracIn, one run, last layer", "captum", partial(peers.captum_tracin, fast=True)),
-    Row("GAS, one run", "ours", ours(GAS, RUN)),
+    Row("GAS, one run", "ours", ours(partial(GAS, exact=True), RUN)),
     Row("GAS, one run", "dattri", partial(dattri.tracin, snapshots=True, normalized=True)),
     # Representations; the self-influence of a similarity says nothing of labels
     Row("RPS", "ours", ours(RPS), over("l2", 3e-4, 3e-3, 3e-2)),

@@ -62,6 +62,8 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "EK-FAC, dattri": {"lr": {"damping": 0.001}, "mlp": {"damping": 0.001}, "cnn": {"damping": 0.001}},
     "LoGra, ours": {"lr": {"damping": 0.3}, "mlp": {"damping": 0.3}, "cnn": {"damping": 1.0}},
     "LoGra, dattri": {"lr": {"damping": 0.3}, "mlp": {"damping": 0.3}, "cnn": {"damping": 0.3}},  # cnn as on mlp
+    "LoGra, linear layers, ours": {"cnn": {"damping": 3.0}},
+    "FactGraSS, linear layers, ours": {"cnn": {"damping": 1.0}},
     "FactGraSS, ours": {"lr": {"damping": 0.3}, "mlp": {"damping": 0.3}, "cnn": {"damping": 1.0}},
     "FactGraSS, dattri": {"lr": {"damping": 1.0}, "mlp": {"damping": 1.0}, "cnn": {"damping": 1.0}},  # cnn as on mlp
     "RPS, ours": {"lr": {"l2": 3e-4}, "mlp": {"l2": 3e-3}, "cnn": {"l2": 3e-2}},

@@ -1,0 +1,97 @@
+"""Inner products of whole gradients, multiplied as the module gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.model import model_of
+from lightning_attr.projectors import GradientFactors
+
+__all__ = ["exact_scores", "exact_sum"]
+
+_SHORTEST = 1e-12
+"""As `torch.nn.functional.normalize` has it: a gradient of zeros has the cosine zero with all others."""
+
+
+def exact_scores(
+    snapshot: SnapshotFeatures, weight: float = 1.0, normalize: bool | str = False
+) -> Iterator[ScoreBlock]:
+    r"""Score by :math:`-\omega \nabla\ell_i \cdot \nabla f_j` at one snapshot.
+
+    Args:
+        snapshot: with its model.
+        weight: :math:`\omega`.
+        normalize: as in :class:`lightning_attr.methods.TracIn`.
+
+    Yields:
+        Blocks of this process's training rows.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_attr import AttributionMixin
+        >>> from lightning_attr.outputs import Regression
+        >>> from lightning_attr.snapshot_model import SnapshotModel
+        >>> class Line(AttributionMixin, nn.Linear):
+        ...     model_output = Regression()
+        >>> line = Line(1, 1, bias=False).eval()
+        >>> _ = nn.init.zeros_(line.weight)
+        >>> train, targets = (torch.tensor([[1.0], [2.0]]), torch.ones(2)), (torch.tensor([[5.0]]), torch.zeros(1))
+        >>> model = SnapshotModel.of(line, [train], [targets])
+        >>> (block,) = exact_scores(SnapshotFeatures.at(model, {}))
+        >>> block.scores.flatten(), block.self_influence                       # x_i x_j (y_i - f_i)
+        (tensor([ 5., 10.]), tensor([1., 4.]))
+    """
+    model = model_of(snapshot)
+    factors = model.gradient_factors()
+    parts = factors.of_layers() if normalize == "layer" else [factors]
+    targets = model.targets(factors, snapshot.target_rows)["features"]
+    lengths = [_lengths(part, targets) for part in parts]
+    for rows, columns in model.train(factors):
+        features, push = columns["features"], weight * columns["out_to_loss"]
+        if not normalize:
+            scores = factors.products(features, targets).mul_(push[:, None])
+            yield ScoreBlock(rows, scores, push * factors.squares(features))
+            continue
+        push = weight * columns["out_to_loss"].sign() / len(parts)
+        own = [_lengths(part, features) for part in parts]
+        cosines = sum(
+            part.products(features, targets) / (length[:, None] * of_targets)
+            for part, length, of_targets in zip(parts, own, lengths, strict=True)
+        )
+        norms = sum(part.squares(features) / length.square() for part, length in zip(parts, own, strict=True))
+        yield ScoreBlock(rows, push[:, None] * cosines, push * norms)
+
+
+def exact_sum(
+    snapshots: Sequence[SnapshotFeatures], weights: Sequence[float], normalize: bool | str = False
+) -> Iterator[ScoreBlock]:
+    """Add up the scores of several snapshots, one after the other: weights are loaded once.
+
+    Args:
+        snapshots: with their models.
+        weights: one number a snapshot.
+        normalize: as in :class:`lightning_attr.methods.TracIn`.
+
+    Yields:
+        Blocks of this process's training rows: of a single snapshot as they come, of several when all are there.
+    """
+    if len(snapshots) == 1:
+        yield from exact_scores(snapshots[0], weights[0], normalize)
+        return
+    total: list[ScoreBlock] = []
+    for snapshot, weight in zip(snapshots, weights, strict=True):
+        for place, block in enumerate(exact_scores(snapshot, weight, normalize)):
+            if place == len(total):
+                total.append(block)
+            else:
+                total[place].scores.add_(block.scores)
+                total[place].self_influence.add_(block.self_influence)
+    yield from total
+
+
+def _lengths(part: GradientFactors, features: Tensor) -> Tensor:
+    return part.squares(features).sqrt().clamp(min=_SHORTEST)
