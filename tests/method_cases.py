@@ -72,6 +72,8 @@ CASES = [
     Case("TRAK", lambda: TRAK(projector=IdentityProjector())),
     Case("TRAK, projected", lambda: TRAK(proj_dim=16)),
     Case("TRAK, as published", lambda: TRAK(projector=IdentityProjector(), newton_weights=False)),
+    Case("TRAK, exact", lambda: TRAK(proj_dim=67, exact=True)),
+    Case("TRAK, exact, as published", lambda: TRAK(proj_dim=67, exact=True, newton_weights=False)),
     Case("TRAK, leave-one-out", lambda: TRAK(projector=IdentityProjector(), loo_correction=True)),
     Case(
         "TRAK, damping chosen",
@@ -89,6 +91,7 @@ CASES = [
         lambda: SoftThreshold(TRAK(projector=IdentityProjector()), truth=random_truth()),
         {"order": "the truth is of one order", "diagonal": "the truth is of the targets"},
     ),
+    Case("soft threshold, exact", lambda: SoftThreshold(TRAK(exact=True), 0.01)),
     Case("dropout ensemble", lambda: DropoutEnsemble(TRAK(projector=IdentityProjector()), masks=2)),
     Case(
         "dropout ensemble, forward only",

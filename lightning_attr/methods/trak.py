@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
+from lightning_attr.methods.dual import DualKernel
 from lightning_attr.methods.kernel import KernelMethod
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import KroneckerProjector, Projector
@@ -36,6 +37,10 @@ class TRAK(KernelMethod):
     of adapters on one frozen base, which are cheap to train again (a LoRA ensemble, Deng et al., 2024): gradients are
     of what is trained. Leave the untrained adapter out, whose features are half empty as long as its ``B`` is zero.
 
+    With ``exact=True`` nothing is projected and nothing stored: the module runs at each snapshot, and in place of the
+    kernel of features there is that of training samples, see :class:`lightning_attr.methods.dual.DualKernel`. It takes
+    some ``4 n ** 2`` numbers of memory, for at most 16,384 training samples; what a projection adds is noise.
+
     Args:
         proj_dim: projection dimension of the default projector.
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector` with ``proj_dim``
@@ -52,9 +57,11 @@ class TRAK(KernelMethod):
         truth: models retrained on at least 20 subsets, for ``damping="auto"``; an evaluation refuses these subsets.
         balanced: weigh snapshots so that each has an equal part; otherwise their plain mean counts, in which early
             snapshots, with their large ``q``, have more. Without Newton weights it is the plain mean in any case.
+        exact: whole gradients in place of projected ones. The damping is then a multiple of what the mean diagonal
+            entry would be with ``proj_dim`` features, the trace of the kernel over ``proj_dim``.
 
     Raises:
-        ValueError: if the damping is negative, or does not go with the truth.
+        ValueError: if the damping is negative, or does not go with the truth, or ``exact`` not with another argument.
 
     Example:
         >>> import torch
@@ -76,8 +83,17 @@ class TRAK(KernelMethod):
         loo_correction: bool = False,
         truth: SubsetTruth | None = None,
         balanced: bool = True,
+        exact: bool = False,
     ) -> None:
+        if exact and (projector is not None or per_layer):
+            raise ValueError(
+                "Expected argument `exact` to come without `projector`, which it would ignore, and without `per_layer`."
+            )
         super().__init__(projector or KroneckerProjector(proj_dim, seed), damping, per_layer, truth)
+        if exact:
+            self.projector = None
+        self.proj_dim = self.projector.proj_dim if self.projector is not None else proj_dim
+        self.exact = exact
         self.newton_weights = newton_weights
         self.balanced = balanced
         self.loo_correction = loo_correction
@@ -107,8 +123,11 @@ class TRAK(KernelMethod):
         Raises:
             ValueError: if a kernel is singular, or not finite, or a leverage leaves nothing to divide by.
         """
-        kernels = [self.solve(snapshot) for snapshot in snapshots]
         plain = not (self.balanced and self.newton_weights)
+        if self.exact:
+            yield from self._exact(snapshots, plain)
+            return
+        kernels = [self.solve(snapshot) for snapshot in snapshots]
         weights = [1 / len(kernels)] * len(kernels) if plain else self.balanced_weights(snapshots, kernels)
         for rows, train in in_step(snapshots):
             m = len(snapshots[0].targets["features"])
@@ -128,6 +147,32 @@ class TRAK(KernelMethod):
             if not self.newton_weights:
                 scores, self_influence = scores * push[:, None], self_influence * push
             yield ScoreBlock(rows, scores, self_influence)
+
+    def _exact(self, snapshots: Sequence[SnapshotFeatures], plain: bool) -> Iterator[ScoreBlock]:
+        scores = self_influence = push = torch.zeros(())
+        total = 0.0
+        for snapshot in snapshots:
+            kernel = DualKernel.at(snapshot, self.newton_weights)
+            ridge = self.damping_at(snapshot) * kernel.kernel.diagonal().sum().item() / self.proj_dim
+            solved = kernel.solve(snapshot, ridge)
+            snapshot.evidence["effective_dimension"] = solved.dimension
+            terms, leverage, q = solved.terms, solved.leverage, kernel.columns["out_to_loss"]
+            if self.loo_correction:
+                left = self._left(leverage, kernel.columns, range(len(leverage)))
+                leverage, terms = leverage / left, terms / left[:, None]
+            if self.newton_weights:
+                leverage, terms = q * leverage, q[:, None] * terms
+            mean = leverage.abs().double().mean().item()
+            weight = 1.0 if plain or not mean else 1 / mean
+            total += weight
+            scores = scores + weight * terms
+            self_influence = self_influence + weight * leverage
+            push = push + weight * q
+        if not self.newton_weights:
+            scores, self_influence = scores * push[:, None] / total, self_influence * push / total
+        for rows in kernel.own:
+            own = slice(rows.start, rows.stop)
+            yield ScoreBlock(rows, scores[own] / total, self_influence[own] / total)
 
     def _left(self, leverage: Tensor, columns: Mapping[str, Tensor], rows: range) -> Tensor:
         """Share of its own fit that a sample leaves to the others, ``(b,)``."""

@@ -1,0 +1,165 @@
+r"""Damped kernels over training samples in place of features: exact where samples are few, and gradients whole.
+
+With the gradients :math:`G` ``(n, p)`` of the training samples, their weights :math:`W` and :math:`K = W^{1/2} G G^\top
+W^{1/2}`,
+
+.. math::
+    (G^\top W G + \lambda I)^{-1} G^\top W^{1/2} = G^\top W^{1/2} (K + \lambda I)^{-1},
+
+so that a kernel of side ``n`` does what one of side ``p`` would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.methods.base import SnapshotFeatures
+from lightning_attr.methods.kernel import triangular_inverse
+from lightning_attr.methods.model import model_of
+from lightning_attr.projectors import GradientFactors
+
+__all__ = ["DualKernel", "SolvedSamples"]
+
+_MOST_ROWS = 2**14
+"""Training samples: four matrices of this side, in float64, take 8 GiB."""
+_KEPT_ROWS = 2**12
+"""Training samples up to which a kernel is kept for the next targets: 128 MiB a snapshot."""
+_LEAST_WEIGHT = 1e-8
+"""Of the mean weight: what is less counts as that, for its root is divided by."""
+
+
+@dataclass(frozen=True)
+class SolvedSamples:
+    r"""What a damped kernel says of all training samples.
+
+    Args:
+        terms: :math:`G (G^\top W G + \lambda I)^{-1} \Psi^\top`, ``(n, m)``.
+        leverage: :math:`g_i^\top (G^\top W G + \lambda I)^{-1} g_i`, ``(n,)``.
+        dimension: the effective dimension, :math:`\operatorname{tr} K (K + \lambda I)^{-1}`.
+
+    Example:
+        >>> SolvedSamples(torch.zeros(3, 2), torch.zeros(3), 0.0).terms.shape
+        torch.Size([3, 2])
+    """
+
+    terms: Tensor
+    leverage: Tensor
+    dimension: float
+
+
+class DualKernel:
+    """The gradients of all training samples at a snapshot, and the kernel of their inner products.
+
+    Args:
+        snapshot: with its model, which runs once.
+        weighted: whether the kernel is weighed by the curvature of the loss in the output.
+
+    Attributes:
+        columns: values of the training samples beside their gradients, of all processes, ``(n,)`` each.
+        own: rows of the blocks that this process has.
+
+    Raises:
+        ValueError: if there are too many samples for a matrix over all of them, or the kernel is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_attr import AttributionMixin
+        >>> from lightning_attr.outputs import Regression
+        >>> from lightning_attr.snapshot_model import SnapshotModel
+        >>> class Line(AttributionMixin, nn.Linear):
+        ...     model_output = Regression()
+        >>> line, batch = Line(1, 1, bias=False).eval(), (torch.tensor([[1.0], [2.0]]), torch.ones(2))
+        >>> snapshot = SnapshotFeatures.at(SnapshotModel.of(line, [batch], [batch]), {})
+        >>> solved = DualKernel(snapshot, weighted=True).solve(snapshot, ridge=5.0)
+        >>> solved.terms, solved.leverage                                            # x_i x_j / (1 + 4 + 5)
+        (tensor([[0.1000, 0.2000],
+                [0.2000, 0.4000]]), tensor([0.1000, 0.4000]))
+    """
+
+    def __init__(self, snapshot: SnapshotFeatures, weighted: bool) -> None:
+        model = model_of(snapshot)
+        n = model.n_train
+        if n > _MOST_ROWS:
+            raise ValueError(
+                f"Expected at most {_MOST_ROWS:,} training samples for `exact=True`, but got {n:,}: their kernel takes "
+                f"{8 * n**2 / 1e9:,.0f} GB, several times. Leave `exact` out, and raise `proj_dim` if there is room."
+            )
+        self.factors: GradientFactors = model.gradient_factors()
+        found = list(model.train(self.factors))
+        self.own: Sequence[range] = [rows for rows, _ in found]
+        self.columns = {name: _gathered(snapshot, n, found, name) for name in ("out_to_loss", "newton_weight")}
+        self.features = _gathered(snapshot, n, found, "features")
+        self.roots = torch.ones(n, dtype=torch.float64, device=model.device)
+        if weighted:
+            weights = self.columns["newton_weight"].double()
+            self.roots = weights.clamp(min=_LEAST_WEIGHT * weights.mean().item()).sqrt()
+        kernel = self.factors.products(self.features, self.features).double()
+        self.kernel = kernel.mul_(self.roots[:, None]).mul_(self.roots)
+        if not self.kernel.sum().isfinite():
+            raise ValueError(
+                "Expected a finite kernel, but the inner products of the training samples' gradients hold NaN or "
+                "infinite values. Look for a snapshot of a training that diverged."
+            )
+
+    @classmethod
+    def at(cls, snapshot: SnapshotFeatures, weighted: bool) -> DualKernel:
+        """Give the kernel of a snapshot, kept for the next targets where it is small.
+
+        Args:
+            snapshot: with its model.
+            weighted: as in the constructor.
+
+        Returns:
+            The kernel.
+        """
+        memo: dict[str, Any] = snapshot.memo
+        key = f"dual kernel {weighted}"
+        if key in memo:
+            kept: DualKernel = memo[key]
+            return kept
+        kernel = cls(snapshot, weighted)
+        if len(kernel.kernel) <= _KEPT_ROWS:
+            memo[key] = kernel
+        return kernel
+
+    def solve(self, snapshot: SnapshotFeatures, ridge: float) -> SolvedSamples:
+        """Solve for the targets of a snapshot.
+
+        Args:
+            snapshot: with its model and ``target_rows``.
+            ridge: what is added to the diagonal.
+
+        Returns:
+            Terms and leverages of all training samples, in the features' precision.
+
+        Raises:
+            ValueError: if the kernel is singular.
+        """
+        targets = model_of(snapshot).targets(self.factors, snapshot.target_rows)["features"]
+        factor, failed = torch.linalg.cholesky_ex(self.kernel + ridge * torch.eye(len(self.kernel)).to(self.kernel))
+        if failed:
+            raise ValueError(
+                f"The kernel of {len(self.kernel)} training samples is singular: gradients of some are combinations of "
+                "those of others. Raise the damping (0.3 to 3.0 are good values)."
+            )
+        products = self.factors.products(self.features, targets).double().mul_(self.roots[:, None])
+        terms = torch.cholesky_solve(products, factor).div_(self.roots[:, None])
+        left = ridge * triangular_inverse(factor).square_().sum(0)  # of each sample's own part, what the ridge takes
+        leverage = (1 - left) / self.roots.square()
+        return SolvedSamples(terms.to(targets), leverage.to(targets), (1 - left).sum().item())
+
+
+def _gathered(
+    snapshot: SnapshotFeatures, n: int, found: Sequence[tuple[range, dict[str, Tensor]]], name: str
+) -> Tensor:
+    """Bring the rows of all processes together."""
+    like = found[0][1][name]
+    whole = like.new_zeros(n, *like.shape[1:])
+    for rows, columns in found:
+        whole[rows.start : rows.stop] = columns[name]
+    return snapshot.reduce(whole)
