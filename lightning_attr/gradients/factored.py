@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.gradients.products import materialising_is_cheaper, two_sided
+
 __all__ = [
     "ConvSum",
     "FactoredGradient",
@@ -24,8 +26,6 @@ __all__ = [
     "ParameterGradient",
     "RowSum",
     "materialise",
-    "materialising_is_cheaper",
-    "two_sided",
 ]
 
 
@@ -69,6 +69,21 @@ class FactoredGradient(ABC):
         """
         return False
 
+    def accumulate(
+        self, target: Tensor, left: Tensor | None, right: Tensor | None, shift: Tensor | None, fresh: bool
+    ) -> None:
+        """Add the projection to ``target``, ``(b, k_rows, k_columns)``, or overwrite it where it is ``fresh``.
+
+        Args:
+            target: changed in place.
+            left: as in :meth:`project`; what it and the next two have beyond the target's sizes is not used.
+            right: likewise.
+            shift: projected column of the bias, ``(k_columns,)``, to add what its :class:`RowSum` has there; or None.
+            fresh: whether what the target holds is to be forgotten.
+        """
+        assert shift is None  # else a RowSum was of a form that it cannot be of
+        _write(target, self.project(left, right), fresh)
+
     def materialise(self) -> Tensor:
         """Form the gradients.
 
@@ -104,30 +119,22 @@ class OuterSum(FactoredGradient):
     def materialises(self, left: Tensor | None, right: Tensor | None) -> bool:  # noqa: D102 - inherited
         return materialising_is_cheaper(self.rows.shape[1], self.rows.shape[2], self.columns.shape[2], left, right)
 
-    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor, fresh: bool) -> None:
-        """Add the projection of the gradients with a bias as their last column; see :class:`RowSum`.
-
-        Args:
-            target: ``(b, k_rows, k_columns)``, changed in place.
-            left: as in :meth:`project`; what it and the next two have beyond the target's sizes is not used.
-            right: ``(k_columns, columns)``.
-            shift: the column of the bias, ``(k_columns,)``.
-            fresh: overwrite the target instead, whatever it holds.
-        """
+    def accumulate(  # noqa: D102 - inherited
+        self, target: Tensor, left: Tensor | None, right: Tensor | None, shift: Tensor | None, fresh: bool
+    ) -> None:
         _, k_rows, k_columns = target.shape
         if self.rows.shape[1] == 1:  # in as few calls as can be: small models spend their time on these
-            rows = self.rows[:, 0] if left is None else torch.mm(self.rows[:, 0], left.T)
-            rows, columns = rows[:, :k_rows], torch.addmm(shift, self.columns[:, 0], right.T)[:, :k_columns]
-            rows, columns = rows.unsqueeze(2), columns.unsqueeze(1)
+            rows, columns = _apply(left, self.rows).mT, _apply(right, self.columns, shift)
+            rows, columns = rows[:, :k_rows], columns[:, :, :k_columns]
             torch.mul(rows, columns, out=target) if fresh else target.addcmul_(rows, columns)
             return
         if self.materialises(left, right):
-            total = _apply(left, self.row_sum().unsqueeze(1)).mT  # (b, k_rows, 1)
-            projected = self.project(left, right).addcmul_(total, shift)
+            projected = self.project(left, right)
+            if shift is not None:
+                projected.addcmul_(_apply(left, self.row_sum().unsqueeze(1)).mT, shift)
         else:
             projected = torch.bmm(_apply(left, self.rows).mT, _apply(right, self.columns, shift))
-        projected = projected[:, :k_rows, :k_columns]
-        target.copy_(projected) if fresh else target.add_(projected)
+        _write(target, projected, fresh)
 
     def row_sum(self) -> Tensor:
         """Sum the factors on the side of the rows, ``(b, rows)``."""
@@ -209,10 +216,13 @@ class ConvSum(FactoredGradient):
         rows, columns = self.backprops.shape[1], self.inputs.shape[1] // self.groups * math.prod(self.kernel_size)
         return materialising_is_cheaper(math.prod(self.backprops.shape[2:]), rows, columns, left, right)
 
-    def accumulate(self, target: Tensor, left: Tensor | None, right: Tensor, shift: Tensor, fresh: bool) -> None:
-        """Add the projection of the gradients with a bias as their last column; see :meth:`OuterSum.accumulate`."""
-        projected = self._combine(left, self._project_patches(right, shift))[:, : target.shape[1], : target.shape[2]]
-        target.copy_(projected) if fresh else target.add_(projected)
+    def accumulate(  # noqa: D102 - inherited
+        self, target: Tensor, left: Tensor | None, right: Tensor | None, shift: Tensor | None, fresh: bool
+    ) -> None:
+        if right is None or shift is None:
+            _write(target, self.project(left, right), fresh)
+        else:
+            _write(target, self._combine(left, self._project_patches(right, shift)), fresh)
 
     def row_sum(self) -> Tensor:
         """Sum the gradient at the output over positions, ``(b, c_out)``."""
@@ -269,8 +279,9 @@ class ConvSum(FactoredGradient):
 
     def _patches(self) -> Tensor:
         x, dims = self.windows(), len(self.kernel_size)
-        x = x.reshape(*x.shape[:3], math.prod(x.shape[3 : 3 + dims]), -1)  # (b, g, c, l, window)
-        return x.transpose(3, 4).flatten(2, 3)  # (b, g, c * window, l)
+        # Positions innermost, so that long runs are copied.
+        x = x.permute(0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
+        return x.reshape(*x.shape[:2], math.prod(x.shape[2 : 3 + dims]), -1)  # (b, g, c * window, l)
 
 
 class RowSum(FactoredGradient):
@@ -317,72 +328,14 @@ def materialise(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
     return tensor.reshape(tensor.shape[0], *shape)
 
 
-def materialising_is_cheaper(
-    positions: int, rows: int, columns: int, left: Tensor | None, right: Tensor | None
-) -> bool:
-    r"""Compare the floating point operations of projecting the factors with those of projecting the gradient.
-
-    For ``s`` positions and a weight ``(r, c)`` projected to ``(k_r, k_c)``, up to a factor of two and for one sample:
-    :math:`s (r k_r + c k_c + k_r k_c)` against :math:`s r c + r c k_c + r k_r k_c`; a side without projection costs
-    nothing.
-
-    Args:
-        positions: ``s``.
-        rows: ``r``.
-        columns: ``c``.
-        left: ``(k_r, r)`` or None.
-        right: ``(k_c, c)`` or None.
-
-    Returns:
-        True if forming the gradient first takes fewer operations.
-
-    Example:
-        >>> import torch
-        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(48, 64), torch.ones(48, 64))
-        True
-        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(8, 64), torch.ones(8, 64))
-        False
-    """
-    if left is None and right is None:
-        return False
-    k_rows, k_columns = (side if p is None else p.shape[0] for p, side in ((left, rows), (right, columns)))
-    to_left = 0 if left is None else rows * k_rows
-    to_right = 0 if right is None else columns * k_columns
-    factored = positions * (to_left + to_right + k_rows * k_columns)
-    return factored > positions * rows * columns + rows * to_right + k_columns * to_left
-
-
-def two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Project formed gradients from both sides.
-
-    Args:
-        gradient: ``(b, rows, columns)``.
-        left: as in :meth:`FactoredGradient.project`.
-        right: as in :meth:`FactoredGradient.project`.
-
-    Returns:
-        ``(b, k_rows, k_columns)``.
-
-    Example:
-        >>> import torch
-        >>> two_sided(torch.ones(1, 3, 2), torch.ones(1, 3), None)
-        tensor([[[3., 3.]]])
-    """
-    gradient = gradient if right is None else gradient @ right.T
-    if left is None:
-        return gradient
-    if gradient.shape[2] == 1:  # one product for the whole batch, where the other is one a sample
-        return (gradient.squeeze(2) @ left.T).unsqueeze(2)
-    return left @ gradient
-
-
 def _apply(matrix: Tensor | None, factors: Tensor, shift: Tensor | None = None) -> Tensor:
     """Project factors, ``(k, d), (b, s, d) -> (b, s, k)``, and add ``shift`` to each."""
     if matrix is None:
         return factors
     b, s, d = factors.shape
     if s == 1:
-        return factors @ matrix.T if shift is None else factors @ matrix.T + shift
+        rows = factors[:, 0]
+        return (torch.mm(rows, matrix.T) if shift is None else torch.addmm(shift, rows, matrix.T)).unsqueeze(1)
     # This way around a matrix product of few rows is up to twice as fast.
     projected = torch.mm(matrix, factors.reshape(-1, d).T)
     if shift is not None:
@@ -395,3 +348,9 @@ def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
     if rows.shape[1] == 1:  # broadcasting beats a batched product of inner dimension one
         return rows.mT * columns
     return torch.bmm(rows.mT, columns)
+
+
+def _write(target: Tensor, projected: Tensor, fresh: bool) -> None:
+    """Add to the target, or overwrite it, without what is beyond its sizes."""
+    projected = projected[:, : target.shape[1], : target.shape[2]]
+    target.copy_(projected) if fresh else target.add_(projected)

@@ -80,6 +80,7 @@ class DirectUses(TorchFunctionMode):
         self._sources: dict[int, dict[str, Tensor]] = {}
         self._open: dict[int, int] = {}  # copies of derived values whose gradients are still to come
         self._sums: dict[int, Tensor] = {}  # those that have come
+        self._made_contiguous: dict[int, tuple[Tensor, tuple[int, int] | None]] = {}
         self._constants: dict[int, Tensor] = {}  # what stands for the parameters that rules cover
         # Of each layer being run: the constants in the place of parameters, and whether no sample has a part in its
         # input.
@@ -111,7 +112,8 @@ class DirectUses(TorchFunctionMode):
         if not rows and not repeats_rows(func, args, kwargs, self._single):
             # Kept by checkpoints, so that pulling back runs nothing again.
             with saved_tensors_hooks(_itself, _itself):
-                return self._mark_free(func(*args, **kwargs))
+                once = func is Tensor.contiguous and len(args) == 1 and not kwargs
+                return self._mark_free(self._contiguous(args[0]) if once else func(*args, **kwargs))
         handler = USES.get(func) or USES.get(func.__name__)
         result = NotImplemented if handler is None else handler(Use(self, func, args, kwargs, derived, rows))
         return self._give_up(func, args, kwargs, derived) if result is NotImplemented else result
@@ -231,6 +233,14 @@ class DirectUses(TorchFunctionMode):
         # Rows for all samples, such as token types, may be as free of values of the batch as a table of distances.
         # Sizes tell them apart while the module is checked; afterwards nothing may depend on the batch size.
         return x.shape[0] != self.batch_size if self._known is None else not parameters.keys().isdisjoint(self._known)
+
+    def _contiguous(self, value: Tensor) -> Tensor:
+        """Make a derived value contiguous once for all layers, so that a bias common to them is pulled back once."""
+        result, versions = self._made_contiguous.get(id(value), (value, None))
+        if versions != (value._version, result._version):  # new, or changed in place since
+            result = value.contiguous()
+            self._made_contiguous[id(value)] = result, (value._version, result._version)
+        return result
 
     def _mark_free(self, result: Any) -> Any:
         for tensor in tensors_in((result,)):

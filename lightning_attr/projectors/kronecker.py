@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.gradients.factored import FactoredGradient, OuterSum, ParameterGradient, RowSum, two_sided
+from lightning_attr.gradients.factored import ConvSum, FactoredGradient, ParameterGradient, RowSum
+from lightning_attr.gradients.products import two_sided
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer
 from lightning_attr.randomness import rademacher
@@ -141,9 +142,8 @@ class _KroneckerProjection(Projection):
         for name, gradient in gradients.items():
             block = self.maps.get(name)
             bias = None if block is None or block.bias is None else gradients.get(block.bias)
-            if block is None or not isinstance(bias, RowSum) or bias.weight is not gradient:
-                continue
-            if block.accumulate_both(features, bias, name in fresh):
+            if block is not None and isinstance(bias, RowSum) and bias.weight is gradient:
+                block.accumulate(features, bias.weight, name in fresh, bias)
                 fresh.discard(name)
                 del rest[name], rest[str(block.bias)]
         for name, gradient in rest.items():
@@ -260,13 +260,15 @@ class _TwoSided:
         self.bias = block.bias
         self.block = block
         self.sides = sides
-        # The right side; then, widened, the left side, the right side of the weight, and that of the bias.
-        self._split: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
+        # What they were made of, and then what `_split_sides` gives.
+        self._split: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None
 
-    def accumulate(self, features: Tensor, gradient: ParameterGradient, fresh: bool) -> None:
-        columns = self.block.columns - (self.block.bias is not None)
+    def accumulate(
+        self, features: Tensor, gradient: ParameterGradient, fresh: bool, bias: RowSum | None = None
+    ) -> None:
+        """Add the weight's gradients, with those of the bias if it came with them."""
+        left, right = self.sides.on(features)
         if self.block.columns == 1 and isinstance(gradient, Tensor):  # in one call
-            left, _ = self.sides.on(features)
             rows = gradient.reshape(len(features), -1)
             slot = features[:, self.slot]
             if left is None:
@@ -274,26 +276,35 @@ class _TwoSided:
             else:
                 slot.addmm_(rows, left.T, beta=0 if fresh else 1)
             return
-        if fresh:
-            features[:, self.slot] = 0
-        if isinstance(gradient, Tensor):
-            gradient = gradient.reshape(-1, self.block.rows, columns)
-        projected = self.sides.project(gradient, features, columns)
-        self.view(features)[:, :, : projected.shape[2]] += projected
+        target, apart = self.view(features), self.block.bias is not None and right is None
+        if apart:  # the column of the bias is kept as it is
+            column, target = target[:, :, -1:], target[:, :, :-1]
+            if bias is not None:
+                bias.accumulate(column, left, None, None, fresh)
+            elif fresh:
+                column.zero_()
+        if isinstance(gradient, FactoredGradient):
+            left, right, last = self._split_sides(gradient, left, right)
+            self.sides.note(gradient, left, right)
+            gradient.accumulate(target, left, right, None if apart or bias is None else last, fresh)
+            return
+        columns = self.block.columns - (self.block.bias is not None)
+        projected = self.sides.project(gradient.reshape(-1, self.block.rows, columns), features, columns)
+        target.copy_(projected) if fresh else target.add_(projected)
 
-    def accumulate_both(self, features: Tensor, bias: RowSum, fresh: bool) -> bool:
-        """Add weight and bias at once; where the columns are kept as they are there is nothing to gain."""
-        left, right = self.sides.on(features)
-        if right is None:
-            return False
-        if self._split is None or self._split[0] is not right:  # once for all batches
-            widened = _wide if isinstance(bias.weight, OuterSum) else torch.clone
-            rows, both = None if left is None else widened(left), widened(right)
-            self._split = right, rows, both[:, :-1].contiguous(), both[:, -1].contiguous()
-        _, rows, columns, last = self._split
-        self.sides.note(bias.weight, rows, columns)
-        bias.weight.accumulate(self.view(features), rows, columns, last, fresh)
-        return True
+    def _split_sides(
+        self, gradient: FactoredGradient, left: Tensor | None, right: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The left side, the right side of the weight, and that of the bias, as products want them."""
+        key = left if right is None else right
+        if self._split is None or self._split[0] is not key:  # once for all batches
+            rows, columns, last = left, right, None
+            if not isinstance(gradient, ConvSum):
+                rows, columns = (None if side is None else _wide(side) for side in (left, right))
+            if columns is not None and self.block.bias is not None:
+                columns, last = columns[:, :-1].contiguous(), columns[:, -1].contiguous()
+            self._split = key, rows, columns, last
+        return self._split[1:]
 
     def view(self, features: Tensor) -> Tensor:
         """The block's features as matrices, ``(b, k_rows, k_columns)``."""

@@ -101,6 +101,14 @@ ROWS = [
     Row("TRAK, one run", "ours", ours(TRAK, RUN), over("damping", 0.1, 0.3, 1.0, 3.0)),
     Row("TRAK, one run", "dattri", partial(dattri.trak, snapshots=True), over("regularization", 1e-3, 1e-2, 0.1, 1.0)),
     Row("TRAK, one run from the start", "ours", ours(TRAK, WHOLE_RUN), over("damping", 0.1, 0.3, 1.0, 3.0)),
+    Row("TRAK, exact, one model", "ours", ours(partial(TRAK, exact=True)), over("damping", 0.3, 1.0, 3.0)),
+    Row("TRAK, exact, one run", "ours", ours(partial(TRAK, exact=True), RUN), over("damping", 0.3, 1.0, 3.0)),
+    Row(
+        "TRAK, exact, one run from the start",
+        "ours",
+        ours(partial(TRAK, exact=True), WHOLE_RUN),
+        over("damping", 0.3, 1.0, 3.0),
+    ),
     Row(
         "TRAK + EK-FAC, one run from the start",
         "ours",

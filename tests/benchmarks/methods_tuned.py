@@ -27,6 +27,9 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "mlp": {"damping": 1.0},  # as without the start
         "cnn": {"damping": 1.0},  # as without the start
     },
+    "TRAK, exact, one model, ours": {"lr": {"damping": 1.0}, "mlp": {"damping": 1.0}, "cnn": {"damping": 3.0}},
+    "TRAK, exact, one run, ours": dict.fromkeys(("lr", "mlp", "cnn"), {"damping": 1.0}),
+    "TRAK, exact, one run from the start, ours": dict.fromkeys(("lr", "mlp", "cnn"), {"damping": 1.0}),
     "TRAK + EK-FAC, one run from the start, ours": {
         "lr": {"trak": 0.3, "ekfac": 0.1},
         "mlp": {"trak": 1.0, "ekfac": 0.03},  # as for each alone

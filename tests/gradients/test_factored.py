@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_attr.gradients import ConvSum, FactoredGradient, GatherSum, OuterSum, RowSum, materialise
-from lightning_attr.gradients.factored import materialising_is_cheaper
 
 B = 3
 
@@ -71,6 +70,25 @@ def test_project_equals_projecting_the_gradient(case: str, left: int | None, rig
     torch.testing.assert_close(factored.materialise(), dense, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("left", "right"), [(None, None), (None, 3), (2, None), (2, 3)])
+def test_accumulate_adds_or_overwrites_what_the_target_has_room_for(
+    case: str, left: int | None, right: int | None
+) -> None:
+    factored, dense = CASES[case]()
+    sides = [
+        None if k is None else torch.randn(k, size).double()
+        for k, size in zip((left, right), dense.shape[1:], strict=True)
+    ]
+    wide = [None if side is None else torch.nn.functional.pad(side, (0, 0, 0, 2)) for side in sides]
+    expected = factored.project(*sides)
+    target = torch.full((B, 9, 40), torch.nan).double()[:, : expected.shape[1], : expected.shape[2]]  # strided
+    factored.accumulate(target, *wide, None, fresh=True)
+    torch.testing.assert_close(target, expected, rtol=1e-12, atol=1e-12)
+    factored.accumulate(target, *wide, None, fresh=False)
+    torch.testing.assert_close(target, 2 * expected, rtol=1e-12, atol=1e-12)
+
+
 def test_project_leaves_the_factors_alone() -> None:
     factored, dense = _gather()
     for _ in range(2):
@@ -107,44 +125,6 @@ def test_row_sum_is_the_gradient_of_the_bias() -> None:
     torch.testing.assert_close(materialise(bias, (4,)), rows.sum(1))
     left, right = torch.randn(2, 4).double(), torch.randn(3, 1).double()
     torch.testing.assert_close(bias.project(left, right), left @ rows.sum(1)[:, :, None] @ right.T)
-
-
-@pytest.mark.parametrize(
-    ("positions", "rows", "columns", "k_rows", "k_columns"),
-    [
-        (1, 64, 64, 8, 8),
-        (1024, 64, 27, 20, None),
-        (1024, 64, 64, 48, 48),
-        (400, 128, 128, 64, 64),
-        (300, 9, 90, None, 8),
-    ],
-)
-def test_cheaper_way_is_found_by_counting_multiplications(
-    positions: int, rows: int, columns: int, k_rows: int | None, k_columns: int | None
-) -> None:
-    def times(a: tuple[int, int], b: tuple[int, int]) -> tuple[tuple[int, int], int]:
-        assert a[1] == b[0]
-        return (a[0], b[1]), a[0] * a[1] * b[1]
-
-    u, v = (rows, positions), (positions, columns)
-    gradient, formed = times(u, v)
-    factored = 0
-    if k_columns is not None:
-        v, cost = times(v, (columns, k_columns))
-        factored += cost
-        gradient, cost = times(gradient, (columns, k_columns))
-        formed += cost
-    if k_rows is not None:
-        u, cost = times((k_rows, rows), u)
-        factored += cost
-        gradient, cost = times((k_rows, rows), gradient)
-        formed += cost
-    factored += times(u, v)[1]
-    left = None if k_rows is None else torch.ones(k_rows, rows)
-    right = None if k_columns is None else torch.ones(k_columns, columns)
-    assert materialising_is_cheaper(positions, rows, columns, left, right) == (formed < factored)
-    outer = OuterSum(torch.ones(1, positions, rows), torch.ones(1, positions, columns))
-    assert outer.materialises(left, right) == (formed < factored)
 
 
 def test_both_ways_are_taken_and_agree() -> None:

@@ -102,6 +102,15 @@ def _bucketed(m: nn.Module, x: Tensor) -> Tensor:
     return scores.softmax(-1) @ x[:, None]
 
 
+def _contiguous_bias(m: nn.Module, x: Tensor) -> Tensor:
+    s = torch.arange(x.shape[1])
+    bias = m.table((s[:, None] - s[None, :]).clamp(-3, 3) + 3).permute(2, 0, 1).unsqueeze(0)
+    scores = m.first(x)[:, None] @ x[:, None].mT
+    once, twice = (scores + bias.contiguous()).softmax(-1), (scores.tanh() + bias.contiguous()).softmax(-1)
+    bias.mul_(2)
+    return torch.cat([once, twice, (scores + bias.contiguous()).softmax(-1)], dim=1) @ x[:, None]
+
+
 def _shared_bias(m: nn.Module, x: Tensor) -> Tensor:
     s = torch.arange(x.shape[1])
     bias = m.table((s[:, None] - s[None, :]).clamp(-3, 3) + 3).permute(2, 0, 1).unsqueeze(0)
@@ -334,6 +343,10 @@ COVERED: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         LayersOf(_shared_bias, first=nn.Linear(6, 6), table=nn.Embedding(7, 2)),
         SEQUENCE,
     ),
+    "one bias of two layers, each of which makes it contiguous": lambda: (
+        LayersOf(_contiguous_bias, first=nn.Linear(6, 6), table=nn.Embedding(7, 2)),
+        SEQUENCE,
+    ),
     "in place": lambda: (
         LayersOf(_in_place, first=nn.Linear(6, 4), scale=_p(4), shift=_p(4), token=_p(4), last=nn.Linear(4, 2)),
         SEQUENCE,
@@ -494,6 +507,24 @@ def test_only_what_is_asked_for_comes_and_nothing_is_left_behind() -> None:
     assert seen == ["scale", "scale"]
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_bias_that_layers_make_contiguous_comes_once(layers: int) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        bias = m.table.mT
+        for _ in range(layers):
+            x = (x + bias.contiguous()).tanh()
+        return x
+
+    module = LayersOf(forward, table=_p(6, 5)).double()
+    found: list[Tensor] = []
+    hooked_gradients(module, lambda: module(SEQUENCE), B, ["table"], lambda _, g: found.append(materialise(g, (6, 5))))
+    expected = loop_gradients(
+        lambda p, x: functional_call(module, dict(p), x), dict(module.named_parameters()), SEQUENCE, B
+    )
+    (gradient,) = found
+    torch.testing.assert_close(gradient, expected["table"], rtol=1e-10, atol=1e-12)
 
 
 def test_factors_stay_factors() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_attr.gradients import OuterSum, ParameterGradient, RowSum
+from lightning_attr.gradients import GatherSum, OuterSum, ParameterGradient, RowSum, materialise
 from lightning_attr.gradients.convolution import convolution
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors import KroneckerProjector, Projector, RademacherProjector
@@ -184,4 +184,24 @@ def test_filling_with_convolutions(proj_dim: int) -> None:
         projection.accumulate(expected, name, gradient)
     with projection.filling(found) as add:
         add(gradients)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("proj_dim", [60, 5000])
+@pytest.mark.parametrize("bias_too", [False, True])
+def test_filling_where_the_weight_comes_without_its_bias(proj_dim: int, bias_too: bool) -> None:
+    layout = ParameterLayout({"weight": (8, 10), "bias": (8,)})
+    projection = KroneckerProjector(proj_dim).bind(layout, "final")
+    ids, rows = torch.randint(0, 8, (3, 4)), torch.randn(3, 4, 10)
+    weight = OuterSum(torch.randn(3, 5, 8), torch.randn(3, 5, 10))
+    with_bias: dict[str, ParameterGradient] = {"weight": weight, "bias": RowSum(weight)}
+    uses: list[dict[str, ParameterGradient]] = [{"weight": GatherSum(ids, rows, 8)}, {"weight": weight}]
+    uses += [with_bias] * bias_too
+    expected, found = torch.zeros(3, projection.dim), torch.full((3, projection.dim), torch.nan)
+    for use in uses:
+        for name, gradient in use.items():
+            projection.accumulate(expected, name, materialise(gradient, layout.shapes[name]))
+    with projection.filling(found) as add:
+        for use in uses:
+            add(use)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

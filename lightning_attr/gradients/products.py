@@ -1,0 +1,66 @@
+"""The order of the products that project gradients of matrices from both sides."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["materialising_is_cheaper", "two_sided"]
+
+
+def materialising_is_cheaper(
+    positions: int, rows: int, columns: int, left: Tensor | None, right: Tensor | None
+) -> bool:
+    r"""Compare the floating point operations of projecting the factors with those of projecting the gradient.
+
+    For ``s`` positions and a weight ``(r, c)`` projected to ``(k_r, k_c)``, up to a factor of two and for one sample:
+    :math:`s (r k_r + c k_c + k_r k_c)` against :math:`s r c + r c k_c + r k_r k_c`; a side without projection costs
+    nothing.
+
+    Args:
+        positions: ``s``.
+        rows: ``r``.
+        columns: ``c``.
+        left: ``(k_r, r)`` or None.
+        right: ``(k_c, c)`` or None.
+
+    Returns:
+        True if forming the gradient first takes fewer operations.
+
+    Example:
+        >>> import torch
+        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(48, 64), torch.ones(48, 64))
+        True
+        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(8, 64), torch.ones(8, 64))
+        False
+    """
+    if left is None and right is None:
+        return False
+    k_rows, k_columns = (side if p is None else p.shape[0] for p, side in ((left, rows), (right, columns)))
+    to_left = 0 if left is None else rows * k_rows
+    to_right = 0 if right is None else columns * k_columns
+    factored = positions * (to_left + to_right + k_rows * k_columns)
+    return factored > positions * rows * columns + rows * to_right + k_columns * to_left
+
+
+def two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Project formed gradients from both sides.
+
+    Args:
+        gradient: ``(b, rows, columns)``.
+        left: as in :meth:`FactoredGradient.project`.
+        right: as in :meth:`FactoredGradient.project`.
+
+    Returns:
+        ``(b, k_rows, k_columns)``.
+
+    Example:
+        >>> import torch
+        >>> two_sided(torch.ones(1, 3, 2), torch.ones(1, 3), None)
+        tensor([[[3., 3.]]])
+    """
+    gradient = gradient if right is None else gradient @ right.T
+    if left is None:
+        return gradient
+    if gradient.shape[2] == 1:  # one product for the whole batch, where the other is one a sample
+        return (gradient.squeeze(2) @ left.T).unsqueeze(2)
+    return left @ gradient
