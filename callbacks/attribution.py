@@ -158,7 +158,7 @@ class AttributionCallback(L.Callback):
         """Check the module on a few samples and open the store: fail now rather than after an hour."""
         self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
         self.noise_mask = check_noise_mask(self.noise_mask, len(self.source))
-        self.memory = MemoryBudget(self.memory_budget)  # another run may have larger samples
+        self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
         self.layout = ParameterLayout.of(pl_module)
         self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
         with self._beside_training(trainer, pl_module):

@@ -155,7 +155,8 @@ class Featurizer:
             MemoryBudgetError: if not even one sample fits into the memory budget.
             NonFiniteGradientError: if a row holds NaN or Inf.
         """
-        if self.memory is None:
+        # Without gradients, a batch takes less than in training.
+        if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
             return self._featurize(batch, rows)
         kind = f"{type(self.projection).__name__} {self.projection.dim}"
         return self.memory.run(self._featurize, batch, rows, kind)

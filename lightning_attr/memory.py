@@ -51,6 +51,7 @@ class MemoryBudget:
 
     Args:
         limit: bytes that the tensors of a pass may take; by default half of what is free on the device.
+        careful: measure what each sample takes in any case, for :meth:`comfortable`.
 
     Raises:
         ValueError: if the limit is not positive.
@@ -69,11 +70,12 @@ class MemoryBudget:
         torch.Size([5, 1000])
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, careful: bool = False) -> None:
         if limit is not None and limit <= 0:
             raise ValueError(f"Expected argument `memory_budget` to be a positive number of bytes, but got {limit}.")
         self.limit = limit
-        self._demanded = limit is not None
+        self.demanded = limit is not None
+        self._careful = careful
         self._demands: dict[str, _Demand] = {}
         self._said = False
 
@@ -151,7 +153,7 @@ class MemoryBudget:
 
         few = min(b, 2)
         most = -(-peak(few) // few)  # with a share of what is made once: no sample takes more
-        if most * max(b, _COMFORTABLE) <= min(_CACHED, self.limit or _CACHED):
+        if not self._careful and (self.limit is None or most * max(b, _COMFORTABLE) <= self.limit):
             demand.per_sample = max(demand.per_sample, most)
             return
         peaks = [peak(count) for count in range(1, few + 1)]
@@ -163,7 +165,7 @@ class MemoryBudget:
         if self.limit is None or demand.of(batch_size) <= self.limit:
             return batch_size
         size = (self.limit - demand.fixed) // max(1, demand.per_sample)
-        if size < 1 and not self._demanded:
+        if size < 1 and not self.demanded:
             size = 1  # what is free is a guess: try
         if size < 1:
             raise MemoryBudgetError(

@@ -18,12 +18,12 @@ __all__ = [
     "gaussian",
     "hashed_seed",
     "packed_bits",
+    "packed_columns",
     "philox",
     "rademacher",
     "random_words",
     "row_gaussians",
     "row_uniforms",
-    "unpacked_bits",
 ]
 
 _Words: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
@@ -63,7 +63,7 @@ def rademacher(shape: tuple[int, ...], *key: object) -> Tensor:
         (torch.int8, [-1, 1], True)
     """
     count = math.prod(shape)
-    bits = unpacked_bits(packed_bits(count, *key), count)
+    bits = torch.from_numpy(np.unpackbits(packed_bits(count, *key).numpy(), count=count))
     return bits.view(torch.int8).mul_(2).sub_(1).reshape(shape)
 
 
@@ -85,24 +85,26 @@ def packed_bits(count: int, *key: object) -> Tensor:
     return torch.from_numpy(words.view(np.uint8))
 
 
-def unpacked_bits(packed: Tensor, count: int) -> Tensor:
-    """Give each bit a byte of its own.
+def packed_columns(rows: int, columns: int, *key: object) -> Tensor:
+    """Draw the bits of a matrix, those of eight neighbouring columns in a byte; :func:`packed_bits` row by row.
 
     Args:
-        packed: from :func:`packed_bits`, on any device.
-        count: bits wanted.
+        rows: of the matrix.
+        columns: of the matrix.
+        key: what they depend on.
 
     Returns:
-        ``(count,)``, uint8 of 0 and 1, on the same device.
+        ``(ceil(columns / 8), rows)``, uint8, on the CPU; the first column of a byte is in its highest place.
 
     Example:
-        >>> unpacked_bits(torch.tensor([0b10100000], dtype=torch.uint8), 4)
-        tensor([1, 0, 1, 0], dtype=torch.uint8)
+        >>> packed_columns(3, 20, 0, "weight").shape
+        torch.Size([3, 3])
     """
-    if packed.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(packed.numpy(), count=count))
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(1) >> places) & 1).flatten()[:count]
+    packed = packed_bits(rows * columns, *key).numpy()
+    if columns % 8:  # rows do not end where bytes do
+        packed = np.packbits(np.unpackbits(packed, count=rows * columns).reshape(rows, columns), axis=1)
+    width = -(-columns // 8)
+    return torch.from_numpy(packed.reshape(-1)[: rows * width].reshape(rows, width).T.copy())
 
 
 def gaussian(shape: tuple[int, ...], *key: object) -> Tensor:

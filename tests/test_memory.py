@@ -209,7 +209,7 @@ def test_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     [(250, 8, 256), (250, 100, 200), (250, 300, 300), (40_000, 8, 64), (10**6, 8, 8)],
 )
 def test_batches_of_small_samples_may_be_larger(width: int, batch_size: int, expected: int) -> None:
-    budget = MemoryBudget()
+    budget = MemoryBudget(careful=True)
     assert budget.comfortable(batch_size) == batch_size  # nothing is known yet
     budget.run(_doubled([]), _batch(2, width), range(2))  # 8 bytes a number
     assert budget.comfortable(batch_size) == expected

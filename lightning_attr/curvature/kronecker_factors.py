@@ -33,7 +33,7 @@ KroneckerMethod: TypeAlias = Literal["ekfac", "kfac"]
 log = logging.getLogger(__name__)
 
 Passes: TypeAlias = Callable[[int], Iterable[GradientBatch]]
-"""Runs over the training set: number 0 for the covariances, number 1, with fresh labels, for the eigenvalues."""
+"""Runs over the training set: number 0 for the covariances, number 1 for the eigenvalues; sampled labels are fresh."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ In the eigenbasis of a layer the curvature is diagonal:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from lightning_attr.curvature.fisher import GradientStream
 from lightning_attr.curvature.kronecker_factors import BlockFactors, KroneckerFactors, KroneckerMethod
-from lightning_attr.curvature.kronecker_rotation import BatchUses, rotated, squared_gradients
+from lightning_attr.curvature.kronecker_layout import KroneckerBlock
+from lightning_attr.curvature.kronecker_rotation import BatchUses, rotated, rotated_gradients, squared_gradients
+from lightning_attr.gradients import ParameterGradient
+from lightning_attr.projectors import Projection
 
-__all__ = ["KroneckerInverse"]
+__all__ = ["InverseForms", "KroneckerInverse"]
 
 
 class KroneckerInverse:
@@ -57,7 +61,7 @@ class KroneckerInverse:
                 raise ValueError(f"Expected argument `{name}` to be a non-negative number, but got {value}.")
         self.factors = factors
         self.layout = factors.layout
-        self._scales = {
+        self.scales = {
             name: _reciprocal(name, block, method, damping, weight_decay) for name, block in factors.blocks.items()
         }
 
@@ -82,8 +86,9 @@ class KroneckerInverse:
         slots = self.layout.slots
         result = torch.zeros_like(vectors)
         for block in self.layout.blocks if len(vectors) else ():
-            solved = self._solve(block.weight, block.matrices({name: vectors[:, slots[name]] for name in block.names}))
-            for name, part in block.vectors(solved).items():
+            factors = self.factors.blocks[block.weight]
+            rows, columns = factors.rows_basis.to(vectors), factors.columns_basis.to(vectors)
+            for name, part in block.vectors(rotated(rows @ self.turned(block, vectors), columns.mT)).items():
                 result[:, slots[name]] = part
         return result
 
@@ -128,17 +133,80 @@ class KroneckerInverse:
         for block, found in uses:
             factors = self.factors.blocks[block.weight]
             parts = [
-                squares.weighted(self._scales[block.weight].to(factors.rows_basis) ** power)
+                squares.weighted(self.scales[block.weight].to(factors.rows_basis) ** power)
                 for _, squares in squared_gradients(block, found, factors.rows_basis, factors.columns_basis)
             ]
             totals = totals + torch.cat(parts)
         return totals if isinstance(totals, Tensor) else torch.zeros(batch_size)
 
-    def _solve(self, name: str, matrices: Tensor) -> Tensor:
-        factors = self.factors.blocks[name]
+    def turned(self, block: KroneckerBlock, vectors: Tensor) -> Tensor:
+        """Apply the inverse to a block's part of each row, but stay in the eigenbasis.
+
+        Args:
+            block: of the layout.
+            vectors: ``(r, p)``, as of :meth:`apply`.
+
+        Returns:
+            ``(r, groups, d_o, d_i)``.
+        """
+        factors, slots = self.factors.blocks[block.weight], self.layout.slots
+        matrices = block.matrices({name: vectors[:, slots[name]] for name in block.names})
         rows, columns = factors.rows_basis.to(matrices), factors.columns_basis.to(matrices)
-        turned = rotated(rows.mT @ matrices, columns).mul_(self._scales[name].to(matrices))
-        return rotated(rows @ turned, columns.mT)
+        return rotated(rows.mT @ matrices, columns).mul_(self.scales[block.weight].to(matrices))
+
+
+class InverseForms(Projection):
+    r"""Inner products of gradients with solved vectors, and their own quadratic forms, from one rotation of each.
+
+    Features are :math:`v_r^\top (C + \lambda I)^{-1} g` for each vector, and
+    :math:`g^\top (C + \lambda I)^{-k} g` for each power; these are not linear in the gradient.
+
+    Args:
+        inverse: the inverse.
+        vectors: ``(r, p)``.
+        powers: ``k``.
+
+    Example:
+        >>> from lightning_attr.curvature.kronecker_layout import KroneckerLayout
+        >>> from lightning_attr.curvature.fisher import GradientBatch
+        >>> from lightning_attr.gradients import OuterSum
+        >>> layer, gradient = torch.nn.Linear(1, 1, bias=False), OuterSum(torch.ones(1, 1, 1), torch.ones(1, 1, 1) * 2)
+        >>> batch = GradientBatch([lambda sink: sink({"weight": gradient})], samples=1)
+        >>> factors = KroneckerFactors.fit(KroneckerLayout.of(layer), lambda number: [batch])
+        >>> forms = InverseForms(KroneckerInverse(factors, damping=0.25), torch.tensor([[10.0]]), powers=[1])
+        >>> features = torch.zeros(1, forms.dim)
+        >>> with forms.filling(features) as add:
+        ...     add({"weight": gradient})
+        >>> features                                                    # 10 * 2 / 5 and 2 * 2 / 5
+        tensor([[4.0000, 0.8000]])
+    """
+
+    def __init__(self, inverse: KroneckerInverse, vectors: Tensor, powers: Sequence[int]) -> None:
+        super().__init__(len(vectors) + len(powers))
+        self.inverse = inverse
+        self.powers = powers
+        self.names = frozenset(inverse.layout.names)
+        self.turned = {block.weight: inverse.turned(block, vectors).flatten(1) for block in inverse.layout.blocks}
+
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+        """Never called: the uses of a layer belong together, see :meth:`filling`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def filling(self, features: Tensor) -> Iterator[Callable[[Mapping[str, ParameterGradient]], None]]:
+        """Gather the uses of each layer, and rotate them in the end; see :meth:`Projection.filling`."""
+        uses = BatchUses({block.weight: block for block in self.inverse.layout.blocks})
+        yield uses
+        features.zero_()
+        for block, found in uses:
+            factors = self.inverse.factors.blocks[block.weight]
+            turned, scales = self.turned[block.weight], self.inverse.scales[block.weight].to(features).flatten()
+            for samples, formed in rotated_gradients(block, found, factors.rows_basis, factors.columns_basis):
+                rows, part = formed.flatten(1).to(features), features[samples]
+                part[:, : len(turned)].addmm_(rows, turned.T)
+                rows.square_()
+                for column, power in enumerate(self.powers, len(turned)):
+                    part[:, column] += rows @ scales**power
 
 
 def _reciprocal(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_attr.curvature.kronecker_layout import KroneckerBlock, WeightGradient
 from lightning_attr.gradients import ConvSum, ParameterGradient
 
-__all__ = ["BatchUses", "SquaredGradients", "chunks", "rotated", "squared_gradients"]
+__all__ = ["BatchUses", "SquaredGradients", "chunks", "rotated", "rotated_gradients", "squared_gradients"]
 
 CHUNK = 1 << 25
 """Numbers that a chunk of samples may take: 128 MiB of float32."""
@@ -109,22 +109,58 @@ def squared_gradients(
         ...     print(samples, squares.summed())
         slice(0, 2, None) tensor([[[25.]]])
     """
-    formed = block.groups * labels * block.rows * block.columns
-    for samples in chunks(block, uses, formed, labels):
-        sides = [block.factors(use, samples, labels) for use in uses]
-        rows, columns = (torch.cat(side, 2) if len(uses) > 1 else side[0] for side in zip(*sides, strict=True))
-        positions, d_o, d_i = rows.shape[2], block.rows, block.columns
-        if positions == 1:
+    for samples, rows, columns in _factors(block, uses, labels):
+        d_o = block.rows
+        if rows.shape[2] == 1:
             rows, columns = _rotated(rows, rows_basis, labels), rotated(columns, columns_basis)
             summed = rows[:, :, 0].square().unflatten(2, (labels, d_o)).sum(2)
             yield samples, SquaredGradients(rows=summed, columns=columns[:, :, 0].square())
             continue
-        if positions * (labels * d_o**2 + d_i**2) < labels * d_o * d_i * (d_o + d_i):
-            gradients = _rotated(rows, rows_basis, labels).mT @ rotated(columns, columns_basis)
-        else:
-            gradients = rotated(rows.mT @ columns, columns_basis).unflatten(2, (labels, d_o))
-            gradients = (rows_basis.mT.unsqueeze(1) @ gradients).flatten(2, 3)
+        gradients = _formed(rows, columns, rows_basis, columns_basis, labels)
         yield samples, SquaredGradients(formed=gradients.square_().unflatten(2, (labels, d_o)).sum(2))
+
+
+def rotated_gradients(
+    block: KroneckerBlock, uses: list[WeightGradient], rows_basis: Tensor, columns_basis: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Form the rotated gradients of a batch, some samples at a time.
+
+    Args:
+        block: whose gradients they are.
+        uses: all uses of its weight in the batch.
+        rows_basis: ``Q_S``.
+        columns_basis: ``Q_A``.
+
+    Yields:
+        Which samples, and :math:`Q_S^T G_i Q_A`, ``(b, groups, d_o, d_i)``.
+
+    Example:
+        >>> from lightning_attr.gradients import OuterSum
+        >>> use, one = OuterSum(torch.ones(1, 1, 1), torch.tensor([[[3.0]]])), torch.ones(1, 1, 1)
+        >>> list(rotated_gradients(KroneckerBlock("w", None, (1, 1)), [use], one, one))
+        [(slice(0, 1, None), tensor([[[[3.]]]]))]
+    """
+    for samples, rows, columns in _factors(block, uses, 1):
+        yield samples, _formed(rows, columns, rows_basis, columns_basis, 1)
+
+
+def _factors(block: KroneckerBlock, uses: list[WeightGradient], labels: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Join the factors of all uses, ``(b, groups, s, labels * d_o)`` and ``(b, groups, s, d_i)``."""
+    for samples in chunks(block, uses, block.groups * labels * block.rows * block.columns, labels):
+        sides = [block.factors(use, samples, labels) for use in uses]
+        rows, columns = (torch.cat(side, 2) if len(uses) > 1 else side[0] for side in zip(*sides, strict=True))
+        yield samples, rows, columns
+
+
+def _formed(rows: Tensor, columns: Tensor, rows_basis: Tensor, columns_basis: Tensor, labels: int) -> Tensor:
+    """Form the rotated gradients, ``(b, groups, labels * d_o, d_i)``, in the cheaper order."""
+    positions, d_o, d_i = rows.shape[2], rows_basis.shape[1], columns_basis.shape[1]
+    if positions * (labels * d_o**2 + d_i**2) < labels * d_o * d_i * (d_o + d_i):
+        rows, columns = _rotated(rows, rows_basis, labels), rotated(columns, columns_basis)
+        return rows.mT * columns if positions == 1 else rows.mT @ columns  # broadcasting beats products of one
+    gradients = rotated(rows.mT @ columns, columns_basis).unflatten(2, (labels, d_o))
+    formed: Tensor = rows_basis.mT.unsqueeze(1) @ gradients
+    return formed.flatten(2, 3)
 
 
 def _rotated(rows: Tensor, basis: Tensor, labels: int) -> Tensor:

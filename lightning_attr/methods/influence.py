@@ -18,7 +18,7 @@ from lightning_attr.methods.model import ModelMethod, model_of
 from lightning_attr.methods.relative import check_relative, divisor
 from lightning_attr.methods.solvers import Arnoldi, Explicit, Inverse, Solver
 from lightning_attr.methods.subset_truth import SubsetTruth
-from lightning_attr.projectors import IdentityProjector, MatrixProjection
+from lightning_attr.projectors import IdentityProjector, MatrixProjection, Projection
 
 __all__ = ["Influence"]
 
@@ -156,15 +156,24 @@ class Influence(DampedMethod, ModelMethod):
             ValueError: if the damped curvature is singular.
         """
         model = model_of(snapshot)
-        solved = self._solved_targets(snapshot)
-        forms = self._forms(snapshot)
+        inverse, count = self._inverse(snapshot), len(snapshot.target_rows)
+        joint = None
+        if self.self_influence == "exact" and count:
+            joint = inverse.joint(self._target_gradients(snapshot), (1, 2) if self.relative == "theta" else (1,))
+        if joint is None:
+            projection: Projection = MatrixProjection(model.layout, self._solved_targets(snapshot))
+            forms = self._forms(snapshot)
+        else:
+            projection = joint
         snapshot.memo["curvature"].release()
-        snapshot.evidence.update(self._inverse(snapshot).found)
-        for rows, columns in model.train(MatrixProjection(model.layout, solved)):
-            first, second = (form[rows.start : rows.stop] for form in forms)
+        snapshot.evidence.update(inverse.found)
+        for rows, columns in model.train(projection):
+            products = columns["features"][:, :count]
+            own = forms[:, rows.start : rows.stop] if joint is None else columns["features"][:, count:].T
+            first, second = own[0], own[-1]
             push = columns["out_to_loss"] / model.n_train
             scale = divisor(self.relative, push**2 * model.n_train * first, push**2 * second)
-            yield ScoreBlock(rows, (push / scale)[:, None] * columns["features"], push / scale * first)
+            yield ScoreBlock(rows, (push / scale)[:, None] * products, push / scale * first)
 
     def score_groups(self, snapshot: SnapshotFeatures, groups: Sequence[Sequence[int]], order: int = 1) -> Tensor:
         r"""Score groups of training samples that are left out together, at one snapshot (Koh et al., 2019).
@@ -229,25 +238,27 @@ class Influence(DampedMethod, ModelMethod):
 
     def _solved_targets(self, snapshot: SnapshotFeatures) -> Tensor:
         """Solve for the gradients of the targets, ``(m, p)``."""
+        gradients = self._target_gradients(snapshot)
+        return self._inverse(snapshot).solve(gradients) if len(gradients) else gradients
+
+    def _target_gradients(self, snapshot: SnapshotFeatures) -> Tensor:
+        """Gradients of the targets, ``(m, p)``."""
         model = model_of(snapshot)
-        inverse = self._inverse(snapshot)
-        if not len(snapshot.target_rows):
-            return torch.zeros(0, model.layout.numel, dtype=model.dtype, device=model.device)
         identity = IdentityProjector().bind(model.layout, model.key)
-        return inverse.solve(model.targets(identity, snapshot.target_rows)["features"])
+        return model.targets(identity, snapshot.target_rows)["features"]
 
     def _inverse(self, snapshot: SnapshotFeatures) -> Inverse:
         """Prepare the inverse, once for all targets and, but for the last step, for all dampings."""
         return self._prepared(snapshot, self.solver, "inverse")
 
-    def _forms(self, snapshot: SnapshotFeatures) -> tuple[Tensor, Tensor]:
+    def _forms(self, snapshot: SnapshotFeatures) -> Tensor:
         key = f"forms {self.damping_at(snapshot)}"
         if key not in snapshot.memo:
             inverse = self._inverse(snapshot)
             if self.self_influence == "ekfac":
                 inverse = self._prepared(snapshot, EKFAC(), "approximate inverse")
-            snapshot.memo[key] = inverse.quadratic_forms(squared=self.relative == "theta")
-        forms: tuple[Tensor, Tensor] = snapshot.memo[key]
+            snapshot.memo[key] = torch.stack(inverse.quadratic_forms(squared=self.relative == "theta"))
+        forms: Tensor = snapshot.memo[key]
         return forms
 
     def _prepared(self, snapshot: SnapshotFeatures, solver: Solver, name: str) -> Inverse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from lightning_attr.curvature.fisher import (
     usual_labels,
 )
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
-from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
+from lightning_attr.curvature.kronecker_inverse import InverseForms, KroneckerInverse
 from lightning_attr.curvature.kronecker_layout import KroneckerLayout
 from lightning_attr.curvature.rows import Product
 from lightning_attr.curvature.sherman_morrison import mean_of_inverses
@@ -29,13 +30,16 @@ from lightning_attr.gradients import HookedGradients
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.methods.curvatures import TrainingCurvature, check_outputs
 from lightning_attr.methods.solvers import Inverse, Prepared, Solver
-from lightning_attr.projectors import IdentityProjector
+from lightning_attr.projectors import IdentityProjector, Projection
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.snapshot_model import Batches, SnapshotModel
 
 __all__ = ["EKFAC", "KFAC", "DataInf"]
 
 log = logging.getLogger(__name__)
+
+_DRAWS_AN_OUTPUT = 40
+"""Draws of mixed labels, of all samples together, for each output of a layer: factors of fewer rank worse."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,12 @@ class EKFAC(Solver):
     over the training set, and are kept beside the snapshot. The damping is relative to each layer's mean eigenvalue.
 
     Args:
-        labels: "exact" for the expectation over the model's own labels, at the price of a pass a label; "sampled" for
-            one a sample and pass; "auto" for exact ones of up to 16 classes, or up to 16 outputs of a regression, and
-            sampled ones beyond. With ``curvature="empirical_fisher"`` they are the observed ones. The evidence says as
-            ``labels`` which were taken.
+        labels: "exact" for the expectation over the model's own labels, at the price of a pass a label; "mixed" for all
+            labels at once with random signs, of the same expectation: one pass where there are 40 training samples to
+            each output of the widest layer, and more where there are fewer; "sampled" for one label a sample and pass;
+            "auto" for mixed ones of up to 16 classes, or up to 16 outputs of a regression, unless exact ones take no
+            more passes, and sampled ones beyond. With ``curvature="empirical_fisher"`` they are the observed ones. The
+            evidence says as ``labels`` which were taken.
 
     Raises:
         ValueError: if ``labels`` is none of these.
@@ -64,11 +70,13 @@ class EKFAC(Solver):
     curvatures: ClassVar[tuple[str, ...]] = ("ggn", "empirical_fisher")
     usual_damping: ClassVar[float] = 0.1
     method: ClassVar[KroneckerMethod] = "ekfac"
-    labels: Literal["auto", "exact", "sampled"] = "auto"
+    labels: Literal["auto", "exact", "mixed", "sampled"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.labels not in {"auto", "exact", "sampled"}:
-            raise ValueError(f"Expected argument `labels` to be 'auto', 'exact' or 'sampled', but got {self.labels!r}.")
+        if self.labels not in {"auto", "exact", "mixed", "sampled"}:
+            raise ValueError(
+                f"Expected argument `labels` to be 'auto', 'exact', 'mixed' or 'sampled', but got {self.labels!r}."
+            )
 
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Fit the factors, or read them; see :meth:`Solver.prepare`.
@@ -86,15 +94,16 @@ class EKFAC(Solver):
         model = curvature.model
         layout = KroneckerLayout.of(model.module, hooked=model.plan.hooked, direct=model.plan.direct)
         streams = _Streams(model, layout.names)
+        draws = math.ceil(_DRAWS_AN_OUTPUT * max(block.rows for block in layout.blocks) / model.n_train)
         if curvature.curvature == "empirical_fisher":
             labels: Labels = "observed"
         else:
             check_outputs(model)
-            labels = streams.usual_labels() if self.labels == "auto" else self.labels
+            labels = streams.usual_labels(draws) if self.labels == "auto" else self.labels
 
         def compute() -> dict[str, Tensor]:
-            # Only draws differ between the passes.
-            same = RepeatedPasses(lambda: streams.fisher(labels))
+            # Only labels that are sampled differ between the passes.
+            same = RepeatedPasses(lambda: streams.fisher(labels, (seed, model.key), draws))
             factors = KroneckerFactors.fit(
                 layout,
                 same if labels != "sampled" else lambda number: streams.fisher(labels, (seed, model.key, number)),
@@ -104,7 +113,7 @@ class EKFAC(Solver):
             )
             return factors.tensors()
 
-        drawn = seed if labels == "sampled" else None
+        drawn = seed if labels in {"mixed", "sampled"} else None
         digest = hashed_seed(labels, drawn, str(model.dtype), model.n_train, layout.parameters.digest, *layout.names)
         tensors = model.kept(f"kronecker-{digest:016x}", compute)
         tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
@@ -145,17 +154,18 @@ class _Streams:
         """Training samples of this process, completed."""
         return ((rows, self.model.completed(rows, batch)) for rows, batch in self.model.train_batches())
 
-    def usual_labels(self) -> Labels:
-        """Exact labels if all processes find them few."""
+    def usual_labels(self, draws: int) -> Labels:
+        """The most careful labels that any process would take: those that are drawn cost the least."""
         module: Any = self.model.module
-        many = torch.zeros((), device=self.model.device)
+        names: tuple[Labels, ...] = ("mixed", "exact", "sampled")
+        votes = torch.zeros(len(names), device=self.model.device)
         for rows, batch in islice(self.batches(), 1):
             with torch.no_grad(), self.model.precision():
                 distribution = module.model_output.distribution(*module.attribution_step(batch))
-            many += usual_labels(distribution, len(rows)) == "sampled"
-        return "sampled" if self.model.reduce(many) > 0 else "exact"
+            votes[names.index(usual_labels(distribution, len(rows), draws))] += 1
+        return names[max(self.model.reduce(votes).nonzero().flatten().tolist(), default=0)]
 
-    def fisher(self, labels: Labels, key: tuple[object, ...] = ()) -> Iterator[GradientBatch]:
+    def fisher(self, labels: Labels, key: tuple[object, ...] = (), draws: int = 1) -> Iterator[GradientBatch]:
         """Gradients of the loss for labels of the model's own, or for those observed."""
         module: Any = self.model.module
         for rows, batch in self.batches():
@@ -164,7 +174,7 @@ class _Streams:
                 continue
             step, output = module.attribution_step, module.model_output
             with self.model.precision():
-                own = fisher_batch(self.gradients, step, batch, output, rows, labels=labels, key=key)
+                own = fisher_batch(self.gradients, step, batch, output, rows, labels=labels, key=key, draws=draws)
             yield replace(own, streams=[partial(self._precisely, stream) for stream in own.streams])
 
     def outputs(self, batch: Any, size: int) -> GradientStream:
@@ -192,6 +202,9 @@ class _Kronecker(Inverse):
 
     def solve(self, rows: Tensor) -> Tensor:
         return self.inverse.apply(rows)
+
+    def joint(self, vectors: Tensor, powers: Sequence[int]) -> Projection | None:
+        return InverseForms(self.inverse, vectors, powers)
 
     def quadratic_forms(self, squared: bool = True) -> tuple[Tensor, Tensor]:
         """From the factored gradients: a pass for each form, and no gradient is formed."""

@@ -3,7 +3,7 @@ r"""How :math:`(C + \lambda I)^{-1}` is applied: what a solver is, and those tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,7 +16,7 @@ from lightning_attr.curvature.products import dense
 from lightning_attr.curvature.rows import Product
 from lightning_attr.errors import NegativeCurvatureError
 from lightning_attr.methods.curvatures import TrainingCurvature
-from lightning_attr.projectors import MatrixProjection
+from lightning_attr.projectors import MatrixProjection, Projection
 from lightning_attr.randomness import gaussian, hashed_seed
 
 __all__ = ["Arnoldi", "Explicit", "Inverse", "Prepared", "Solver", "absolute_damping"]
@@ -56,6 +56,18 @@ class Inverse(ABC):
         Returns:
             ``(r, p)``, of the same dtype.
         """
+
+    def joint(self, vectors: Tensor, powers: Sequence[int]) -> Projection | None:
+        r"""Give a map of gradients to products with solved vectors and, after them, to quadratic forms of their own.
+
+        Args:
+            vectors: ``(r, p)``, ``r > 0``.
+            powers: ``k`` of each form :math:`\nabla f_i^\top (C + \lambda I)^{-k} \nabla f_i`.
+
+        Returns:
+            The map, of ``r + len(powers)`` features; None if both together are no shorter than one after the other.
+        """
+        return None
 
     def preconditioner(self) -> Product:
         """Give something positive definite that is close to the inverse.

@@ -90,10 +90,9 @@ class TRAK(KernelMethod):
                 "Expected argument `exact` to come without `projector`, which it would ignore, and without `per_layer`."
             )
         super().__init__(projector or KroneckerProjector(proj_dim, seed), damping, per_layer, truth)
-        if exact:
-            self.projector = None
-        self.proj_dim = self.projector.proj_dim if self.projector is not None else proj_dim
         self.exact = exact
+        if exact:
+            self.projector, self.proj_dim = None, proj_dim
         self.newton_weights = newton_weights
         self.balanced = balanced
         self.loo_correction = loo_correction

@@ -28,8 +28,12 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "cnn": {"damping": 1.0},  # as without the start
     },
     "TRAK, exact, one model, ours": {"lr": {"damping": 1.0}, "mlp": {"damping": 1.0}, "cnn": {"damping": 3.0}},
-    "TRAK, exact, one run, ours": dict.fromkeys(("lr", "mlp", "cnn"), {"damping": 1.0}),
-    "TRAK, exact, one run from the start, ours": dict.fromkeys(("lr", "mlp", "cnn"), {"damping": 1.0}),
+    "TRAK, exact, one run, ours": {"lr": {"damping": 1.0}, "mlp": {"damping": 1.0}, "cnn": {"damping": 1.0}},
+    "TRAK, exact, one run from the start, ours": {
+        "lr": {"damping": 1.0},
+        "mlp": {"damping": 1.0},
+        "cnn": {"damping": 1.0},
+    },
     "TRAK + EK-FAC, one run from the start, ours": {
         "lr": {"trak": 0.3, "ekfac": 0.1},
         "mlp": {"trak": 1.0, "ekfac": 0.03},  # as for each alone
@@ -56,10 +60,9 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "mlp": {"regularization": 0.001},
         "cnn": {"regularization": 0.001},  # as on mlp
     },
-    # Ours tuned on lr with exact labels, the default; on mlp and cnn with sampled ones
-    "K-FAC, ours": {"lr": {"damping": 0.1}, "mlp": {"damping": 0.1}, "cnn": {"damping": 0.03}},
+    "K-FAC, ours": {"lr": {"damping": 0.1}, "mlp": {"damping": 0.3}, "cnn": {"damping": 0.1}},
     "K-FAC, kronfluence": {"lr": {"damping": None}, "mlp": {"damping": None}, "cnn": {"damping": None}},
-    "EK-FAC, ours": {"lr": {"damping": 0.03}, "mlp": {"damping": 0.03}, "cnn": {"damping": 0.03}},
+    "EK-FAC, ours": {"lr": {"damping": 0.03}, "mlp": {"damping": 0.1}, "cnn": {"damping": 0.1}},
     "EK-FAC, one run, ours": {"lr": {"damping": 0.03}, "mlp": {"damping": 0.03}, "cnn": {"damping": 0.01}},
     "EK-FAC, kronfluence": {"lr": {"damping": None}, "mlp": {"damping": None}, "cnn": {"damping": None}},
     "EK-FAC, dattri": {"lr": {"damping": 0.001}, "mlp": {"damping": 0.001}, "cnn": {"damping": 0.001}},

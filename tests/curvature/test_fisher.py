@@ -121,6 +121,52 @@ def test_exact_labels_give_the_curvature_of_the_loss(model_output: ModelOutput) 
     assert (batch.samples, batch.labels) == (1, 3 if several else 1 + isinstance(model_output, BinaryMargin))
 
 
+@pytest.mark.parametrize("model_output", [MulticlassMargin(), BinaryMargin(), Regression(0.5)])
+def test_mixed_labels_have_the_expectation_of_exact_ones(model_output: ModelOutput) -> None:
+    torch.manual_seed(0)
+    several, copies = isinstance(model_output, MulticlassMargin), 4000
+    module = nn.Linear(2, 3 if several else 1, bias=False).double()
+    x = torch.randn(1, 2, dtype=torch.float64)
+    y = torch.zeros(1, dtype=torch.long if several else torch.float64)
+    hooks = HookedGradients(module, ["weight"], direct=())
+
+    def moment(labels: Any, count: int, draws: int = 1) -> Tensor:
+        given = x.expand(count, 2), y.expand(count)
+        batch = fisher_batch(
+            hooks, lambda b: (module(b[0]), b[1]), given, model_output, range(count), labels=labels, draws=draws
+        )
+        assert (batch.samples, len(batch.streams)) == (count, draws)
+        rows: list[Tensor] = []
+        for stream in batch.streams:
+            stream(lambda gradients: rows.extend(gradients["weight"].materialise().flatten(1)))
+        return torch.stack([torch.outer(g, g) for g in rows]).sum(0) / count
+
+    exact = moment("exact", 1)
+    for draws in (1, 2):
+        found = moment("mixed", copies, draws)
+        assert (found - exact).abs().max() < 0.06 * exact.abs().max()
+
+
+def test_mixed_labels_depend_on_row_and_key_alone() -> None:
+    module, hooks = module_and_gradients()
+    x = torch.randn(6, 2).double()
+
+    def weights(rows: list[int], labels: int = 0, key: tuple[object, ...] = (0,)) -> list[Tensor]:
+        batch = (x[rows], torch.full((len(rows),), labels))
+        found: list[Tensor] = []
+        for stream in fisher_batch(
+            hooks, lambda b: (module(b[0]), b[1]), batch, MulticlassMargin(), rows, labels="mixed", key=key, draws=2
+        ).streams:
+            stream(lambda gradients: found.append(gradients["weight"].materialise()))
+        return found
+
+    first, second = weights([*range(6)])
+    for whole, part in zip((first, second), weights([4, 1], labels=2), strict=True):
+        torch.testing.assert_close(part, whole[[4, 1]])
+    assert not torch.allclose(first.abs(), second.abs())
+    assert not torch.allclose(first.abs(), weights([*range(6)], key=(1,))[0].abs())
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 20])
 def test_exact_labels_take_no_more_memory_than_one(size: int) -> None:
     module, hooks = module_and_gradients()
@@ -141,13 +187,16 @@ def test_exact_labels_take_no_more_memory_than_one(size: int) -> None:
 def test_usual_labels_are_exact_where_they_are_few() -> None:
     few = [Categorical(logits=torch.zeros(2, 16)), Bernoulli(probs=torch.zeros(2, 1)), Normal(torch.zeros(2, 16), 1.0)]
     assert [usual_labels(distribution, 2) for distribution in few] == ["exact"] * 3
+    assert [usual_labels(distribution, 2, draws=1) for distribution in few] == ["mixed"] * 3
+    assert [usual_labels(distribution, 2, draws=2) for distribution in few] == ["mixed", "exact", "mixed"]
     many = [
         Categorical(logits=torch.zeros(2, 17)),
         Categorical(logits=torch.zeros(2, 5, 3)),
         Bernoulli(probs=torch.zeros(2, 2)),
         Normal(torch.zeros(2, 17), 1.0),
     ]
-    assert [usual_labels(distribution, 2) for distribution in many] == ["sampled"] * 4
+    for draws in (None, 1):
+        assert [usual_labels(distribution, 2, draws) for distribution in many] == ["sampled"] * 4
     with pytest.raises(TypeError, match=r"but got Laplace"):
         usual_labels(Laplace(torch.zeros(2), 1.0), 2)
 
@@ -179,7 +228,7 @@ def test_sampled_labels_do_not_depend_on_the_observed_ones() -> None:
     assert not torch.equal(totals[0], totals[2])
 
 
-@pytest.mark.parametrize("labels", ["sampled", "exact"])
+@pytest.mark.parametrize("labels", ["sampled", "exact", "mixed"])
 def test_loss_without_distribution_is_refused(labels: Any) -> None:
     module, hooks = module_and_gradients()
     x, y = torch.randn(4, 2).double(), torch.zeros(4)
@@ -197,7 +246,7 @@ def test_loss_without_distribution_is_refused(labels: Any) -> None:
 
 def test_unknown_labels_are_refused() -> None:
     _, hooks = module_and_gradients()
-    with pytest.raises(ValueError, match="`labels` to be one of sampled, observed, exact, but got 'true'"):
+    with pytest.raises(ValueError, match="`labels` to be one of sampled, observed, exact, mixed, but got 'true'"):
         fisher_batch(hooks, lambda b: (None, None), (), Regression(), [0], labels="true")  # type: ignore[arg-type]
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.curvature import kronecker_rotation
 from lightning_attr.curvature.fisher import GradientBatch
 from lightning_attr.curvature.kronecker_factors import BlockFactors, KroneckerFactors
-from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
+from lightning_attr.curvature.kronecker_inverse import InverseForms, KroneckerInverse
 from lightning_attr.curvature.kronecker_layout import KroneckerLayout
 from lightning_attr.gradients import HookedGradients, ParameterGradient, materialise
 from lightning_attr.gradients.hooks import LayerSink
@@ -143,6 +144,24 @@ def test_quadratic_form_of_single_positions() -> None:
     gradients = flat_gradients(layer, x)
     found = inverse.quadratic_form(stream, 6)
     assert close(found, (gradients * inverse.apply(gradients)).sum(1))
+
+
+@pytest.mark.parametrize("method", ["ekfac", "kfac"])
+@pytest.mark.parametrize("chunk", [1, 2**25])
+def test_products_and_forms_of_one_pass(method: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kronecker_rotation, "CHUNK", chunk)
+    module, factors = fitted()
+    x, inverse = torch.randn(5, 4, 7), KroneckerInverse(factors, method=method)
+    gradients, vectors = flat_gradients(module, x), torch.randn(3, factors.layout.parameters.numel)
+    forms = InverseForms(inverse, vectors, powers=(1, 2))
+    features = torch.full((5, forms.dim), torch.nan)
+    with forms.filling(features) as add:
+        stream_of(module, factors.layout.names, x)(add)
+    solved = inverse.apply(gradients)
+    expected = [*(vectors @ solved.T), (gradients * solved).sum(1), solved.square().sum(1)]
+    for column, values in zip(features.T, expected, strict=True):
+        assert close(column, values)
+    assert forms.names == {"conv.weight", "conv.bias", "twice.weight", "twice.bias", "head.weight"}
 
 
 def test_no_vectors() -> None:

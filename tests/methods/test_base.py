@@ -56,8 +56,11 @@ def test_trak_config() -> None:
         "newton_weights": False,
         "loo_correction": False,
         "balanced": True,
+        "exact": False,
         "projector": {"kind": "kronecker", "proj_dim": 100, "seed": 5},
     }
+    exact = TRAK(proj_dim=100, exact=True).config
+    assert (exact["exact"], exact["proj_dim"], exact["projector"]) == (True, 100, None)
     assert TRAK(projector=RademacherProjector(64)).config["projector"]["kind"] == "rademacher"
     assert TRAK(projector=IdentityProjector()).config["projector"] == {"kind": "identity"}
 

@@ -347,7 +347,7 @@ def test_bad_arguments(settings: Any, message: str) -> None:
 
 
 def test_bad_solver_settings() -> None:
-    with pytest.raises(ValueError, match="`labels` to be 'auto', 'exact' or 'sampled', but got 'observed'"):
+    with pytest.raises(ValueError, match="`labels` to be 'auto', 'exact', 'mixed' or 'sampled', but got 'observed'"):
         EKFAC("observed")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`batch_size` to be a positive integer, but got 0"):
         LiSSA(batch_size=0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_attr.curvature import fisher
-from lightning_attr.methods import EKFAC, KFAC, ConjugateGradient, Influence, SnapshotFeatures
+from lightning_attr.methods import EKFAC, KFAC, ConjugateGradient, Influence, SnapshotFeatures, layer_solvers
 from lightning_attr.outputs import NegativeLoss
 
 
@@ -24,26 +24,56 @@ def labels_of(features: SnapshotFeatures, **settings: Any) -> tuple[Tensor, str]
 
 
 @pytest.mark.parametrize("kind", [EKFAC, KFAC])
-def test_labels_are_exact_where_they_are_few(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_mixed_where_there_are_few_labels_and_many_samples(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, train, targets = network()
-    exact, sampled = (
-        scored(Influence(solver=kind(labels)), snapshot(module, train, targets))[0] for labels in ("exact", "sampled")
+
+    def taken(**settings: Any) -> tuple[Tensor, str]:
+        return labels_of(snapshot(module, train, targets), **settings)
+
+    exact, mixed, sampled = (taken(solver=kind(labels))[0] for labels in ("exact", "mixed", "sampled"))
+    assert not torch.allclose(mixed, exact, rtol=0.01)
+    assert not torch.allclose(sampled, exact, rtol=0.01)
+    for samples_an_output, few, labels, expected in (
+        (40, 16, "exact", exact),  # 40 draws an output are more than there are labels
+        (0.1, 2, "sampled", sampled),
+    ):
+        monkeypatch.setattr(layer_solvers, "_DRAWS_AN_OUTPUT", samples_an_output)
+        monkeypatch.setattr(fisher, "_FEW_LABELS", few)
+        scores, found = taken(solver=kind())
+        assert found == labels
+        assert torch.equal(scores, expected)
+    monkeypatch.setattr(fisher, "_FEW_LABELS", 16)
+    scores, found = taken(solver=kind())
+    assert found == "mixed"
+    assert torch.equal(scores, taken(solver=kind("mixed"))[0])
+    assert not torch.equal(scores, taken(solver=kind(), seed=1)[0])
+    assert taken(solver=kind(), curvature="empirical_fisher")[1] == "observed"
+
+
+def test_many_draws_are_as_good_as_exact_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, train, targets = network()
+    monkeypatch.setattr(layer_solvers, "_DRAWS_AN_OUTPUT", 400)
+    exact, mixed = (
+        labels_of(snapshot(module, train, targets), solver=solver)[0] for solver in (EKFAC("exact"), EKFAC("mixed"))
     )
-    scores, labels = labels_of(snapshot(module, train, targets), solver=kind())
-    assert labels == "exact"
-    assert torch.equal(scores, exact)
-    assert not torch.allclose(scores, sampled, rtol=0.01)
-    monkeypatch.setattr(fisher, "_FEW_LABELS", 2)
-    scores, labels = labels_of(snapshot(module, train, targets), solver=kind())
-    assert labels == "sampled"
-    assert torch.equal(scores, sampled)
-    _, labels = labels_of(snapshot(module, train, targets), solver=kind(), curvature="empirical_fisher")
-    assert labels == "observed"
+    assert (mixed - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("labels", ["mixed", "sampled"])
+def test_draws_do_not_depend_on_the_batches(labels: Any) -> None:
+    module, train, targets = network()
+    whole, parts = (
+        scored(Influence(solver=EKFAC(labels)), snapshot(module, train, targets, size)) for size in (len(train[0]), 7)
+    )
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_factors_that_are_kept_are_those_of_the_labels_taken(tmp_path: Path) -> None:
     module, train, targets = network()
-    for labels, files in (("auto", 1), ("exact", 1), ("sampled", 2)):
+    for labels, files in (("auto", 1), ("exact", 1), ("sampled", 2), ("mixed", 3)):
         scored(Influence(solver=EKFAC(labels)), snapshot(module, train, targets, folder=tmp_path))
         assert len(list(tmp_path.iterdir())) == files
 
@@ -126,7 +156,7 @@ def test_the_hessian_of_a_training_step() -> None:
     torch.testing.assert_close(own, (g * torch.linalg.solve(hessian, g.T).T).sum(1) / N)
 
 
-@pytest.mark.parametrize("labels", ["auto", "exact", "sampled"])
+@pytest.mark.parametrize("labels", ["auto", "exact", "mixed", "sampled"])
 def test_labels_of_the_model_need_the_mixin(labels: Any) -> None:
     _, train, targets = network()
     with pytest.raises(TypeError, match=r"Expected Bare to have lightning_attr.AttributionMixin among its bases"):

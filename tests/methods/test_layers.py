@@ -130,7 +130,7 @@ def test_modules_with_a_training_step_alone_have_no_outputs() -> None:
 
 def test_batches_are_split_by_the_memory_budget() -> None:
     class Halves(MemoryBudget):
-        def _fitting(self, batch_size: int) -> int:
+        def _fitting(self, demand: Any, batch_size: int) -> int:
             return batch_size // 2
 
     model = model_of(Classifier())

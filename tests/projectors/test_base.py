@@ -124,7 +124,8 @@ def test_dtypes_change_nothing_but_rounding(kind: str) -> None:
     low = _project(projection, single, 4, torch.float32)
     high = _project(projection, {name: g.double() for name, g in single.items()}, 4)
     again = _project(projection, single, 4, torch.float32)
-    torch.testing.assert_close(low.double(), high, rtol=1e-5, atol=1e-5)
+    error = (low.double() - high).norm() / high.norm()
+    assert error < (2e-4 if kind == "rademacher" else 1e-6)  # which rounds float32 to 16 bits where that is faster
     assert torch.equal(low, again)
 
 
