@@ -199,7 +199,7 @@ def fisher_batch(
         outputs, targets = step(batch)
         with torch.no_grad():
             count = label_count(model_output.distribution(outputs, targets), size)
-        again = [*range(size)] * count
+        again = torch.arange(size).repeat(count)
         losses = weighted(select_rows(outputs, size, again), select_rows(targets, size, again), len(again))
         signs = 1 - 2 * (row_uniforms(rows, count, "signs", draw, *key) < 0.5).to(losses)
         total: Tensor = (losses.view(count, size).T * signs).sum(1)

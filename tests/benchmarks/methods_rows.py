@@ -112,7 +112,10 @@ ROWS = [
     Row(
         "TRAK + EK-FAC, one run from the start",
         "ours",
-        equal_sum(trak=ours(TRAK, WHOLE_RUN), ekfac=ours(influence("ggn", "ekfac", snapshots="all"), WHOLE_RUN)),
+        equal_sum(
+            trak=ours(partial(TRAK, exact=True), WHOLE_RUN),
+            ekfac=ours(influence("ggn", "ekfac", snapshots="all"), WHOLE_RUN),
+        ),
         [{"trak": t, "ekfac": e} for t in (0.3, 1.0) for e in (0.01, 0.03, 0.1)],
     ),
     # Influence functions

@@ -35,9 +35,9 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "cnn": {"damping": 1.0},
     },
     "TRAK + EK-FAC, one run from the start, ours": {
-        "lr": {"trak": 0.3, "ekfac": 0.1},
-        "mlp": {"trak": 1.0, "ekfac": 0.03},  # as for each alone
-        "cnn": {"trak": 1.0, "ekfac": 0.01},  # as for each alone
+        "lr": {"trak": 1.0, "ekfac": 0.1},
+        "mlp": {"trak": 0.3, "ekfac": 0.1},
+        "cnn": {"trak": 1.0, "ekfac": 0.03},
     },
     "IF explicit (Hessian), captum": {"lr": {"hessian_reg": 1e-3}},
     "IF CG (Hessian), dattri": {"lr": {"max_iter": 40}},
@@ -63,7 +63,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "K-FAC, ours": {"lr": {"damping": 0.1}, "mlp": {"damping": 0.3}, "cnn": {"damping": 0.1}},
     "K-FAC, kronfluence": {"lr": {"damping": None}, "mlp": {"damping": None}, "cnn": {"damping": None}},
     "EK-FAC, ours": {"lr": {"damping": 0.03}, "mlp": {"damping": 0.1}, "cnn": {"damping": 0.1}},
-    "EK-FAC, one run, ours": {"lr": {"damping": 0.03}, "mlp": {"damping": 0.03}, "cnn": {"damping": 0.01}},
+    "EK-FAC, one run, ours": {"lr": {"damping": 0.03}, "mlp": {"damping": 0.1}, "cnn": {"damping": 0.03}},
     "EK-FAC, kronfluence": {"lr": {"damping": None}, "mlp": {"damping": None}, "cnn": {"damping": None}},
     "EK-FAC, dattri": {"lr": {"damping": 0.001}, "mlp": {"damping": 0.001}, "cnn": {"damping": 0.001}},
     "LoGra, ours": {"lr": {"damping": 0.3}, "mlp": {"damping": 0.3}, "cnn": {"damping": 1.0}},
