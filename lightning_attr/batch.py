@@ -93,7 +93,6 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int] | Tensor) -> An
         >>> select_rows({"x": torch.arange(3), "text": ["a", "b", "c"]}, 3, [2])
         {'x': tensor([2]), 'text': ['c']}
     """
-
     index = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=torch.long)
 
     def select(data: Any) -> Any:

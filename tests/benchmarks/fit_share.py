@@ -1,8 +1,9 @@
 """Which share of a training's time the callback takes, with its default schedule, on the digits CNN from end to end.
 
-Run `python tests/benchmarks/fit_share.py [--repeats N] [--setting cnn | mlp] [--json FILE] [--profile]`. Trainings with
-and without `AttributionCallback()` alternate, from the same seeds; the share is 1 - (time without) / (time with), the
-median over the pairs. `--profile` prints instead where the callback's time goes.
+Run `python tests/benchmarks/fit_share.py [--repeats N] [--setting cnn | mlp] [--exact] [--json FILE] [--profile]`. With
+`--exact` the method is `TRAK(exact=True)`, for which the callback stores the weights only. Trainings with and without
+the callback alternate, from the same seeds; the share is 1 - (time without) / (time with), the median over the pairs.
+`--profile` prints instead where the callback's time goes.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ import torch
 
 from digits import SETTINGS, DigitsClassifier, DigitsData, Setting
 from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.methods import TRAK
 
 SEED = 0
 
 
-def fit(setting: Setting, callback: bool, epochs: int) -> tuple[float, torch.Tensor]:
+def fit(setting: Setting, method: TRAK | None, epochs: int) -> tuple[float, torch.Tensor]:
     """Train from the seed; seconds of `Trainer.fit`, and the weights at its end."""
     L.seed_everything(SEED, verbose=False)
     module, data = DigitsClassifier(setting), DigitsData(setting)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             max_epochs=epochs,
-            callbacks=[AttributionCallback(Path(folder) / "store")] if callback else [],
+            callbacks=[] if method is None else [AttributionCallback(Path(folder) / "store", method)],
             accelerator="cpu",
             devices=1,
             logger=False,
@@ -49,11 +51,11 @@ def fit(setting: Setting, callback: bool, epochs: int) -> tuple[float, torch.Ten
     return elapsed, torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def profile(setting: Setting, epochs: int, lines: int = 30) -> None:
+def profile(setting: Setting, method: TRAK, epochs: int, lines: int = 30) -> None:
     """Print what runs longest inside the callback, by cumulated time."""
     profiler = cProfile.Profile()
     profiler.enable()
-    fit(setting, True, epochs)
+    fit(setting, method, epochs)
     profiler.disable()
     pstats.Stats(profiler).sort_stats("cumulative").print_stats("lightning_attr|callbacks", lines)
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, default="cnn")
     parser.add_argument("--epochs", type=int, help="by default those of the recipe")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--exact", action="store_true", help="TRAK without projection")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     parser.add_argument("--profile", action="store_true")
@@ -73,20 +76,21 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     setting = SETTINGS[arguments.setting]
     epochs = arguments.epochs or setting.epochs
-    fit(setting, True, 1)  # warm-up: imports, kernels
+    method = TRAK(exact=arguments.exact)
+    fit(setting, method, 1)  # warm-up: imports, kernels
 
     if arguments.profile:
-        profile(setting, epochs)
+        profile(setting, method, epochs)
         return
     pairs: list[tuple[float, float]] = []
     for i in range(arguments.repeats):
         order = (True, False) if i % 2 else (False, True)
-        found = {callback: fit(setting, callback, epochs) for callback in order}
+        found = {callback: fit(setting, method if callback else None, epochs) for callback in order}
         assert torch.equal(found[True][1], found[False][1])  # the callback has changed nothing
         pairs.append((found[True][0], found[False][0]))
     shares = sorted(1 - without / with_it for with_it, without in pairs)
     row: dict[str, Any] = {
-        "what": f"digits {setting.name}, {epochs} epochs: share of fit time that AttributionCallback() takes",
+        "what": f"digits {setting.name}, {epochs} epochs: share of fit time that the callback takes",
         "figure": statistics.median(with_it for with_it, _ in pairs),
         "reference": statistics.median(without for _, without in pairs),
         "ratio": statistics.median(shares),

@@ -83,14 +83,14 @@ def one_run(
         return trainer.attribute().scores.values
 
 
-def merged_runs(setting: Setting, n_runs: int) -> Tensor:
+def merged_runs(setting: Setting, n_runs: int, method: AttributionMethod) -> Tensor:
     """The callback in several runs from different seeds, their stores merged."""
     with tempfile.TemporaryDirectory() as folder:
         stores = [Path(folder) / str(seed) for seed in range(n_runs)]
         for seed, store in enumerate(stores):
-            trainer = fit(setting, AttributionCallback(store), seed)
+            trainer = fit(setting, AttributionCallback(store, method=method), seed)
         FeatureStore.merge(stores, Path(folder) / "merged")
-        return trainer.attribute(store=Path(folder) / "merged").scores.values
+        return trainer.attribute(store=Path(folder) / "merged", method=method).scores.values
 
 
 def fit(setting: Setting, callback: AttributionCallback, seed: int) -> AttributionTrainer:
@@ -115,7 +115,10 @@ ROWS: dict[str, Callable[[Setting], Tensor]] = {
     "TRAK(), one run, another seed": partial(one_run, method=TRAK(), seed=1),
     "TRAK(), one run from the start": partial(one_run, method=TRAK(), snapshots="start+geometric"),
     "TRAK(balanced=False), one run": partial(one_run, method=TRAK(balanced=False)),
-    "TRAK(), three runs merged": partial(merged_runs, n_runs=3),
+    "TRAK(), three runs merged": partial(merged_runs, n_runs=3, method=TRAK()),
+    "TRAK(exact=True), one run": partial(one_run, method=TRAK(exact=True)),
+    "TRAK(exact=True), one run from the start": partial(one_run, method=TRAK(exact=True), snapshots="start+geometric"),
+    "TRAK(exact=True), three runs merged": partial(merged_runs, n_runs=3, method=TRAK(exact=True)),
     "TRAK(newton_weights=False), one run": partial(one_run, method=TRAK(newton_weights=False)),
     "TRAK(), one run, dense projection": partial(one_run, method=TRAK(projector=RademacherProjector(2048))),
     "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
