@@ -134,8 +134,9 @@ class Featurizer:
             [name for name in names if wanted is None or name in wanted] for names in (plan.hooked, plan.fallback)
         )
         self.gradients = HookedGradients(module, hooked, plan.direct)
-        trainable = next(p for p in module.parameters() if p.requires_grad)
-        self.dtype = torch.promote_types(trainable.dtype, torch.float32)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        self.dtype = torch.promote_types(trainable[0].dtype, torch.float32)
+        self.numel = sum(p.numel() for p in trainable)
         self.fallback = {name: p for name, p in module.named_parameters() if name in fallback}
 
     def __call__(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -159,7 +160,7 @@ class Featurizer:
         if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
             return self._featurize(batch, rows)
         kind = f"{type(self.projection).__name__} {self.projection.dim}"
-        return self.memory.run(self._featurize, batch, rows, kind)
+        return self.memory.run(self._featurize, batch, rows, kind, self.projection.dim + self.numel)
 
     def _featurize(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)

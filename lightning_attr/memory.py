@@ -25,6 +25,8 @@ Rows: TypeAlias = "dict[str, Tensor]"
 
 _SHARE = 0.5
 """Of the free memory, by default: the loader, the shard being written and the user's own code want some, too."""
+_OF_INPUTS, _OF_NUMBERS = 10_000, 256
+"""Bytes for each byte of a sample's inputs and for each number of its gradient: many times what passes take."""
 _COMFORTABLE, _CACHED = 256, 2**25
 """Samples a batch, and bytes that stay in the caches of a processor: more than either is no faster."""
 
@@ -44,7 +46,7 @@ class _Demand:
 class MemoryBudget:
     """Splits batches into parts whose tensors stay within a limit; features do not depend on the split.
 
-    How much a sample takes is measured for each kind of pass, and again when larger samples come. Two samples go
+    How much a sample takes is measured for each kind of pass, and again when larger samples come: two samples go
     through while every tensor that comes to life is counted. If that is so little that no batch comes near the limit,
     it is all; else one sample and two tell what each takes, without what was made once and kept. Memory inside library
     calls is not seen.
@@ -80,7 +82,12 @@ class MemoryBudget:
         self._said = False
 
     def run(
-        self, function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], kind: str = ""
+        self,
+        function: Callable[[Any, Sequence[int]], Rows],
+        batch: Any,
+        rows: Sequence[int],
+        kind: str = "",
+        numbers: int | None = None,
     ) -> Rows:
         """Call a function on a batch, or on its parts.
 
@@ -89,6 +96,8 @@ class MemoryBudget:
             batch: ``b`` samples, on their device.
             rows: their row numbers.
             kind: of pass: those of one kind take the same memory.
+            numbers: of a sample's gradient and features. Where these and its inputs are so few that a batch cannot come
+                near the limit, and nobody has asked for one, nothing is measured.
 
         Returns:
             The columns of the whole batch.
@@ -99,9 +108,16 @@ class MemoryBudget:
         b = len(rows)
         tensors = batched_tensors(batch, b)
         inputs = sum(tensor.nbytes for tensor in tensors) // b
+        if self.limit is None:
+            free = free_bytes(tensors[0].device)
+            self.limit = int(_SHARE * free) if free is not None else None
+        if numbers is not None and not (self.demanded or self._careful):
+            ample = b * (_OF_INPUTS * inputs + _OF_NUMBERS * numbers)
+            if self.limit is not None and ample <= self.limit:
+                return function(batch, rows)
         demand = self._demands.setdefault(kind, _Demand())
         if inputs > demand.inputs:
-            self._measure(demand, function, batch, rows, tensors[0].device)
+            self._measure(demand, function, batch, rows)
             demand.inputs = inputs
         size = self._fitting(demand, b)
         if size >= b:
@@ -140,12 +156,8 @@ class MemoryBudget:
         function: Callable[[Any, Sequence[int]], Rows],
         batch: Any,
         rows: Sequence[int],
-        device: torch.device,
     ) -> None:
         b = len(rows)
-        if self.limit is None:
-            free = free_bytes(device)
-            self.limit = int(_SHARE * free) if free is not None else None
 
         def peak(count: int) -> int:
             part = select_rows(batch, b, range(count))

@@ -105,6 +105,7 @@ def test_target_sentences() -> None:
 
 
 def test_rows_are_those_of_the_part_that_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_attr.memory._OF_INPUTS", 2**60)  # measure, however small
     monkeypatch.setattr(MemoryBudget, "_fitting", lambda budget, demand, batch_size: 3)
     with pytest.raises(InvalidLabelError, match=rf"{EMPTY} \[2\] of the batch.* Look at dataset\[13\]\.$"):
         attributed(sentences(row13=-100))  # of the rows 8 to 15, the second part

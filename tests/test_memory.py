@@ -122,6 +122,25 @@ def test_small_samples_are_measured_once_and_never_too_low() -> None:
     assert budget._demands[""].per_sample == 1.5 * KB  # with half of what was made once
 
 
+def test_passes_that_cannot_come_near_the_limit_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ample = 7 * (10_000 * KB + 256 * 500)
+    for free, numbers, expected in [
+        (2 * ample, 500, [7, 7]),
+        (2 * ample, None, [2, 7, 7]),  # nobody says how many numbers there are
+        (2 * ample - 2, 500, [2, 7, 7]),
+        (None, 500, [2, 7, 7]),
+    ]:
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        sizes: list[int] = []
+        budget = MemoryBudget()
+        for _ in range(2):
+            budget.run(_doubled(sizes), _batch(7), range(7), numbers=numbers)
+        assert sizes == expected
+    sizes = []
+    MemoryBudget(10 * ample).run(_doubled(sizes), _batch(7), range(7), numbers=500)  # a limit that was asked for
+    assert sizes == [2, 7]
+
+
 def test_each_kind_of_pass_is_measured() -> None:
     few: list[int] = []
     many: list[int] = []
