@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.memory import free_bytes
 from lightning_attr.methods.base import SnapshotFeatures
 from lightning_attr.methods.kernel import triangular_inverse
 from lightning_attr.methods.model import model_of
@@ -25,8 +26,8 @@ from lightning_attr.projectors import GradientFactors
 
 __all__ = ["DualKernel", "SolvedSamples"]
 
-_MOST_ROWS = 2**14
-"""Training samples: four matrices of this side, in float64, take 8 GiB."""
+_MATRICES = 4
+"""As large as the kernel, in float64, at one time."""
 _KEPT_ROWS = 2**12
 """Training samples up to which a kernel is kept for the next targets: 128 MiB a snapshot."""
 _LEAST_WEIGHT = 1e-8
@@ -64,7 +65,7 @@ class DualKernel:
         own: rows of the blocks that this process has.
 
     Raises:
-        ValueError: if there are too many samples for a matrix over all of them, or the kernel is not finite.
+        ValueError: if kernel and gradients do not fit into memory, or the kernel is not finite.
 
     Example:
         >>> from torch import nn
@@ -84,12 +85,14 @@ class DualKernel:
     def __init__(self, snapshot: SnapshotFeatures, weighted: bool) -> None:
         model = model_of(snapshot)
         n = model.n_train
-        if n > _MOST_ROWS:
-            raise ValueError(
-                f"Expected at most {_MOST_ROWS:,} training samples for `exact=True`, but got {n:,}: their kernel takes "
-                f"{8 * n**2 / 1e9:,.0f} GB, several times. Leave `exact` out, and raise `proj_dim` if there is room."
-            )
         self.factors: GradientFactors = model.gradient_factors()
+        needed, free = 8 * _MATRICES * n**2 + model.dtype.itemsize * n * self.factors.dim, free_bytes(model.device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"Expected memory for the kernel and the gradients of all {n:,} training samples for `exact=True`, "
+                f"about {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free. Leave `exact` out, and raise "
+                "`proj_dim` where there is room."
+            )
         found = list(model.train(self.factors))
         self.own: Sequence[range] = [rows for rows, _ in found]
         self.columns = {name: _gathered(snapshot, n, found, name) for name in ("out_to_loss", "newton_weight")}

@@ -39,7 +39,7 @@ class TRAK(KernelMethod):
 
     With ``exact=True`` nothing is projected and nothing stored: the module runs at each snapshot, and in place of the
     kernel of features there is that of training samples, see :class:`lightning_attr.methods.dual.DualKernel`. It takes
-    some ``4 n ** 2`` numbers of memory, for at most 16,384 training samples; what a projection adds is noise.
+    some ``32 n ** 2`` bytes of memory for ``n`` training samples, and their gradients; what a projection adds is noise.
 
     Args:
         proj_dim: projection dimension of the default projector.

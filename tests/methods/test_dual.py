@@ -148,9 +148,13 @@ def test_a_singular_kernel_is_refused() -> None:
         list(TRAK(exact=True, damping=0.0).score([snapshot]))
 
 
-def test_too_many_samples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_attr.methods.dual._MOST_ROWS", 10)
-    with pytest.raises(ValueError, match=r"at most 10 training samples for `exact=True`, but got 12: .* Leave `exact`"):
+def test_what_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 4 * 8 * 12**2 + 8 * 12 * (4 + 5 + 5 + 3)
+    monkeypatch.setattr("lightning_attr.methods.dual.free_bytes", lambda device: needed)
+    DualKernel(snapshot_of(), weighted=True)
+    monkeypatch.setattr("lightning_attr.methods.dual.free_bytes", lambda device: needed - 1)
+    message = r"the gradients of all 12 training samples for `exact=True`, about 0\.0 GB, but .* Leave `exact` out"
+    with pytest.raises(ValueError, match=message):
         DualKernel(snapshot_of(), weighted=True)
 
 
