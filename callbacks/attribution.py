@@ -129,6 +129,7 @@ class AttributionCallback(L.Callback):
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
         self._path: Path | None = None
+        self._spare: list[Tensor] = []  # memory of shards, from one snapshot to the next
         self._forget()
 
     def _forget(self) -> None:
@@ -257,6 +258,7 @@ class AttributionCallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the last snapshot where nobody knew before that the run would end: early stopping, time limits."""
         self._record(trainer, pl_module, trainer.current_epoch - 1)
+        self._spare.clear()
         if self._rehearsal:
             return
         if trainer.is_global_zero:
@@ -301,11 +303,11 @@ class AttributionCallback(L.Callback):
         set_up_at(snapshot.projection, trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
         featurizer = Featurizer(pl_module, self.plan, projection, self.memory, snapshot.projection)
         title = f"Featurizing epoch {snapshot.epoch}" if snapshot.epoch >= 0 else "Featurizing the start"
-        with ShardWriter(self.store, key) as writer, progress(trainer, title, len(batches)) as advance:
+        with ShardWriter(self.store, key, self._spare) as writer, progress(trainer, title, len(batches)) as advance:
             for rows, batch in OrderedLoader(self.source, batches):
                 on_device = self._to_device(trainer, pl_module, batch)
                 with trainer.precision_plugin.forward_context():
-                    columns = featurizer(on_device, rows)
+                    columns = featurizer(on_device, rows, writer.room(rows, projection.dim, featurizer.dtype))
                 writer.add(rows, columns)
                 advance()
 

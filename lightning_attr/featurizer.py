@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,12 +140,13 @@ class Featurizer:
         self.numel = sum(p.numel() for p in trainable)
         self.fallback = {name: p for name, p in module.named_parameters() if name in fallback}
 
-    def __call__(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+    def __call__(self, batch: Any, rows: Sequence[int], room: Tensor | None = None) -> dict[str, Tensor]:
         """Featurize a batch.
 
         Args:
             batch: ``b`` samples, on the module's device.
             rows: their row numbers, for error messages.
+            room: ``(b, dim)``: where the features go, if they are computed there and at once.
 
         Returns:
             Column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``, ``out_to_loss``,
@@ -158,13 +160,16 @@ class Featurizer:
         """
         # Without gradients, a batch takes less than in training.
         if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
-            return self._featurize(batch, rows)
+            return self._featurize(batch, rows, room)
         kind = f"{type(self.projection).__name__} {self.projection.dim}"
-        return self.memory.run(self._featurize, batch, rows, kind, self.projection.dim + self.numel)
+        run = partial(self._featurize, room=room)
+        return self.memory.run(run, batch, rows, kind, self.projection.dim + self.numel)
 
-    def _featurize(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)
-        features = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=device)
+        if room is None or len(room) != len(rows) or room.device != device:  # a part of the batch, for instance
+            room = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=device)
+        features = room
         values: dict[str, Tensor] = {}
         drawn = [row + self.first_row for row in rows]
         with self.projection.filling(features) as add, named_samples(rows):

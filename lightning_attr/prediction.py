@@ -89,6 +89,7 @@ class AttributionStep(L.LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.result: AttributionResult | None = None
         self.writer: ShardWriter | None = None
+        self.spare: list[Tensor] = []
         self.kept: dict[str, RowTable] = {}  # columns of this process's training rows, of snapshots without shards
 
     # What is to be done --------------------------------------------------------------------------------------------
@@ -176,10 +177,10 @@ class AttributionStep(L.LightningModule):
         key, train, rows, inner = batch
         if key != self.current:
             self._load(key)
-        columns = (self.featurizer if train else self.target_featurizer)(inner, rows)
+        featurizer = self.featurizer if train else self.target_featurizer
         assert self.writer is not None  # of this snapshot
         table = self.kept.get(key, self.writer) if train else self.tables[key]
-        table.add(rows, columns)
+        table.add(rows, featurizer(inner, rows, table.room(rows, featurizer.projection.dim, featurizer.dtype)))
         return len(rows)
 
     def close(self, *failure: Any) -> None:
@@ -205,7 +206,7 @@ class AttributionStep(L.LightningModule):
         self.target_featurizer = Featurizer(
             self.module, self.target_plan, of_targets, self.memory, stream, self.first_target
         )
-        self.writer = ShardWriter(self.store, key)
+        self.writer = ShardWriter(self.store, key, self.spare)
         if self._stays(projection.dim):
             self.kept[key] = RowTable(len(self.train_data))
         self.layers = projection.layers  # the same at all snapshots

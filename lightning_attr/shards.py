@@ -26,6 +26,8 @@ class ShardWriter:
     Args:
         store: where to.
         key: the snapshot.
+        spare: memory for the features of a shard that earlier ones have left, for this writer and the next; memory that
+            is new comes page by page, which takes longer than a small model.
 
     Example:
         >>> import tempfile
@@ -41,9 +43,11 @@ class ShardWriter:
         >>> folder.cleanup()
     """
 
-    def __init__(self, store: FeatureStore, key: str) -> None:
+    def __init__(self, store: FeatureStore, key: str, spare: list[Tensor] | None = None) -> None:
         self.store = store
         self.key = key
+        self.spare = [] if spare is None else spare
+        self.features: Tensor | None = None  # of the shard that is being filled
         self.parts: list[Mapping[str, Tensor]] = []
         self.rows: list[int] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -59,16 +63,44 @@ class ShardWriter:
         Raises:
             AttributionError: if the shard before could not be written.
         """
-        self.parts.append({name: values.detach().cpu() for name, values in columns.items()})
+        own = {name: values.detach().cpu() for name, values in columns.items()}
+        if self.features is not None:
+            _put(own.pop("features"), self.features[len(self.rows) :][: len(rows)])
+        self.parts.append(own)
         self.rows += rows
         shard = rows[0] // self.store.manifest.shard_rows
         if self.rows == list(self.store.rows(shard)):
             whole = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
+            features, self.features = self.features, None
+            if features is not None:
+                whole["features"] = features[: len(self.rows)]
             self.parts, self.rows = [], []
             self._wait()
             # Started this late, it is seldom there when a loader forks its workers.
             self._thread = self._thread or ThreadPoolExecutor(1, "attribution-shards")
-            self._writing = self._thread.submit(self.store.write_shard, self.key, shard, whole)
+            self._writing = self._thread.submit(self._write, shard, whole, features)
+
+    def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
+        """Give the place of the next batch's features, where :meth:`add` looks for them.
+
+        Args:
+            rows: of the batch.
+            dim: number of features.
+            dtype: theirs.
+
+        Returns:
+            ``(b, dim)``, with any values; None in the middle of a shard that began without.
+        """
+        if self.features is None and not self.rows:
+            shape, spare = (self.store.manifest.shard_rows, dim), self.spare.pop() if self.spare else None
+            fits = spare is not None and (spare.shape, spare.dtype) == (shape, dtype)
+            self.features = spare if fits else torch.empty(shape, dtype=dtype)
+        return None if self.features is None else self.features[len(self.rows) :][: len(rows)]
+
+    def _write(self, shard: int, columns: Mapping[str, Tensor], features: Tensor | None) -> None:
+        self.store.write_shard(self.key, shard, columns)
+        if features is not None:
+            self.spare.append(features)
 
     def close(self) -> None:
         """Wait until everything is written; the thread is gone then, and more can be added all the same.
@@ -123,10 +155,39 @@ class RowTable:
             rows: its row numbers.
             columns: column name -> values ``(b, ...)``, on any device.
         """
-        ordered = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        index = slice(rows[0], rows[0] + len(rows)) if ordered else list(rows)  # copies at once, where it can
+        ordered = _ordered(rows)
         for name, values in columns.items():
             values = values.detach().cpu()
             if name not in self.columns:
                 self.columns[name] = values.new_zeros(self.num_rows, *values.shape[1:])
-            self.columns[name][index] = values
+            if ordered:  # copied at once
+                _put(values, self.columns[name][rows[0] : rows[0] + len(rows)])
+            else:
+                self.columns[name][list(rows)] = values
+
+    def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
+        """Give the place of a batch's features, where :meth:`add` looks for them.
+
+        Args:
+            rows: its row numbers.
+            dim: number of features.
+            dtype: theirs.
+
+        Returns:
+            ``(b, dim)``; None where rows are not in sequence.
+        """
+        if not _ordered(rows):
+            return None
+        if "features" not in self.columns:
+            self.columns["features"] = torch.zeros(self.num_rows, dim, dtype=dtype)
+        return self.columns["features"][rows[0] : rows[0] + len(rows)]
+
+
+def _ordered(rows: Sequence[int]) -> bool:
+    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
+
+
+def _put(values: Tensor, place: Tensor) -> None:
+    """Copy values, unless they are there already."""
+    if values.data_ptr() != place.data_ptr():
+        place.copy_(values)

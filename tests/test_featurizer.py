@@ -299,3 +299,17 @@ def test_memory_stays_within_the_budget(projector: Projector, arguments: dict[st
         torch.testing.assert_close(rows[name], values, rtol=1e-10, atol=1e-12)
     kept = sum(values.nbytes for values in rows.values())
     assert peak_bytes(lambda: bounded((x, y), range(N))) <= limit + 2 * kept  # the rows found, and their joining
+
+
+@pytest.mark.parametrize("limit", [None, 1], ids=["whole", "in parts"])
+def test_features_are_computed_in_the_room_that_they_are_given(limit: int | None) -> None:
+    module, (x, y) = _net(), _data()
+    free = _featurizer(module, (x[:4], y[:4]), KroneckerProjector(40))
+    expected = free((x, y), range(N))["features"]
+    if limit is not None:
+        limit = peak_bytes(lambda: free((x, y), range(N))) // 2
+    featurizer = Featurizer(module, free.plan, free.projection, MemoryBudget(limit))
+    room = torch.full((N, free.projection.dim), torch.nan, dtype=expected.dtype)
+    features = featurizer((x, y), range(N), room)["features"]
+    torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
+    assert (features.data_ptr() == room.data_ptr()) == (limit is None)

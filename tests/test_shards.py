@@ -43,6 +43,54 @@ def test_every_batch_size_gives_the_same_columns(store: FeatureStore, batch_size
     assert (writer.parts, writer.rows) == ([], [])
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_features_computed_in_their_room_are_not_copied(store: FeatureStore, batch_size: int) -> None:
+    values = torch.randn(N, 3, dtype=torch.float64)
+    spare: list[torch.Tensor] = []
+    for key in ("final", "again"):  # the second snapshot finds what the first has left
+        if key == "again":
+            store.add_snapshot(key, {"w": torch.ones(1)}, epoch=1, global_step=2, learning_rate=0.1)
+        left = {memory.data_ptr() for memory in spare}
+        with ShardWriter(store, key, spare) as writer:
+            for shard in range(store.manifest.num_shards):
+                rows = store.rows(shard)
+                for start in range(rows.start, rows.stop, batch_size):
+                    batch = list(range(start, min(start + batch_size, rows.stop)))
+                    room = writer.room(batch, 3, torch.float64)
+                    assert room is not None
+                    assert room.shape == (len(batch), 3)
+                    assert key == "final" or writer.features is None or writer.features.data_ptr() in left
+                    if start % 2:  # from elsewhere, as from a batch that went through in parts
+                        room = values[batch]
+                    else:
+                        room.copy_(values[batch])
+                    writer.add(batch, {"features": room, "loss": values[batch, 0]})
+        assert torch.equal(store.column(key, "features"), values)
+        assert torch.equal(store.column(key, "loss"), values[:, 0])
+    assert 1 <= len(spare) <= 2
+
+
+def test_spare_memory_of_another_size_or_type_is_not_used(store: FeatureStore) -> None:
+    spare = [torch.zeros(8, 3), torch.zeros(8, 2)]
+    writer = ShardWriter(store, "final", spare)
+    room = writer.room([0, 1], 3, torch.float32)
+    assert room is not None
+    assert room.shape == (2, 3)
+    writer = ShardWriter(store, "final", [torch.zeros(8, 3)])
+    room = writer.room([0, 1], 3, torch.float64)
+    assert room is not None
+    assert room.dtype == torch.float64
+
+
+def test_no_room_in_a_shard_that_began_without(store: FeatureStore) -> None:
+    values = torch.randn(8, 2, dtype=torch.float64)
+    with ShardWriter(store, "final") as writer:
+        writer.add([0, 1], {"features": values[:2]})
+        assert writer.room([2, 3], 2, torch.float64) is None
+        writer.add(list(range(2, 8)), {"features": values[2:]})
+    assert torch.equal(store.shard("final", 0)["features"], values)
+
+
 def test_a_shard_is_there_as_soon_as_its_last_batch_and_not_before(store: FeatureStore) -> None:
     writer = ShardWriter(store, "final")
     for start, missing in ((8, [0, 1, 2]), (12, [0, 2]), (0, [0, 2]), (4, [2])):
@@ -189,6 +237,17 @@ def test_a_table_takes_rows_in_any_order_and_again() -> None:
     assert torch.equal(table.columns["features"], values)
     assert torch.equal(table.columns["label"], labels)
     assert table.columns["label"].dtype == torch.int64
+
+
+def test_room_in_a_table() -> None:
+    table = RowTable(5)
+    room = table.room([1, 2], 2, torch.float64)
+    assert room is not None
+    room[:] = 7
+    table.add([1, 2], {"features": room})
+    table.add([3], {"features": torch.ones(1, 2)})
+    assert table.room([0, 4], 2, torch.float64) is None  # not in sequence
+    assert table.columns["features"].tolist() == [[0, 0], [7, 7], [7, 7], [1, 1], [0, 0]]
 
 
 def test_rows_that_never_came_are_zero() -> None:
