@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,18 +83,24 @@ def plan_gradients(
         GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True, direct=(), outer=('weight', 'bias'))
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    reference, unused = _autograd_rows(sample_outputs or forward, trainable, batch, batch_size)
-    if not all(rows.isfinite().all() for rows in reference.values()):
-        _raise_not_finite(reference, loop_gradients(functional_output, trainable, batch, batch_size))
-    covered, direct, outer = _covered(module, forward, trainable, batch, batch_size, reference, unused)
+
+    def reference(names: Collection[str]) -> _Reference:
+        wanted = {name: p for name, p in trainable.items() if name in names}
+        return _Reference.of(sample_outputs or forward, wanted, batch, batch_size)
+
+    first = reference(trainable)
+    if not all(math.isfinite(norm) for norm in first.norms.values()):
+        _raise_not_finite(first.rows, loop_gradients(functional_output, trainable, batch, batch_size))
+    covered, direct, outer = _covered(module, forward, trainable, batch, batch_size, first, reference)
     fallback = {name: p for name, p in trainable.items() if name not in covered}
     vectorised = True
     if fallback:
-        vectorised = _vmap_agrees(functional_output, fallback, batch, batch_size, reference)
+        rows = _vmap_rows(functional_output, fallback, batch, batch_size)
+        vectorised = rows is not None and len(reference(fallback).agreeing(rows, first)) == len(fallback)
         if not vectorised:
             rows = loop_gradients(functional_output, fallback, batch, batch_size)
-            noise = 8 * torch.finfo(next(iter(trainable.values())).dtype).eps * _norm(reference)
-            wrong = [name for name in fallback if not _agree(rows[name], reference[name], noise)]
+            right = reference(fallback).agreeing(rows, first, rounding=8.0)
+            wrong = [name for name in fallback if name not in right]
             if wrong:
                 raise BatchDependenceError(
                     f"The gradient of a sample's model output in {_some(wrong)} changes with the samples beside it in "
@@ -171,27 +177,53 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
         )
 
 
-def _autograd_rows(
-    forward: Callable[[Any], Tensor], trainable: Mapping[str, Tensor], batch: Any, batch_size: int
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Each sample's gradients, and the names that have no part in the output."""
-    with torch.enable_grad(), plain_execution():
-        output = forward(batch)
-        columns = list(
-            zip(
-                *(
-                    torch.autograd.grad(output[i], list(trainable.values()), retain_graph=True, allow_unused=True)
-                    for i in range(batch_size)
-                ),
-                strict=True,
-            )
-        )
-    rows = {
-        name: torch.stack([torch.zeros_like(p) if row is None else row for row in column])
-        for (name, p), column in zip(trainable.items(), columns, strict=True)
-    }
-    unused = {name for name, column in zip(trainable, columns, strict=True) if all(row is None for row in column)}
-    return rows, unused
+@dataclass
+class _Reference:
+    """Each sample's gradients by autograd; what is compared with them is taken away, so that all is kept but once."""
+
+    rows: dict[str, Tensor]
+    norms: dict[str, float]
+    eps: float  # what rounding does to a number
+    unused: set[str]  # names that have no part in the output
+
+    @classmethod
+    def of(
+        cls, forward: Callable[[Any], Tensor], trainable: Mapping[str, Tensor], batch: Any, batch_size: int
+    ) -> _Reference:
+        rows = {name: p.new_zeros(batch_size, *p.shape) for name, p in trainable.items()}
+        unused = set(trainable)
+        with torch.enable_grad(), plain_execution():
+            output = forward(batch)
+            for i in range(batch_size):
+                found = torch.autograd.grad(output[i], list(trainable.values()), retain_graph=True, allow_unused=True)
+                for name, row in zip(trainable, found, strict=True):
+                    if row is not None:
+                        unused.discard(name)
+                        rows[name][i] = row
+                del found, row  # before the next are made
+        eps = max(torch.finfo(p.dtype).eps for p in trainable.values())
+        return cls(rows, {name: row.double().norm().item() for name, row in rows.items()}, eps, unused)
+
+    @property
+    def total(self) -> float:
+        """Norm of all gradients."""
+        return math.sqrt(sum(norm**2 for norm in self.norms.values()))
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Take what was found for a parameter away."""
+        self.rows[name].sub_(gradient)
+
+    def left(self, name: str, noise: float) -> bool:
+        """Whether more is left of a parameter than rounding leaves."""
+        limit = _tolerance(self.rows[name].dtype) * self.norms[name] + noise + 1e-12
+        return not self.rows[name].norm().item() <= limit
+
+    def agreeing(self, rows: Mapping[str, Tensor], whole: _Reference, rounding: float | None = None) -> set[str]:
+        """The names whose gradients are right, where those of all parameters together tell what is noise."""
+        noise = _noise(whole) if rounding is None else rounding * whole.eps * whole.total
+        for name, found in rows.items():
+            self.take(name, found)
+        return {name for name in rows if not self.left(name, noise)}
 
 
 def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor]) -> None:
@@ -211,8 +243,8 @@ def _covered(
     trainable: Mapping[str, Tensor],
     batch: Any,
     batch_size: int,
-    reference: Mapping[str, Tensor],
-    unused: set[str],
+    first: _Reference,
+    reference: Callable[[Collection[str]], _Reference],
 ) -> tuple[set[str], set[str], set[str]]:
     """The names that hooks get right, those among them to be followed outside their layers, and outer products.
 
@@ -221,46 +253,35 @@ def _covered(
     Returns:
         The sets of names.
     """
-    noise = _noise(reference)
+    noise, unused = _noise(first), first.unused
     outer: set[str] = set()
 
-    def right(hooked: HookedGradients) -> set[str]:
-        rows, skipped = _hooked_rows(hooked, forward, trainable, batch, batch_size, outer)
-        agree = {name for name, row in rows.items() if _agree(row, reference[name], noise)}
-        return (agree | (unused - rows.keys())) - skipped
+    def right(hooked: HookedGradients, against: _Reference) -> set[str]:
+        seen: set[str] = set()
+        skipped: set[str] = set()
+        outer.clear()
+
+        def add(gradients: Mapping[str, ParameterGradient]) -> None:
+            for name, gradient in gradients.items():
+                if name in seen:
+                    outer.discard(name)
+                elif _is_outer(gradient):
+                    outer.add(name)
+                seen.add(name)
+                against.take(name, materialise(gradient, tuple(trainable[name].shape)))
+
+        hooked(lambda: forward(batch), batch_size, add, skipped)
+        agree = {name for name in seen if not against.left(name, noise)}
+        return (agree | (unused - seen)) - skipped
 
     hooked = HookedGradients(module, list(trainable))
-    covered = right(hooked)
+    covered = right(hooked, first)
     ruled = {name for own in hooked_layers(module).values() for name in own.values()}
     direct = (hooked.used | unused) & covered & ruled
+    first.rows.clear()
     if hooked.used & covered:  # once more, as it will be done
-        covered &= right(HookedGradients(module, covered, direct))
+        covered &= right(HookedGradients(module, covered, direct), reference(trainable))
     return covered, direct & covered, outer
-
-
-def _hooked_rows(
-    hooked: HookedGradients,
-    forward: Callable[[Any], Tensor],
-    trainable: Mapping[str, Tensor],
-    batch: Any,
-    batch_size: int,
-    outer: set[str],
-) -> tuple[dict[str, Tensor], set[str]]:
-    rows: dict[str, Tensor] = {}
-    outer.clear()
-
-    def add(gradients: Mapping[str, ParameterGradient]) -> None:
-        for name, gradient in gradients.items():
-            if name in rows:
-                outer.discard(name)
-            elif _is_outer(gradient):
-                outer.add(name)
-            tensor = materialise(gradient, tuple(trainable[name].shape))
-            rows[name] = rows[name] + tensor if name in rows else tensor
-
-    skipped: set[str] = set()
-    hooked(lambda: forward(batch), batch_size, add, skipped)
-    return rows, skipped
 
 
 def _is_outer(gradient: ParameterGradient) -> bool:
@@ -268,36 +289,20 @@ def _is_outer(gradient: ParameterGradient) -> bool:
     return isinstance(weight, OuterSum) and weight.rows.shape[1] == 1
 
 
-def _vmap_agrees(
-    functional_output: FunctionalOutput,
-    params: Mapping[str, Tensor],
-    batch: Any,
-    batch_size: int,
-    reference: Mapping[str, Tensor],
-) -> bool:
+def _vmap_rows(
+    functional_output: FunctionalOutput, params: Mapping[str, Tensor], batch: Any, batch_size: int
+) -> dict[str, Tensor] | None:
     try:
-        rows = vmap_gradients(functional_output, params, batch, batch_size)
+        return vmap_gradients(functional_output, params, batch, batch_size)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         # That is what vmap says of models that it cannot trace.
         log.info("vmap(grad) does not work for this module, falling back to a loop over samples: %s", error)
-        return False
-    noise = _noise(reference)
-    return all(_agree(rows[name], reference[name], noise) for name in params)
+        return None
 
 
-def _agree(rows: Tensor, reference: Tensor, noise: float) -> bool:
-    difference = (rows - reference.to(rows.dtype)).norm()
-    return bool(difference <= _tolerance(reference.dtype) * reference.norm() + noise + 1e-12)
-
-
-def _noise(reference: Mapping[str, Tensor]) -> float:
+def _noise(reference: _Reference) -> float:
     """What rounding leaves of gradients that are zero in exact arithmetic, such as those of the bias of keys."""
-    eps = max(torch.finfo(rows.dtype).eps for rows in reference.values())
-    return min(8 * eps, 1e-5) * _norm(reference)
-
-
-def _norm(reference: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(rows.double().norm().item() ** 2 for rows in reference.values()))
+    return min(8 * reference.eps, 1e-5) * reference.total
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -124,7 +124,9 @@ def test_attribute_uses_what_is_stored(tmp_path: Path, monkeypatch: pytest.Monke
     featurized = []
     original = Featurizer.__call__
     monkeypatch.setattr(
-        Featurizer, "__call__", lambda self, batch, rows: featurized.append(rows) or original(self, batch, rows)
+        Featurizer,
+        "__call__",
+        lambda self, batch, rows, room=None: featurized.append(rows) or original(self, batch, rows, room),
     )
     trainer.attribute(target_dataloaders=loader_of(blobs(5, seed=1)))
     assert sum(map(len, featurized)) == 2 * 5  # the targets at two snapshots, and no training sample

@@ -287,7 +287,7 @@ def test_everything_is_restored_when_featurizing_raises(tmp_path: Any, monkeypat
 
     original = Featurizer.__call__
 
-    def broken(self: Featurizer, batch: Any, rows: Any) -> Any:
+    def broken(self: Featurizer, batch: Any, rows: Any, room: Any = None) -> Any:
         torch.rand(1)
         random.random()
         if rows[0] >= 4:
