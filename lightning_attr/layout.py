@@ -57,6 +57,24 @@ class ParameterLayout:
         """Number of attributed parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def bias_of(self, name: str) -> str | None:
+        """Find the vector that is the last column of a weight, wherever in the layout it is.
+
+        Args:
+            name: a parameter of the layout.
+
+        Returns:
+            The bias beside a weight of two dimensions or more, one entry a row; None if there is none.
+
+        Example:
+            >>> layout = ParameterLayout({"0.weight": (2, 3), "0.bias": (2,), "1.weight": (2,)})
+            >>> layout.bias_of("0.weight"), layout.bias_of("1.weight")
+            ('0.bias', None)
+        """
+        shape, bias = self.shapes[name], f"{name.removesuffix('weight')}bias"
+        fits = name.endswith("weight") and len(shape) > 1 and self.shapes.get(bias) == shape[:1]
+        return bias if fits else None
+
     @property
     def digest(self) -> str:
         """Hash of names, shapes and their order: equal for equal layouts, on every machine."""

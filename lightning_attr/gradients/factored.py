@@ -26,6 +26,7 @@ __all__ = [
     "ParameterGradient",
     "RowSum",
     "materialise",
+    "single_product",
 ]
 
 
@@ -326,6 +327,25 @@ def materialise(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
     """
     tensor = gradient.materialise() if isinstance(gradient, FactoredGradient) else gradient
     return tensor.reshape(tensor.shape[0], *shape)
+
+
+def single_product(gradient: ParameterGradient) -> OuterSum | None:
+    """Give the one outer product that each sample's gradient of a weight is; for a bias, that of its weight.
+
+    Args:
+        gradient: what a sink receives.
+
+    Returns:
+        The gradients, with one position; None if they are of another form, or sums.
+
+    Example:
+        >>> import torch
+        >>> product = OuterSum(torch.ones(5, 1, 2), torch.ones(5, 1, 3))
+        >>> single_product(RowSum(product)) is product, single_product(torch.ones(5, 2, 3))
+        (True, None)
+    """
+    weight = gradient.weight if isinstance(gradient, RowSum) else gradient
+    return weight if isinstance(weight, OuterSum) and weight.rows.shape[1] == 1 else None
 
 
 def _apply(matrix: Tensor | None, factors: Tensor, shift: Tensor | None = None) -> Tensor:

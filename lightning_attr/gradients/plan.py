@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_attr.batch import select_rows
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
-from lightning_attr.gradients.factored import OuterSum, ParameterGradient, RowSum, materialise
+from lightning_attr.gradients.factored import ParameterGradient, materialise, single_product
 from lightning_attr.gradients.functional import FunctionalOutput, loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import HookedGradients, hooked_layers
 
@@ -265,7 +265,7 @@ def _covered(
             for name, gradient in gradients.items():
                 if name in seen:
                     outer.discard(name)
-                elif _is_outer(gradient):
+                elif single_product(gradient) is not None:
                     outer.add(name)
                 seen.add(name)
                 against.take(name, materialise(gradient, tuple(trainable[name].shape)))
@@ -282,11 +282,6 @@ def _covered(
     if hooked.used & covered:  # once more, as it will be done
         covered &= right(HookedGradients(module, covered, direct), reference(trainable))
     return covered, direct & covered, outer
-
-
-def _is_outer(gradient: ParameterGradient) -> bool:
-    weight = gradient.weight if isinstance(gradient, RowSum) else gradient
-    return isinstance(weight, OuterSum) and weight.rows.shape[1] == 1
 
 
 def _vmap_rows(

@@ -144,7 +144,10 @@ class DualKernel:
             ValueError: if the kernel is singular.
         """
         targets = model_of(snapshot).targets(self.factors, snapshot.target_rows)["features"]
-        factor, failed = torch.linalg.cholesky_ex(self.kernel + ridge * torch.eye(len(self.kernel)).to(self.kernel))
+        damped = self.kernel.clone()
+        damped.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # of the memory that was asked for
         if failed:
             raise ValueError(
                 f"The kernel of {len(self.kernel)} training samples is singular: gradients of some are combinations of "

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.model import model_of
-from lightning_attr.projectors import GradientFactors
 
 __all__ = ["exact_scores", "exact_sum"]
 
@@ -49,20 +48,21 @@ def exact_scores(
     factors = model.gradient_factors()
     parts = factors.of_layers() if normalize == "layer" else [factors]
     targets = model.targets(factors, snapshot.target_rows)["features"]
-    lengths = [_lengths(part, targets) for part in parts]
+    lengths = [_lengths(part.squares(targets)) for part in parts]
     for rows, columns in model.train(factors):
-        features, push = columns["features"], weight * columns["out_to_loss"]
+        features, push = columns["features"], columns["out_to_loss"]
+        squares = [part.squares(features) for part in parts]
         if not normalize:
-            scores = factors.products(features, targets).mul_(push[:, None])
-            yield ScoreBlock(rows, scores, push * factors.squares(features))
+            push = weight * push
+            yield ScoreBlock(rows, factors.products(features, targets).mul_(push[:, None]), push * squares[0])
             continue
-        push = weight * columns["out_to_loss"].sign() / len(parts)
-        own = [_lengths(part, features) for part in parts]
+        push = weight * push.sign() / len(parts)
+        own = [_lengths(square) for square in squares]
         cosines = sum(
             part.products(features, targets) / (length[:, None] * of_targets)
             for part, length, of_targets in zip(parts, own, lengths, strict=True)
         )
-        norms = sum(part.squares(features) / length.square() for part, length in zip(parts, own, strict=True))
+        norms = sum(square / length.square() for square, length in zip(squares, own, strict=True))
         yield ScoreBlock(rows, push[:, None] * cosines, push * norms)
 
 
@@ -93,5 +93,5 @@ def exact_sum(
     yield from total
 
 
-def _lengths(part: GradientFactors, features: Tensor) -> Tensor:
-    return part.squares(features).sqrt().clamp(min=_SHORTEST)
+def _lengths(squares: Tensor) -> Tensor:
+    return squares.sqrt().clamp(min=_SHORTEST)

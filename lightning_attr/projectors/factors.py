@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.errors import UnsupportedLayerError
-from lightning_attr.gradients.factored import OuterSum, ParameterGradient, RowSum
+from lightning_attr.gradients.factored import ParameterGradient, single_product
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, flat_rows
 
@@ -47,19 +47,16 @@ class GradientFactors(Projection):
     def __init__(self, layout: ParameterLayout, outer: Collection[str] = ()) -> None:
         self.shapes = layout.shapes
         self.pairs: dict[str, _Pair] = {}
-        self.biases: set[str] = set()  # those that are a column of ones in their weight's factor
         self.entries: dict[str, slice] = {}
         start = 0
         for name, shape in layout.shapes.items():
             if name in outer and len(shape) == 2 and sum(shape) < math.prod(shape):
-                bias = f"{name.removesuffix('weight')}bias"
-                has_bias = bias != name and bias in outer
                 rows, columns = slice(start, start + shape[0]), slice(start + shape[0], start + sum(shape))
-                self.pairs[name] = _Pair(rows, columns, has_bias)
-                self.biases |= {bias} if has_bias else set()
+                self.pairs[name] = _Pair(rows, columns, layout.bias_of(name) in outer)
                 start = columns.stop
+        columns_of_ones = {layout.bias_of(name) for name, pair in self.pairs.items() if pair.bias}
         for name, shape in layout.shapes.items():
-            if name not in self.pairs and name not in self.biases:
+            if name not in self.pairs and name not in columns_of_ones:
                 self.entries[name] = slice(start, start + math.prod(shape))
                 start = self.entries[name].stop
         super().__init__(start)
@@ -88,8 +85,8 @@ class GradientFactors(Projection):
             if name in self.entries:
                 features[:, self.entries[name]] += flat_rows(gradient, self.shapes[name])
                 continue
-            weight = gradient.weight if isinstance(gradient, RowSum) else gradient
-            if name in seen or not isinstance(weight, OuterSum) or weight.rows.shape[1] != 1:
+            weight = single_product(gradient)
+            if name in seen or weight is None:
                 raise UnsupportedLayerError(
                     f"The layer of `{name}` was called more than once, or at several positions of a sample, although "
                     "it was not when the module was checked on a few samples. Take "

@@ -85,7 +85,7 @@ class _Block:
 
 
 def _blocks(layout: ParameterLayout) -> list[_Block]:
-    biases = {name: _bias_of(name, layout) for name in layout.shapes}
+    biases = {name: layout.bias_of(name) for name in layout.shapes}
     merged = set(biases.values())
     blocks = []
     for name, shape in layout.shapes.items():
@@ -93,13 +93,6 @@ def _blocks(layout: ParameterLayout) -> list[_Block]:
             rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
             blocks.append(_Block(name, biases[name], rows, columns + (biases[name] is not None)))
     return blocks
-
-
-def _bias_of(name: str, layout: ParameterLayout) -> str | None:
-    """Find the vector that becomes the last column of a weight, wherever in the layout it is."""
-    shape, bias = layout.shapes[name], f"{name.removesuffix('weight')}bias"
-    fits = name.endswith("weight") and len(shape) > 1 and layout.shapes.get(bias) == shape[:1]
-    return bias if fits else None
 
 
 def _total(blocks: list[_Block], side: int) -> int:
