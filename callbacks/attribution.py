@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -40,13 +39,14 @@ from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainer import attribute, check_noise_mask, check_strategy
 from lightning_attr.transfer import probe, set_up_at, to_device
+from lightning_attr.worlds import AnyCallback
 
 __all__ = ["AttributionCallback"]
 
 SnapshotListener = Callable[[L.Trainer, L.LightningModule, Snapshot, Tensor], None]
 
 
-class AttributionCallback(L.Callback):
+class AttributionCallback(AnyCallback):
     """Makes every prediction of a run traceable to its training samples, and leaves the run itself bit-identical.
 
     At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set
@@ -327,7 +327,7 @@ class AttributionCallback(L.Callback):
     def _beside_training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
         """Leave training untouched, and tell hooks that ask the trainer that this is no training."""
         stage = trainer.state.stage
-        trainer.state.stage = RunningStage.PREDICTING
+        trainer.predicting = True
         try:
             with undisturbed(pl_module, self.source.dataset, self.source.loader.collate_fn):
                 yield

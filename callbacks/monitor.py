@@ -18,6 +18,7 @@ from lightning_attr.callbacks.attribution import AttributionCallback
 from lightning_attr.files import write_bytes
 from lightning_attr.manifest import Snapshot
 from lightning_attr.metrics import plotting
+from lightning_attr.worlds import AnyCallback, both
 
 __all__ = ["AttributionMonitor"]
 
@@ -25,7 +26,7 @@ _TABLE = "attribution/suspicious_samples"
 _FIGURE = "attribution/top_influence"
 
 
-class AttributionMonitor(L.Callback):
+class AttributionMonitor(AnyCallback):
     """Logs the training samples of highest self-influence at every snapshot: the likely mislabelled ones.
 
     It reads what :class:`AttributionCallback` computes, in whichever order the two are listed. The table goes to every
@@ -120,7 +121,7 @@ def _image(sample: Any) -> Tensor | None:
 
 
 def _log_table(logger: Logger, columns: list[str], rows: list[list[Any]], snapshot: Snapshot) -> None:
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, both(TensorBoardLogger)):
         logger.experiment.add_text(_TABLE, _markdown(columns, rows), snapshot.global_step)
     elif hasattr(logger, "log_table"):
         logger.log_table(key=_TABLE, columns=columns, data=rows, step=snapshot.global_step)
@@ -132,7 +133,7 @@ def _log_table(logger: Logger, columns: list[str], rows: list[list[Any]], snapsh
 
 
 def _log_figure(logger: Logger, figure: Any, snapshot: Snapshot) -> None:
-    if isinstance(logger, TensorBoardLogger):
+    if isinstance(logger, both(TensorBoardLogger)):
         logger.experiment.add_figure(_FIGURE, figure, snapshot.global_step)
     elif hasattr(logger, "log_image"):
         logger.log_image(key=_FIGURE, images=[figure], step=snapshot.global_step)

@@ -10,6 +10,8 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_attr.worlds import both
+
 __all__ = ["progress"]
 
 
@@ -32,7 +34,7 @@ def progress(trainer: L.Trainer, description: str, total: int) -> Iterator[Calla
         ...     step()
     """
     bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar) and not bar.is_disabled and bar.progress is not None:
+    if isinstance(bar, both(RichProgressBar)) and not bar.is_disabled and bar.progress is not None:
         live = bar.progress
         task = live.add_task(description, total=total)
 
@@ -45,7 +47,7 @@ def progress(trainer: L.Trainer, description: str, total: int) -> Iterator[Calla
         finally:
             live.remove_task(task)
             bar.refresh()
-    elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+    elif isinstance(bar, both(TQDMProgressBar)) and not bar.is_disabled:
         with Tqdm(
             desc=description,
             total=total,

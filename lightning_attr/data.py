@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_attr.loader import DataSource
+from lightning_attr.worlds import overrides
 
 __all__ = ["target_source", "train_source"]
 
@@ -105,8 +105,8 @@ def _from_hooks(
 ) -> Any:
     """Call the hook of the datamodule, or else of the module; None if neither defines it."""
     hook = f"{kind}_dataloader"
-    owner, base = (module, L.LightningModule) if datamodule is None else (datamodule, L.LightningDataModule)
-    if not is_overridden(hook, owner, base):
+    owner = module if datamodule is None else datamodule
+    if not overrides(hook, owner):
         return None
     if trainer.is_global_zero or (owner.prepare_data_per_node and trainer.local_rank == 0):
         owner.prepare_data()

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
@@ -35,8 +35,10 @@ _KEPT_SHARE = 0.25
 """Of the free memory, for features that nobody reads later."""
 
 
-class AttributionStep(L.LightningModule):
+class AttributionStep(nn.Module):
     """Stands in for the user's module during one predict run; all processes of the strategy run it.
+
+    Made by :func:`lightning_attr.worlds.as_lightning_module` it is a ``LightningModule`` of the trainer's own package.
 
     Args:
         module: the user's module.
@@ -54,6 +56,9 @@ class AttributionStep(L.LightningModule):
         scratch: whether the store is thrown away in the end: features keep all digits then, and stay in memory where
             they fit.
     """
+
+    trainer: L.Trainer
+    share: tuple[int, int]
 
     def __init__(
         self,

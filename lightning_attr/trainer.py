@@ -6,8 +6,9 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -30,6 +31,7 @@ from lightning_attr.projectors import projector_from_config
 from lightning_attr.result import AttributionResult
 from lightning_attr.store import FeatureStore
 from lightning_attr.top_scores import check_topk
+from lightning_attr.worlds import as_lightning_module, both, check_one_world
 
 __all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_noise_mask", "check_strategy"]
 
@@ -66,6 +68,14 @@ class AttributionTrainer(L.Trainer):
         >>> result.scores.shape
         (8, 8)
     """
+
+    if not TYPE_CHECKING:  # its signature is Lightning's own
+
+        @wraps(L.Trainer.fit)
+        def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
+            """Train as ``lightning.Trainer`` does; for a module of ``pytorch_lightning`` say which Trainer it needs."""
+            check_one_world(self, model)
+            super().fit(model, *args, **kwargs)
 
     def attribute(
         self,
@@ -121,7 +131,7 @@ def attribute(
     shuffle, drop or pad. Trainer and module are put back as they were.
 
     Args:
-        trainer: any ``lightning.Trainer``.
+        trainer: any ``Trainer`` of ``lightning`` or ``pytorch_lightning``.
         datamodule: gives training data and targets; by default the one of the fit before.
         model: the module; by default the one of the fit before. Without :class:`lightning_attr.AttributionMixin`, what
             is attributed is the loss of its ``training_step``.
@@ -146,6 +156,8 @@ def attribute(
         Scores, self-influence, data value and metrics.
 
     Raises:
+        TypeError: if the model can not be attributed, or model and trainer are of ``lightning`` and
+            ``pytorch_lightning`` in turn.
         ValueError: if model or data are missing, or the noise mask or ``topk`` does not fit.
         AttributionError: if the strategy shards parameters, the callback has recorded nothing, or the store has no
             snapshots.
@@ -170,6 +182,7 @@ def attribute(
             "Expected a model to attribute, but this trainer has none. Pass `model`, or call `fit` before."
         )
     check_module(module)
+    check_one_world(trainer, module)
     check_strategy(trainer.strategy)
     record = next((c for c in trainer.callbacks if isinstance(c, AttributionRecord)), None)  # type: ignore[attr-defined]
     datamodule = datamodule or (getattr(trainer, "datamodule", None) if train_dataloaders is None else None)
@@ -185,7 +198,7 @@ def attribute(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
         path = Path(store) if store is not None else _recorded_path(trainer, record)
         method = method or _default_method(path, record)
-        step = AttributionStep(
+        step = as_lightning_module(AttributionStep, trainer)(
             module,
             datamodule,
             method,
@@ -213,7 +226,7 @@ def attribute(
         stack.enter_context(undisturbed(module, *data))
         stack.enter_context(loaded(module))
         stack.push(step.close)
-        trainer.predict(step, dataloaders=None, return_predictions=False)
+        trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above
         # A spawning strategy computed the result in other processes.
         return step.result if step.result is not None else AttributionResult.load(step.folder)
 
@@ -230,7 +243,7 @@ def check_strategy(strategy: Strategy) -> None:
     Example:
         >>> check_strategy(L.Trainer(accelerator="cpu", logger=False, barebones=True).strategy)
     """
-    if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+    if isinstance(strategy, both(DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
         raise AttributionError(
             f"Expected a strategy that keeps whole parameters on each rank, but {type(strategy).__name__} shards them. "
             'Use strategy="auto", "ddp" or "ddp_spawn", or attribute on one device from the stored snapshots.'
@@ -316,7 +329,7 @@ def _attached(
     trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None
 ) -> Iterator[None]:
     """Give the hooks of module and datamodule their trainer."""
-    modules = [(m, m._trainer) for m in module.modules() if isinstance(m, L.LightningModule)]
+    modules = [(m, m._trainer) for m in module.modules() if isinstance(m, both(L.LightningModule))]
     own = None if datamodule is None else datamodule.trainer
     module.trainer = trainer
     if datamodule is not None:
@@ -342,10 +355,10 @@ def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
         (trainer.strategy, ("_lightning_module", "model")),
         *((loop, ("_combined_loader",)) for loop in loops),
         *((loop._data_source, ("instance",)) for loop in loops),
-        *((m, ("_device", "_dtype")) for m in module.modules() if isinstance(m, L.LightningModule)),
+        *((m, ("_device", "_dtype")) for m in module.modules() if isinstance(m, both(L.LightningModule))),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, names in kept for name in names]
-    trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
+    trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, both(ProgressBar))]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.datamodule = None  # type: ignore[attr-defined]  # its hooks are for its own loaders
     trainer.state = copy.copy(trainer.state)

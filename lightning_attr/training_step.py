@@ -13,9 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+
+from lightning_attr.worlds import both, overrides, own
 
 __all__ = ["check_training_step", "has_training_step", "training_loss", "unchanged_attributes"]
 
@@ -36,7 +37,7 @@ def has_training_step(module: Any) -> bool:
         >>> has_training_step(L.LightningModule())
         False
     """
-    return isinstance(module, L.LightningModule) and is_overridden("training_step", module)
+    return isinstance(module, both(L.LightningModule)) and overrides("training_step", module)
 
 
 def check_training_step(module: L.LightningModule) -> None:
@@ -110,14 +111,14 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
 def _silenced(module: L.LightningModule) -> Iterator[None]:
     """Let log calls and loggers lead nowhere; the module's attributes are put back by :func:`unchanged_attributes`."""
     for inner in module.modules():
-        if isinstance(inner, L.LightningModule):
+        if isinstance(inner, both(L.LightningModule)):
             vars(inner).update(log=_nothing, log_dict=_nothing, print=_nothing)
     trainer = module._trainer
     if trainer is None:
         yield
         return
     loggers = trainer.loggers
-    trainer.loggers = [DummyLogger()]  # not none at all: steps write to `self.logger.experiment`
+    trainer.loggers = [own(DummyLogger, trainer)()]  # not none at all: steps write to `self.logger.experiment`
     try:
         yield
     finally:

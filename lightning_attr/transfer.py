@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_attr.attributed import set_up
 from lightning_attr.draws import Samples
 from lightning_attr.errors import named_samples
 from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, plan
 from lightning_attr.loader import DataSource, OrderedLoader
+from lightning_attr.worlds import overrides
 
 __all__ = ["probe", "samples_on_device", "set_up_at", "to_device"]
 
@@ -41,8 +41,7 @@ def to_device(
     """
 
     def owner(hook: str) -> Any:
-        own = datamodule is not None and is_overridden(hook, datamodule, L.LightningDataModule)
-        return datamodule if own else module
+        return datamodule if datamodule is not None and overrides(hook, datamodule) else module
 
     batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
     batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)

@@ -10,7 +10,7 @@ import pytest
 
 # Modules and subpackages of lightning_attr by level: each imports only from lower levels, and from itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "batch", "encoding", "layout", "randomness", "texts", "tokens", "highlights"),
+    ("errors", "worlds", "batch", "encoding", "layout", "randomness", "texts", "tokens", "highlights"),
     ("draws", "trajectories"),
     ("optimizer_state",),
     ("files", "frames", "checkpoints", "isolation", "memory", "outputs", "gradients", "projectors", "metrics"),
@@ -31,7 +31,7 @@ SIDEWAYS = {("projectors", "gradients"), ("store", "snapshot_store")}
 
 # Files that alone may import a distribution.
 LIGHTNING = (
-    *(f"lightning_attr/{name}.py" for name in ("data", "prediction", "trainer", "training_step", "transfer")),
+    *(f"lightning_attr/{name}.py" for name in ("data", "prediction", "trainer", "training_step", "transfer", "worlds")),
     *(
         f"lightning_attr/evaluation/{name}.py"
         for name in ("factories", "pilot", "retrain", "retraining", "stacked", "targets")
@@ -41,7 +41,7 @@ LIGHTNING = (
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning": LIGHTNING,
     "lightning_utilities": ("lightning_attr/batch.py",),  # comes with lightning and torchmetrics, which both require it
-    "pytorch_lightning": (),  # `lightning` is the name we use
+    "pytorch_lightning": (),  # `lightning` is the name we use; worlds.py looks the other one up
     "fast_jl": ("lightning_attr/projectors/fast_jl.py",),
     "matplotlib": ("lightning_attr/metrics/plotting.py",),
     "pandas": ("lightning_attr/frames.py",),

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 
 from lightning_attr.errors import AttributionError
+from lightning_attr.worlds import both, check_one_world
 
 __all__ = ["Factories"]
 
@@ -48,9 +49,9 @@ class Factories:
     ) -> None:
         self._module, self._trainer, self._datamodule, self.verbose = module, trainer, datamodule, verbose
         self.seen: dict[int, weakref.ref[Any]] = {}
-        shared = datamodule is None or isinstance(datamodule, L.LightningDataModule)
+        shared = datamodule is None or isinstance(datamodule, both(L.LightningDataModule))
         for name, value in (("module", module), ("trainer", trainer), *((("datamodule", datamodule),) * (not shared))):
-            if isinstance(value, L.LightningModule) or not callable(value):
+            if isinstance(value, both(L.LightningModule)) or not callable(value):
                 raise TypeError(
                     f"Expected argument `{name}` to be a function that makes a new one for each retraining, such as a "
                     f"class or a lambda, but got {type(value).__name__}."
@@ -88,7 +89,7 @@ class Factories:
         for callback in callbacks:
             self._check_new("trainer", callback, f"a Trainer with the {type(callback).__name__} of an earlier one")
         never = trainer.max_epochs in {None, -1} and trainer.max_steps == -1
-        if never and not any(isinstance(callback, Timer) for callback in callbacks):
+        if never and not any(isinstance(callback, both(Timer)) for callback in callbacks):
             raise AttributionError(
                 "Expected the function `trainer` to make a Trainer that ends, but its max_epochs is "
                 f"{trainer.max_epochs} and its max_steps is -1. Give it the max_epochs or max_steps of the real run."
@@ -105,7 +106,7 @@ class Factories:
                 f"overfit_batches={overfit}. Leave that out."
             )
         if not self.verbose:
-            loud = (ProgressBar, ModelSummary)
+            loud = both(ProgressBar, ModelSummary)
             trainer.callbacks = [c for c in callbacks if not isinstance(c, loud)]  # type: ignore[attr-defined]
         return trainer
 
@@ -118,9 +119,11 @@ class Factories:
         Raises:
             TypeError: if the function makes something else.
         """
-        if self._datamodule is None or isinstance(self._datamodule, L.LightningDataModule):
-            return self._datamodule
-        return _of_kind("datamodule", self._datamodule(), L.LightningDataModule)
+        given: Any = self._datamodule
+        if given is None:
+            return None
+        found = given if isinstance(given, both(L.LightningDataModule)) else given()
+        return _of_kind("datamodule", found, L.LightningDataModule)
 
     def check(self) -> tuple[L.LightningModule, L.Trainer, L.LightningDataModule | None]:
         """Make everything, module and Trainer twice.
@@ -130,6 +133,7 @@ class Factories:
 
         Raises:
             AttributionError: as :meth:`module` and :meth:`trainer`, or if the module's function sets the seed.
+            TypeError: likewise, or if some are made of `lightning` and others of `pytorch_lightning`.
         """
         states = []
         for seed in (0, 1):
@@ -143,7 +147,9 @@ class Factories:
                 "the same training. Leave seeds to this call: drop `seed_everything` and `manual_seed` there (for "
                 "LightningCLI: `--seed_everything=false`)."
             )
-        return module, trainer, self.datamodule()
+        datamodule = self.datamodule()
+        check_one_world(trainer, module, datamodule)
+        return module, trainer, datamodule
 
     def _check_new(self, name: str, found: Any, what: str) -> None:
         known = self.seen.get(id(found))
@@ -156,6 +162,6 @@ class Factories:
 
 
 def _of_kind(name: str, found: Any, kind: type[_Kind]) -> _Kind:
-    if not isinstance(found, kind):
+    if not isinstance(found, both(kind)):
         raise TypeError(f"Expected the function `{name}` to return a {kind.__name__}, but got {type(found).__name__}.")
     return found

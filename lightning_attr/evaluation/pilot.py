@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation.retraining import Beat, Fitted, LightningRetraining
 from lightning_attr.evaluation.subsets import Retraining
+from lightning_attr.worlds import both, overrides
 
 __all__ = ["NotVectorisableError", "Recorder", "state_of"]
 
@@ -168,13 +168,13 @@ class Pilot:
         if not module.automatic_optimization:
             yield f"{name} optimizes by hand (automatic_optimization=False)"
         for hook in _HOOKS + _TRANSFER_HOOKS:
-            if is_overridden(hook, module):
+            if overrides(hook, module):
                 yield f"{name} overrides `{hook}`, which may change training"
         for hook in _TRANSFER_HOOKS if datamodule is not None else ():
-            if is_overridden(hook, datamodule):
+            if overrides(hook, datamodule):
                 yield f"{type(datamodule).__name__} overrides `{hook}`, which may change samples"
         for callback in callbacks:
-            if not isinstance(callback, (*_HARMLESS, Beat, Recorder)):
+            if not isinstance(callback, (*both(*_HARMLESS), Beat, Recorder)):
                 yield f"the Trainer has the callback {type(callback).__name__}, which may change training"
         if trainer.enable_validation:
             yield "the Trainer validates while it trains, which takes random numbers: give it limit_val_batches=0"
@@ -186,7 +186,7 @@ class Pilot:
             yield f"the Trainer's precision is {trainer.precision}, and not 32-true or 64-true"
         if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]  # set by its connector
             yield "the Trainer reloads its data (reload_dataloaders_every_n_epochs)"
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        if not isinstance(trainer.strategy, both(SingleDeviceStrategy)):
             yield f"the Trainer's strategy is {type(trainer.strategy).__name__}"
         if trainer.should_stop:
             yield "training was stopped before its end"

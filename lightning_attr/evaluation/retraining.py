@@ -29,6 +29,8 @@ from lightning_attr.randomness import hashed_seed
 
 __all__ = ["LightningRetraining", "seed_training"]
 
+_LIGHTNING_LOGS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
 
 class LightningRetraining:
     """Trains a module from scratch on some of the training samples, and computes its output for every target.
@@ -371,7 +373,7 @@ def isolated(verbose: bool) -> Iterator[None]:
     """
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in _LIGHTNING_LOGS]
     levels = [logger.level for logger in loggers]
     try:
         with preserved_rng():

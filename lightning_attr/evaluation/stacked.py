@@ -33,6 +33,7 @@ from lightning_attr.isolation import find_generators
 from lightning_attr.loader import DataSource
 from lightning_attr.memory import free_bytes, peak_bytes
 from lightning_attr.transfer import to_device
+from lightning_attr.worlds import both, own
 
 __all__ = ["Stack"]
 
@@ -258,11 +259,11 @@ def _call_step(module: L.LightningModule, batch_idx: int, batch: Any) -> Tensor:
 def _silence(module: L.LightningModule, trainer: L.Trainer) -> None:
     """Let what the pilot's module reports lead nowhere from now on: it is under vmap that it is called."""
     for inner in module.modules():
-        if isinstance(inner, L.LightningModule):
+        if isinstance(inner, both(L.LightningModule)):
             vars(inner).update(log=_nothing, log_dict=_nothing, print=_nothing)
         elif isinstance(inner, (Metric, MetricCollection)):
             vars(inner).update(forward=_nothing, update=_nothing)
-    trainer.loggers = [DummyLogger()]  # not none at all: steps write to `self.logger.experiment`
+    trainer.loggers = [own(DummyLogger, trainer)()]  # not none at all: steps write to `self.logger.experiment`
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
