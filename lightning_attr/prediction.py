@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
+from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.featurizer import AttributionPlan, Featurizer
 from lightning_attr.layout import ParameterLayout
@@ -185,7 +186,9 @@ class AttributionStep(nn.Module):
         featurizer = self.featurizer if train else self.target_featurizer
         assert self.writer is not None  # of this snapshot
         table = self.kept.get(key, self.writer) if train else self.tables[key]
-        table.add(rows, featurizer(inner, rows, table.room(rows, featurizer.projection.dim, featurizer.dtype)))
+        room = table.room(rows, featurizer.projection.dim, featurizer.dtype)
+        with named_targets(self.train_data, None if train else self.target_data):
+            table.add(rows, featurizer(inner, rows, room))
         return len(rows)
 
     def close(self, *failure: Any) -> None:

@@ -138,7 +138,8 @@ def attribute(
         train_dataloaders: the training loader, instead of the datamodule's. Only its data set, collation, workers and
             batch size are used.
         target_dataloaders: the loader of the targets, likewise.
-        targets: "predict", "test", "val" or "train"; "auto" takes the first of them that the datamodule defines.
+        targets: "predict", "test", "val" or "train"; "auto" takes the first of them whose loader can be made and whose
+            batches have what training batches have, labels for instance, and says which it passed over.
         method: how to score; by default the callback's, else TRAK with the store's projection.
         store: directory of a store; by default the callback's. Without either, the model's current weights are the only
             snapshot, and nothing is kept, so that features are not rounded to half precision. A directory without a
@@ -191,7 +192,7 @@ def attribute(
         stack.enter_context(_attached(trainer, module, datamodule))
         train = _recorded_source(trainer, record, datamodule, train_dataloaders)
         train = train or train_source(trainer, module, datamodule, train_dataloaders)
-        target = target_source(trainer, module, datamodule, target_dataloaders, targets)
+        target = target_source(trainer, module, datamodule, target_dataloaders, targets, train)
         noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
         noise_mask = check_noise_mask(noise_mask, len(train))
         check_topk(topk, len(train))

@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import random_split
+from torch.utils.data import IterableDataset, TensorDataset, random_split
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.data import target_source, train_source
-from lightning_attr.errors import StoreMismatchError
+from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.methods import TRAK
 
 # The shared module has a validation step; not every test validates.
@@ -100,6 +100,99 @@ def test_missing_kind_of_targets(make: Any, kind: str) -> None:
     given = {"model": owner} if make is module_with else {"datamodule": owner, "model": BlobClassifier()}
     with pytest.raises(ValueError, match=rf"neither datamodule nor module defines `{kind}_dataloader`"):
         attribute(quiet_trainer(), **given, targets=kind)
+
+
+class Stubs(L.LightningDataModule):
+    """A base class that defines every loader; subclasses set the data that they have."""
+
+    def __init__(self, **sets: Any) -> None:
+        super().__init__()
+        self.sets = {"train": blobs(20), **sets}
+
+    def loader(self, kind: str) -> Any:
+        if kind not in self.sets:
+            raise RuntimeError(f"{type(self).__name__} has no {kind} data.")
+        return loader_of(self.sets[kind])
+
+    def train_dataloader(self) -> Any:
+        return self.loader("train")
+
+    def val_dataloader(self) -> Any:
+        return self.loader("val")
+
+    def test_dataloader(self) -> Any:
+        return self.loader("test")
+
+    def predict_dataloader(self) -> Any:
+        return self.loader("predict")
+
+
+class Mine(Stubs):
+    """Sets some of them."""
+
+
+UNLABELLED = TensorDataset(blobs(5).tensors[0])
+
+
+def test_auto_passes_over_stubs_and_data_without_labels(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    plain = {"model": BlobClassifier(), "method": TRAK(proj_dim=16)}
+    expected = quiet_trainer().attribute(datamodule_with("train", "test"), **plain, targets="test").scores.values
+    data = Mine(train=blobs(20, seed=5), test=blobs(6, seed=4), predict=UNLABELLED)
+    assert torch.equal(quiet_trainer().attribute(data, **plain).scores.values, expected)
+    said = [record.message for record in caplog.records if "Attribution targets" in record.message]
+    assert said == [
+        "Attribution targets are those of `test_dataloader`, because `predict_dataloader` gives others than training "
+        "does: a batch of targets is [Tensor] and one of training samples [Tensor, Tensor]. Choose others by `targets`."
+    ]
+    caplog.clear()
+    assert quiet_trainer().attribute(Mine(val=blobs(7)), **plain).scores.shape == (20, 7)
+    said = [record.message for record in caplog.records if "Attribution targets" in record.message]
+    assert said == [
+        "Attribution targets are those of `val_dataloader`, because `predict_dataloader` raised RuntimeError: Mine has "
+        "no predict data; `test_dataloader` raised RuntimeError: Mine has no test data. Choose others by `targets`."
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, of Lightning
+def test_auto_says_aloud_that_the_training_samples_are_all_it_has_found() -> None:
+    with pytest.warns(UserWarning, match="targets are the training samples themselves, because.*Mine has no val data"):
+        assert attribute(quiet_trainer(), Mine(), model=BlobClassifier()).scores.shape == (20, 20)
+
+
+def test_auto_passes_over_a_stream_and_several_loaders() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(())
+
+    data = Mine(predict=Stream(), val=blobs(7))
+    data.test_dataloader = lambda: [loader_of(blobs(6)), loader_of(blobs(6))]
+    assert attribute(quiet_trainer(), data, model=BlobClassifier()).scores.shape == (20, 7)
+    data.val_dataloader = data.test_dataloader
+    with pytest.raises(TypeError, match="IterableDataset: its samples have no index"):  # of the first kind
+        attribute(quiet_trainer(), data, model=BlobClassifier())
+
+
+def test_a_named_kind_raises_what_is_wrong_with_it() -> None:
+    data = Mine(predict=UNLABELLED)
+    with pytest.raises(RuntimeError, match="Mine has no test data"):
+        attribute(quiet_trainer(), data, model=BlobClassifier(), targets="test")
+    message = r"a batch of targets is \[Tensor\] and one of training samples \[Tensor, Tensor\].*`target_function`"
+    with pytest.raises(AttributionError, match=message) as raised:
+        attribute(quiet_trainer(), data, model=BlobClassifier(), targets="predict")
+    assert isinstance(raised.value.__cause__, TypeError)
+
+
+def test_targets_of_another_form_are_the_modules_to_take() -> None:
+    class Both(BlobClassifier):
+        def attribution_step(self, batch: Any) -> Any:
+            return self(batch[0]), batch[1] if len(batch) == 2 else self(batch[0]).argmax(1)
+
+    data = Mine(predict=UNLABELLED)
+    for targets in ("auto", "predict"):
+        assert attribute(quiet_trainer(), data, model=Both(), targets=targets).scores.shape == (20, 5)
+    confidence = {"target_function": lambda module, batch: module(batch[0]).amax(1)}
+    assert attribute(quiet_trainer(), data, model=BlobClassifier(), **confidence).scores.shape == (20, 5)
 
 
 def test_unknown_targets() -> None:

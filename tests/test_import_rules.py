@@ -10,7 +10,7 @@ import pytest
 
 # Modules and subpackages of lightning_attr by level: each imports only from lower levels, and from itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "worlds", "batch", "encoding", "layout", "randomness", "texts", "tokens", "highlights"),
+    ("errors", "forms", "worlds", "batch", "encoding", "layout", "randomness", "texts", "tokens", "highlights"),
     ("draws", "trajectories"),
     ("optimizer_state",),
     ("files", "frames", "checkpoints", "isolation", "memory", "outputs", "gradients", "projectors", "metrics"),

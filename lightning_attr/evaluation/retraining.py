@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_attr.attributed import check_module
-from lightning_attr.data import target_source, train_source
+from lightning_attr.data import named_targets, target_source, train_source
 from lightning_attr.errors import AttributionError, NonFiniteGradientError, StoreMismatchError
 from lightning_attr.evaluation.factories import Factories
 from lightning_attr.evaluation.loaders import subset_loader
@@ -97,7 +97,7 @@ class LightningRetraining:
                 datamodule.trainer = trainer
             train = train_source(trainer, module, datamodule)
             subset_loader(train.loader, torch.ones(len(train), dtype=torch.bool))
-            targets = target_source(trainer, module, datamodule, targets=self.targets) or train
+            targets = target_source(trainer, module, datamodule, targets=self.targets, train=train) or train
             target_probe = targets.digest()
             return {
                 "module": type(module).__name__,
@@ -166,7 +166,7 @@ class LightningRetraining:
             trainer.fit(module, datamodule=datamodule)
         _check_trained(retraining, trainer, module)
         assert hook.source is not None  # the hook was called, or there were no steps
-        targets = target_source(trainer, module, datamodule, targets=self.targets) or hook.source
+        targets = target_source(trainer, module, datamodule, targets=self.targets, train=hook.source) or hook.source
         _check_data(retraining, targets, self.expected, "target")
         return Fitted(module, trainer, datamodule, hook.source, targets)
 
@@ -182,10 +182,12 @@ class LightningRetraining:
             ``(n_target,)``, on the CPU.
 
         Raises:
-            AttributionError: if they are not finite.
+            AttributionError: if they are not finite, or the targets lack what training samples have.
         """
+        train, targets = fitted.train, fitted.targets
         try:
-            return target_outputs(fitted.trainer, fitted.module, fitted.datamodule, fitted.targets, beat, fitted.train)
+            with named_targets(train, targets):
+                return target_outputs(fitted.trainer, fitted.module, fitted.datamodule, targets, beat, train)
         except NonFiniteGradientError as error:
             raise AttributionError(diverged(retraining, str(error))) from error
 
