@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.divergence import check_weights
+from lightning_attr.callbacks.guard import Guard, describe
 from lightning_attr.callbacks.progress import progress
-from lightning_attr.callbacks.recording import Recording, announce, give_up
+from lightning_attr.callbacks.recording import Recording, announce, give_up, stopped_warning
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
@@ -29,7 +31,7 @@ from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import OrderedLoader
-from lightning_attr.manifest import Fingerprint, Snapshot
+from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
 from lightning_attr.optimizer_state import OptimizerState
@@ -71,6 +73,9 @@ class AttributionCallback(AnyCallback):
             default half of what is free on the device.
         optimizer_state: keep the optimizer's moments with each snapshot, twice the size of the parameters; they are
             kept in any case if the method needs them.
+        on_error: what happens if recording fails once training has begun. "warn" lets the training go on without
+            recording: a warning names the cause, and ``trainer.attribute`` works with the snapshots that are complete.
+            "raise" ends the training. What can be found before the first step is raised in any case.
 
     Raises:
         ValueError: if an argument is none of these.
@@ -113,8 +118,10 @@ class AttributionCallback(AnyCallback):
         feature_dtype: str = "float16",
         memory_budget: int | None = None,
         optimizer_state: bool = False,
+        on_error: str = "warn",
     ) -> None:
         check_feature_dtype(feature_dtype)
+        self._guard = Guard(on_error)
         self.memory = MemoryBudget(memory_budget)
         self.dirpath = Path(dirpath) if dirpath is not None else None
         self.method = method or TRAK()
@@ -136,6 +143,8 @@ class AttributionCallback(AnyCallback):
         self._learning_rate = 0.0
         self._integrated_step = -1
         self._recorded = Recording()
+        self._incomplete: str | None = None
+        self.stopped: Stopped | None = None
         self.self_influence = None
 
     @property
@@ -149,7 +158,7 @@ class AttributionCallback(AnyCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and give a stock Trainer its ``attribute``."""
         if not hasattr(trainer, "attribute"):
-            trainer.attribute = functools.partial(attribute, trainer)  # type: ignore[attr-defined]  # that is the point
+            trainer.attribute = partial(attribute, trainer)  # type: ignore[attr-defined]  # that is the point
         if stage == "fit":
             check_module(pl_module)
             check_strategy(trainer.strategy)
@@ -157,15 +166,8 @@ class AttributionCallback(AnyCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the module on a few samples and open the store: fail now rather than after an hour."""
-        self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
-        self.noise_mask = check_noise_mask(self.noise_mask, len(self.source))
-        self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
-        self.layout = ParameterLayout.of(pl_module)
-        self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
-        with self._beside_training(trainer, pl_module):
-            bytes_a_row = self._probe(trainer, pl_module)
-        if self.batch_size is None and self.source.stacks:
-            self.source = replace(self.source, batch_size=self.memory.comfortable(self.source.batch_size))
+        self.stopped, self._reporting = None, True
+        bytes_a_row = self._guard.together(partial(self._check, trainer, pl_module))
         self._rehearsal = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's connectors
         if self._rehearsal:
             return  # a store of it would only be in the way of the run itself
@@ -191,8 +193,20 @@ class AttributionCallback(AnyCallback):
         if trainer.num_training_batches == 0:
             train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
 
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
+        """Find the data and go the whole way with a few samples; return how many bytes the store keeps of each."""
+        self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
+        self.noise_mask = check_noise_mask(self.noise_mask, len(self.source))
+        self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
+        self.layout = ParameterLayout.of(pl_module)
+        self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
+        with self._beside_training(trainer, pl_module):
+            bytes_a_row = self._probe(trainer, pl_module)
+        if self.batch_size is None and self.source.stacks:
+            self.source = replace(self.source, batch_size=self.memory.comfortable(self.source.batch_size))
+        return bytes_a_row
+
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
-        """Go the whole way with a few samples; return how many bytes the store keeps of each."""
         self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
         projection = self._projection("", self._optimizer_state(trainer, pl_module))
         self.layers = projection.layers
@@ -220,19 +234,21 @@ class AttributionCallback(AnyCallback):
             self.method.projector_config if self.featurize else None,
             describe_output(pl_module),
         )
-        if trainer.is_global_zero:
-            started = digest(weights_of(pl_module)) if trainer.global_step == 0 else None
-            self._recorded.begin(
-                self._path,
-                fingerprint,
-                batch_size=self.source.batch_size,
-                started=started,
-                step=trainer.global_step,
-                feature_dtype=self.feature_dtype,
-            )
-        trainer.strategy.barrier("attribution store")
+        self._guard.together(partial(self._begin, trainer, pl_module, self._path, fingerprint))
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
         self.store.check(fingerprint)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._recorded.begin(
+            path,
+            fingerprint,
+            batch_size=self.source.batch_size,
+            started=digest(weights_of(pl_module)) if trainer.global_step == 0 else None,
+            step=trainer.global_step,
+            feature_dtype=self.feature_dtype,
+        )
 
     # While training ---------------------------------------------------------------------------------------------
 
@@ -251,48 +267,76 @@ class AttributionCallback(AnyCallback):
         """Take a snapshot and featurize, if the schedule says so or the run is known to end here."""
         epoch = trainer.current_epoch
         last = epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if self.schedule.due(epoch) or last:
-            self._record(trainer, pl_module, epoch)
+        if self.stopped is None and (self.schedule.due(epoch) or last):
+            with self._guard.training(partial(self._stand_down, trainer, epoch)):
+                self._record(trainer, pl_module, epoch)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the last snapshot where nobody knew before that the run would end: early stopping, time limits."""
-        self._record(trainer, pl_module, trainer.current_epoch - 1)
+        epoch = trainer.current_epoch - 1
+        if self.stopped is None:
+            with self._guard.training(partial(self._stand_down, trainer, epoch)):
+                self._record(trainer, pl_module, epoch)
+                if not self._rehearsal:
+                    self._guard.together(partial(self._close_store, trainer))
+                    self._guard.together(self.store.reload)
         self._spare.clear()
-        if self._rehearsal:
-            return
+
+    def _close_store(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
             give_up(self.store, self._recorded.ahead(self.store))
-        trainer.strategy.barrier("attribution end")
-        self.store.reload()
+
+    def _stand_down(self, trainer: L.Trainer, epoch: int, error: Exception) -> None:
+        """Recording is over, in all processes; the training goes on."""
+        self._spare.clear()
+        self.stopped = Stopped(epoch, trainer.global_step, describe(error), self._incomplete)
+        if trainer.is_global_zero:
+            rank_zero_warn(stopped_warning(self.store, self.stopped))
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if self._rehearsal or trainer.global_step == self._recorded.global_step:
             return
         key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
+        self._incomplete = key
+        together = self._guard.together
         with self._beside_training(trainer, pl_module):
-            check_weights(pl_module, self.source, epoch)
-            if trainer.is_global_zero:
-                state = self._optimizer_state(trainer, pl_module)
-                self._recorded.add(
-                    self.store,
-                    key,
-                    weights_of(pl_module),
-                    epoch=epoch,
-                    global_step=trainer.global_step,
-                    learning_rate=self._learning_rate,
-                    optimizer=None if state is None else state.tensors(),
-                )
-            self._synchronise(trainer, key)
+            together(partial(self._snapshot, trainer, pl_module, epoch, key))
             if self.featurize:
-                self._featurize(trainer, pl_module, key)
-                self._synchronise(trainer, key)
-                if trainer.is_global_zero and ((self._log and trainer.loggers) or self.listeners):
+                together(partial(self._featurize, trainer, pl_module, key))
+                together(partial(self._adopt, trainer, key))
+            together(self.store.reload)
+            self._incomplete = None
+            self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
+            self._learning_rate = 0.0
+            wanted = self._reporting and ((self._log and trainer.loggers) or self.listeners)
+            if self.featurize and trainer.is_global_zero and wanted:
+                with self._guard.training(self._stop_reporting):
                     self._report(trainer, pl_module, self.store.snapshot(key))
-        self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
-        self._learning_rate = 0.0
+
+    def _snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, key: str) -> None:
+        check_weights(pl_module, self.source, epoch)
+        if not trainer.is_global_zero:
+            return
+        state = self._optimizer_state(trainer, pl_module)
+        self._recorded.add(
+            self.store,
+            key,
+            weights_of(pl_module),
+            epoch=epoch,
+            global_step=trainer.global_step,
+            learning_rate=self._learning_rate,
+            optimizer=None if state is None else state.tensors(),
+        )
+        self._adopt(trainer, key)  # what a killed run computed of it
+
+    def _adopt(self, trainer: L.Trainer, key: str) -> None:
+        """Enter what all processes have written."""
+        if trainer.is_global_zero:
+            self.store.adopt(key)
 
     def _featurize(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
+        self.store.reload()  # another process has written the snapshot
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]
         if not batches:
@@ -310,14 +354,6 @@ class AttributionCallback(AnyCallback):
                     columns = featurizer(on_device, rows, writer.room(rows, projection.dim, featurizer.dtype))
                 writer.add(rows, columns)
                 advance()
-
-    def _synchronise(self, trainer: L.Trainer, key: str) -> None:
-        """Let every process see what the others wrote."""
-        trainer.strategy.barrier("attribution shards")
-        if trainer.is_global_zero:
-            self.store.adopt(key)
-        trainer.strategy.barrier("attribution manifest")
-        self.store.reload()
 
     def _to_device(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -344,6 +380,13 @@ class AttributionCallback(AnyCallback):
                 logger.log_metrics(metrics, step=trainer.global_step)
         for listener in self.listeners:
             listener(trainer, pl_module, snapshot, self.self_influence)
+
+    def _stop_reporting(self, error: Exception) -> None:
+        """A logger that fails is no reason to stop recording."""
+        self._reporting = False
+        rank_zero_warn(
+            f"AttributionCallback: logging of self-influence has stopped, recording goes on: {describe(error)}"
+        )
 
     def _self_influence(self, snapshot: Snapshot) -> Tensor:
         dim = self.store.shard(snapshot.key, 0)["features"].shape[1]

@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined
 )
 from torch import Tensor
 
-from lightning_attr.errors import StoreMismatchError
+from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.files import digest
-from lightning_attr.manifest import Fingerprint, Snapshot
+from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.store import FeatureStore
 
-__all__ = ["Recording", "announce", "give_up"]
+__all__ = ["Recording", "announce", "give_up", "stopped_warning"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Recording:
                     f"feature_dtype={stored!r} to go on, or choose another `dirpath`; nothing in it was changed."
                 )
             self._continue(store, started, step)
+            store.mark_stopped(None)
         else:
             FeatureStore.create(path, fingerprint, batch_size=batch_size, run=started, feature_dtype=feature_dtype)
 
@@ -136,7 +137,12 @@ class Recording:
             global_step: optimizer steps taken.
             learning_rate: its sum over the steps since the snapshot before.
             optimizer: the optimizer's state as tensors; None if it is not wanted.
+
+        Raises:
+            AttributionError: if the store is gone.
         """
+        if not FeatureStore.exists(store.path):
+            raise AttributionError(f"{store.path} is gone: something moved or deleted it while the run was recorded.")
         ahead = self.ahead(store)
         for expected in ahead[:1]:
             same = expected.key == key and expected.learning_rate == learning_rate
@@ -186,3 +192,30 @@ def announce(store: FeatureStore, *, bytes_a_row: int, weight_bytes: int, snapsh
             f"The attribution store needs about {total / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free in "
             f"{store.path}. Use fewer `snapshots` or a smaller `proj_dim`."
         )
+
+
+def stopped_warning(store: FeatureStore, stopped: Stopped) -> str:
+    """Say that recording is over while training goes on, and why.
+
+    Args:
+        store: the run's.
+        stopped: when and why.
+
+    Returns:
+        The text.
+    """
+    if not FeatureStore.exists(store.path):
+        kept = f"{store.path} is gone, and with it the snapshots before."
+    else:
+        try:
+            store.mark_stopped(stopped)
+            note = ""
+        except AttributionError as error:  # the same disk, for instance; the note is not worth a training
+            note = f" The store could not be told: {error}"
+        keys = [snapshot.key for snapshot in store.manifest.snapshots if snapshot.key != stopped.incomplete]
+        named = f"{len(keys)} complete snapshot{'s' * (len(keys) > 1)} ({', '.join(keys[:1] + keys[1:][-1:])})"
+        kept = f"{store.path} has {named if keys else 'no complete snapshot'}.{note}"
+    return (
+        f"AttributionCallback: {stopped} Training goes on, unchanged. {kept} `trainer.attribute` works with what is "
+        'there; AttributionCallback(on_error="raise") ends the training instead, with the traceback.'
+    )

@@ -13,7 +13,7 @@ from lightning_attr.encoding import check_feature_dtype
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
 from lightning_attr.files import RESTORE, read_manifest, write_bytes
 
-__all__ = ["Fingerprint", "Manifest", "Snapshot"]
+__all__ = ["Fingerprint", "Manifest", "Snapshot", "Stopped"]
 
 FORMAT = 1
 
@@ -124,6 +124,31 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Why the recording of a run ended before the run did.
+
+    Args:
+        epoch: index of the epoch in which it ended; -1 before the first.
+        global_step: optimizer steps taken.
+        cause: what went wrong, in words.
+        incomplete: key of the snapshot that was being recorded; None if it was not begun.
+
+    Example:
+        >>> print(Stopped(3, 40, "No space left on device."))
+        recording stopped in epoch 3 (step 40): No space left on device.
+    """
+
+    epoch: int
+    global_step: int
+    cause: str
+    incomplete: str | None = None
+
+    def __str__(self) -> str:
+        """Say so."""
+        return f"recording stopped in epoch {self.epoch} (step {self.global_step}): {self.cause}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that a store records.
 
@@ -133,6 +158,7 @@ class Manifest:
         run: digest of the weights that the run started from, None if it was not recorded.
         snapshots: in the order of training.
         feature_dtype: how features are stored, "float16", "bfloat16" or "float32"; see :mod:`lightning_attr.encoding`.
+        stopped: why the recording ended before the run did; None if it did not.
 
     Example:
         >>> Manifest(Fingerprint(10, None, {"w": (2,)}, None), shard_rows=4, run=None).num_shards
@@ -144,6 +170,7 @@ class Manifest:
     run: str | None
     snapshots: tuple[Snapshot, ...] = ()
     feature_dtype: str = "float32"
+    stopped: Stopped | None = None
 
     def __post_init__(self) -> None:
         check_feature_dtype(self.feature_dtype)
@@ -153,6 +180,12 @@ class Manifest:
         """Shards a snapshot."""
         return -(-self.fingerprint.length // self.shard_rows)
 
+    @property
+    def usable(self) -> tuple[Snapshot, ...]:
+        """The snapshots to attribute at: all, but one in which the recording stopped."""
+        incomplete = None if self.stopped is None else self.stopped.incomplete
+        return tuple(snapshot for snapshot in self.snapshots if snapshot.key != incomplete)
+
     def write(self, path: Path) -> None:
         """Write the file, at once.
 
@@ -161,6 +194,8 @@ class Manifest:
         """
         length, rows = self.fingerprint.length, self.shard_rows
         record = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.stopped is None:
+            del record["stopped"]
         for snapshot in record["snapshots"]:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
@@ -200,7 +235,8 @@ class Manifest:
             snapshots.append(Snapshot(**item))
         feature_dtype = record.get("feature_dtype", "float32")  # stores were float32 before they could be less
         fingerprint = Fingerprint(**{**fingerprint, "layout": layout})
-        return cls(fingerprint, record["shard_rows"], record["run"], tuple(snapshots), feature_dtype)
+        stopped = Stopped(**record["stopped"]) if "stopped" in record else None
+        return cls(fingerprint, record["shard_rows"], record["run"], tuple(snapshots), feature_dtype, stopped)
 
     @classmethod
     def joined(cls, manifests: Sequence[tuple[Path, Manifest]]) -> Manifest:
@@ -239,7 +275,7 @@ class Manifest:
         snapshots = [
             dataclasses.replace(snapshot, key=f"run{i}/{snapshot.key}", folder=f"snapshots/run{i}/{snapshot.key}")
             for i, (_, manifest) in enumerate(manifests)
-            for snapshot in manifest.snapshots
+            for snapshot in manifest.usable
         ]
         return cls(fingerprint, first.shard_rows, None, tuple(snapshots), first.feature_dtype)
 

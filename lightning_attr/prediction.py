@@ -110,7 +110,7 @@ class AttributionStep(nn.Module):
         strategy.barrier("attribution store")
         self.store = FeatureStore.open(self.store_path, writer=self.trainer.is_global_zero)
         self.store.check(self.fingerprint)
-        self.used: Sequence[Snapshot] = self.method.select(self.store.snapshots)
+        self.used: Sequence[Snapshot] = self.method.select(self.store.manifest.usable)
         self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
 
     def _prepare_store(self) -> None:
@@ -261,6 +261,8 @@ class AttributionStep(nn.Module):
         evidence = {used.key: own.evidence for used, own in zip(self.used, snapshots, strict=True) if own.evidence}
         if evidence:
             provenance["evidence"] = evidence
+        if self.store.manifest.stopped is not None:
+            provenance["stopped"] = str(self.store.manifest.stopped)
         if self.topk is not None:
             provenance["topk"] = self.topk
         if self.target_function is not None:

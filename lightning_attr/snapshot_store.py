@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.files import digest, link_file, link_tree, move_aside, read_tensors, write_tensors
-from lightning_attr.manifest import Fingerprint, Manifest, Snapshot
+from lightning_attr.manifest import Fingerprint, Manifest, Snapshot, Stopped
 from lightning_attr.optimizer_state import OptimizerState
 
 __all__ = ["OPTIMIZER", "SnapshotStore"]
@@ -210,6 +210,15 @@ class SnapshotStore:
         remedy = f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
         return read_tensors(self.path / self.snapshot(key).folder / file, content, remedy)
 
+    def mark_stopped(self, stopped: Stopped | None) -> None:
+        """Note that the recording ended before the run did, or that it goes on after all.
+
+        Args:
+            stopped: when and why; None to go on.
+        """
+        if self.manifest.stopped != stopped:
+            self._save(replace(self.manifest, stopped=stopped))
+
     def set_aside(self, keys: Iterable[str]) -> None:
         """Take snapshots out of the store; their files move to ``abandoned/``, nothing is deleted.
 
@@ -243,7 +252,7 @@ class SnapshotStore:
         merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
         if merged.path.exists() and any(merged.path.iterdir()):
             raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
-        folders = [source.path / snapshot.folder for source in sources for snapshot in source.snapshots]
+        folders = [source.path / snapshot.folder for source in sources for snapshot in source.manifest.usable]
         for folder, snapshot in zip(folders, merged.snapshots, strict=True):
             link_tree(folder, merged.path / snapshot.folder)
         merged._save(merged.manifest)

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor, nn
 
 from lightning_attr.attributed import TargetFunction, check_module, describe_output
@@ -23,7 +24,7 @@ from lightning_attr.errors import AttributionError
 from lightning_attr.isolation import preserved_rng, undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource
-from lightning_attr.manifest import Fingerprint
+from lightning_attr.manifest import Fingerprint, Stopped
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.prediction import AttributionStep
@@ -42,6 +43,7 @@ class AttributionRecord(Protocol):
 
     method: AttributionMethod
     noise_mask: Tensor | None
+    stopped: Stopped | None
 
     @property
     def store_path(self) -> Path | None:
@@ -220,7 +222,7 @@ def attribute(
             target_function=target_function,
             scratch=path is None,
         )
-        _check_store(step)
+        _check_store(step, record)
         stack.enter_context(_lent(trainer, module))
         stack.enter_context(_same_tensors(module))
         data = [source.dataset for source in (train, target) if source is not None]
@@ -290,16 +292,24 @@ def _default_method(path: Path | None, record: AttributionRecord | None) -> Attr
     return TRAK(projector=projector_from_config(config)) if config is not None else TRAK()
 
 
-def _check_store(step: AttributionStep) -> None:
+def _check_store(step: AttributionStep, record: AttributionRecord | None) -> None:
     """Refuse before Lightning sets anything up."""
     if FeatureStore.exists(step.store_path):
         store = FeatureStore.open(step.store_path, writer=False)
         store.check(step.fingerprint)
-        if not store.snapshots:
+        own = record is not None and record.store_path == step.store_path
+        stopped = store.manifest.stopped or (record.stopped if record is not None and own else None)
+        usable = store.manifest.usable
+        if not usable and stopped is not None:
+            raise AttributionError(f"{step.store_path} has no complete snapshot to attribute at: {stopped}")
+        if not usable:
             raise AttributionError(
                 f"{step.store_path} has no snapshots to attribute at. Fit with AttributionCallback(dirpath=...) first, "
                 "or name another `store`."
             )
+        if stopped is not None:
+            keys = ", ".join(snapshot.key for snapshot in usable)
+            rank_zero_warn(f"In {step.store_path}, {stopped} Scores are by the snapshots before that: {keys}.")
 
 
 def _recorded_path(trainer: L.Trainer, record: AttributionRecord | None) -> Path | None:
@@ -307,6 +317,8 @@ def _recorded_path(trainer: L.Trainer, record: AttributionRecord | None) -> Path
     if record is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # which records nothing
         return None
     if record.store_path is None or not FeatureStore.exists(record.store_path):
+        if record.stopped is not None:
+            raise AttributionError(f"There is no attribution store to attribute from: {record.stopped}")
         where = f" in {record.store_path}" if record.store_path is not None else ""
         raise AttributionError(
             f"The AttributionCallback of this trainer has recorded nothing yet{where}. Call `fit` before (a strategy "

@@ -221,14 +221,14 @@ class Cautious(BlobClassifier):
 
 def test_nan_in_a_sample_that_training_left_out(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteGradientError, match=r"gradient of sample 17 is NaN or Inf .*Look at dataset\[17\]"):
-        fit(tmp_path, Cautious(), with_nan(17))
+        fit(tmp_path, Cautious(), with_nan(17), on_error="raise")
 
 
 @pytest.mark.parametrize("featurize", [True, False])
 def test_nan_in_a_sample_that_training_diverged_on(tmp_path: Path, featurize: bool) -> None:
     """By the end of the epoch every gradient is NaN; the message still names the one sample behind it."""
     with pytest.raises(NonFiniteGradientError, match=r"after epoch 0 .*Training sample 17 holds NaN or Inf"):
-        fit(tmp_path, data=with_nan(17), featurize=featurize)
+        fit(tmp_path, data=with_nan(17), featurize=featurize, on_error="raise")
     assert FeatureStore.open(tmp_path).snapshots == ()
 
 
@@ -245,7 +245,9 @@ def test_divergence_without_a_bad_sample(tmp_path: Path) -> None:
             if trainer.current_epoch == 1:
                 pl_module.network[2].bias.data[0] = float("inf")
 
-    trainer = quiet_trainer(L.Trainer, max_epochs=3, callbacks=[Explode(), AttributionCallback(tmp_path, TRAK(16))])
+    trainer = quiet_trainer(
+        L.Trainer, max_epochs=3, callbacks=[Explode(), AttributionCallback(tmp_path, TRAK(16), on_error="raise")]
+    )
     with pytest.raises(NonFiniteGradientError, match=r"epoch 1 \(`network.2.bias`\).*No training sample holds NaN"):
         trainer.fit(BlobClassifier(), loader_of(blobs(26)))
     result = trainer.attribute(model=BlobClassifier(), train_dataloaders=loader_of(blobs(26)), targets="train")
@@ -253,7 +255,7 @@ def test_divergence_without_a_bad_sample(tmp_path: Path) -> None:
 
 
 def test_early_stopping_on_nan_names_the_divergence(tmp_path: Path) -> None:
-    callbacks = [EarlyStopping("val_loss"), AttributionCallback(tmp_path, TRAK(16), [5])]
+    callbacks = [EarlyStopping("val_loss"), AttributionCallback(tmp_path, TRAK(16), [5], on_error="raise")]
     trainer = quiet_trainer(L.Trainer, max_epochs=9, callbacks=callbacks)
     with pytest.raises(NonFiniteGradientError, match="Training sample 9 holds NaN"):
         trainer.fit(BlobClassifier(), loader_of(with_nan(9)), loader_of(blobs(9)))
@@ -275,7 +277,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(AttributionError, match=r"Could not write .*No space left on device.*run again to go on"):
-        fit(tmp_path / "store")
+        fit(tmp_path / "store", on_error="raise")
     monkeypatch.undo()
     store = FeatureStore.open(tmp_path / "store")
     assert len(store.snapshots) == call // 2

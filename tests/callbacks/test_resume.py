@@ -144,7 +144,7 @@ def test_only_what_is_missing_is_computed_again(
     monkeypatch.setattr(Featurizer, "__call__", record)
     fail = True
     with pytest.raises(KeyError, match="stop"):
-        run(tmp_path)
+        run(tmp_path, own={"on_error": "raise"})
     fail = False
     rows.clear()
     run(tmp_path)

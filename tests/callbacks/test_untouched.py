@@ -296,9 +296,8 @@ def test_everything_is_restored_when_featurizing_raises(tmp_path: Any, monkeypat
 
     monkeypatch.setattr(Featurizer, "__call__", broken)
     before = Last()
-    trainer = quiet_trainer(
-        L.Trainer, max_epochs=2, callbacks=[before, AttributionCallback(tmp_path, TRAK(8), batch_size=4)]
-    )
+    callback = AttributionCallback(tmp_path, TRAK(8), batch_size=4, on_error="raise")
+    trainer = quiet_trainer(L.Trainer, max_epochs=2, callbacks=[before, callback])
     with pytest.raises(ZeroDivisionError, match="broken on purpose"):
         trainer.fit(module(), loader_of(Noisy(), batch_size=6, shuffle=True))
     expected, found = before.seen

@@ -1,0 +1,105 @@
+"""What fails in recording ends the recording, in all processes together, and never the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from lightning_attr.errors import AttributionError
+
+__all__ = ["Guard", "describe"]
+
+T = TypeVar("T")
+
+
+class Guard:
+    """Lets training go on where recording can not.
+
+    Args:
+        on_error: "warn" to go on without recording, "raise" to let errors through.
+
+    Raises:
+        ValueError: if it is neither.
+
+    Example:
+        >>> failures = []
+        >>> with Guard("warn").training(failures.append):
+        ...     1 / 0
+        >>> describe(failures[0])
+        'ZeroDivisionError: division by zero.'
+    """
+
+    def __init__(self, on_error: str) -> None:
+        if on_error not in {"warn", "raise"}:
+            raise ValueError(f"Expected argument `on_error` to be 'warn' or 'raise', but got {on_error!r}.")
+        self.on_error = on_error
+
+    @contextmanager
+    def training(self, stand_down: Callable[[Exception], None]) -> Iterator[None]:
+        """Keep errors away from the training; an interruption by the user is none.
+
+        Args:
+            stand_down: called with the error; recording is over.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            Exception: whatever is raised inside, with ``on_error="raise"``.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            stand_down(error)
+
+    @staticmethod
+    def together(step: Callable[[], T]) -> T:
+        """Run a step that each process does by itself; no process goes on before all have come through.
+
+        Args:
+            step: what to do; it waits for no other process.
+
+        Returns:
+            What the step returns.
+
+        Raises:
+            AttributionError: if the step failed in another process.
+            Exception: if it failed in this one.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return step()
+        failure: Exception | None = None
+        try:
+            result = step()
+        except Exception as error:  # raised below: the others wait to hear of it
+            failure = error
+        failures: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failures, None if failure is None else describe(failure))
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(failures):
+            if text is not None:
+                raise AttributionError(f"In process {rank}: {text}")
+        return result
+
+
+def describe(error: Exception) -> str:
+    """Put an error into words.
+
+    Args:
+        error: any.
+
+    Returns:
+        Its message as a sentence, with its class if it is none of this package.
+
+    Example:
+        >>> describe(AttributionError("No label.")), describe(KeyError("x"))
+        ('No label.', "KeyError: 'x'.")
+    """
+    text = str(error) if isinstance(error, AttributionError) else f"{type(error).__name__}: {error}"
+    return text if text.rstrip().endswith((".", "!", "?")) else f"{text.rstrip()}."
