@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
+PACKAGE ?=
 VENV ?= .venv
 
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ BENCHMARK_SCRIPTS ?= $(shell grep -ls __main__ tests/benchmarks/*.py)
 # Quoted word by word: the shell must not read `torch>=2.4` as a redirection.
 INSTALL_TORCH = $(if $(TORCH),install $(foreach word,$(TORCH),'$(word)'))
 
-.PHONY: help demo test test-slow test-all setup lint types typing doctest examples bench wheel-check clean
+.PHONY: help demo test test-slow test-all test-packages setup lint types typing doctest examples bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +34,10 @@ test-slow: $(DEV)  ## the slow tests
 
 test-all: $(DEV)  ## every test
 	$(BIN)/pytest $(ARGS)
+
+# Several gigabytes, in build/packages/: not among the tests of .ci/run.
+test-packages: $(BIN)/python  ## other people's packages, each in an environment of its own (PACKAGE="timm darts": only these)
+	TORCH="$(TORCH)" $(BIN)/python tests/packages/environments.py $(PACKAGE)
 
 setup: $(DEV)  ## make .venv, with the project and all tools in it
 
