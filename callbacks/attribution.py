@@ -34,6 +34,7 @@ from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
+from lightning_attr.modes import check_mode, set_mode
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection
 from lightning_attr.scoring import score_self_influence
@@ -76,6 +77,8 @@ class AttributionCallback(AnyCallback):
         on_error: what happens if recording fails once training has begun. "warn" lets the training go on without
             recording: a warning names the cause, and ``trainer.attribute`` works with the snapshots that are complete.
             "raise" ends the training. What can be found before the first step is raised in any case.
+        mode: "eval", or "train" for modules whose loss needs ``self.training``; by default eval mode, unless the loss
+            or its gradient depends on the mode; see :func:`lightning_attr.trainer.attribute`.
 
     Raises:
         ValueError: if an argument is none of these.
@@ -119,7 +122,9 @@ class AttributionCallback(AnyCallback):
         memory_budget: int | None = None,
         optimizer_state: bool = False,
         on_error: str = "warn",
+        mode: str | None = None,
     ) -> None:
+        check_mode(mode)
         check_feature_dtype(feature_dtype)
         self._guard = Guard(on_error)
         self.memory = MemoryBudget(memory_budget)
@@ -133,6 +138,7 @@ class AttributionCallback(AnyCallback):
         self.feature_dtype = feature_dtype
         self.memory_budget = memory_budget
         self.optimizer_state = optimizer_state or self.method.needs_optimizer_state
+        self.mode = mode
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
         self._path: Path | None = None
@@ -166,6 +172,7 @@ class AttributionCallback(AnyCallback):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the module on a few samples and open the store: fail now rather than after an hour."""
+        self._mode = "eval"  # until it is known
         self.stopped, self._reporting = None, True
         bytes_a_row = self._guard.together(partial(self._check, trainer, pl_module))
         self._rehearsal = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's connectors
@@ -207,7 +214,8 @@ class AttributionCallback(AnyCallback):
         return bytes_a_row
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
-        self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
+        self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source, self.mode)
+        self._mode = self.plan.mode
         projection = self._projection("", self._optimizer_state(trainer, pl_module))
         self.layers = projection.layers
         featurizer = Featurizer(pl_module, self.plan, projection, self.memory)
@@ -233,6 +241,7 @@ class AttributionCallback(AnyCallback):
             self.layout.shapes,
             self.method.projector_config if self.featurize else None,
             describe_output(pl_module),
+            self._mode,
         )
         self._guard.together(partial(self._begin, trainer, pl_module, self._path, fingerprint))
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
@@ -366,6 +375,7 @@ class AttributionCallback(AnyCallback):
         trainer.predicting = True
         try:
             with undisturbed(pl_module, self.source.dataset, self.source.loader.collate_fn):
+                set_mode(pl_module, self._mode)
                 yield
         finally:
             trainer.state.stage = stage

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.batch import map_tensors
 from lightning_attr.draws import Draw, Samples
 from lightning_attr.gradients import check_batch_independence
 from lightning_attr.gradients.functional import call_with
@@ -16,7 +17,7 @@ from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
 from lightning_attr.mixin import AttributionMixin
 from lightning_attr.outputs import ModelOutput
 from lightning_attr.testing import check_model_output
-from lightning_attr.training_step import check_training_step, has_training_step
+from lightning_attr.training_step import check_training_step, has_training_step, training_loss
 
 __all__ = [
     "Attributed",
@@ -29,6 +30,8 @@ __all__ = [
     "completed",
     "describe_output",
     "draws_of",
+    "has_mixin",
+    "measured",
     "needs_setup",
     "set_up",
 ]
@@ -74,7 +77,7 @@ def check_module(module: Any) -> None:
         ...
         TypeError: Expected Linear to have lightning_attr.AttributionMixin among its bases, or to be a ...
     """
-    if _has_mixin(module):
+    if has_mixin(module):
         return
     name = type(module).__name__
     if not has_training_step(module):
@@ -100,7 +103,7 @@ def completed(module: Any, batch: Any, draw: Draw) -> Any:
         >>> completed(nn.Linear(1, 1), "batch", Draw([0]))
         'batch'
     """
-    return module.attribution_batch(batch, draw) if _has_mixin(module) else batch
+    return module.attribution_batch(batch, draw) if has_mixin(module) else batch
 
 
 def set_up(module: Any, samples: Samples, snapshot: str) -> None:
@@ -114,7 +117,7 @@ def set_up(module: Any, samples: Samples, snapshot: str) -> None:
     Example:
         >>> set_up(nn.Linear(1, 1), Samples(0, lambda rows: iter(())), "final")
     """
-    if _has_mixin(module):
+    if has_mixin(module):
         with torch.no_grad():
             module.attribution_setup(samples, snapshot)
 
@@ -132,7 +135,7 @@ def needs_setup(module: Any) -> bool:
         >>> needs_setup(nn.Linear(1, 1))
         False
     """
-    return _has_mixin(module) and type(module).attribution_setup is not AttributionMixin.attribution_setup
+    return has_mixin(module) and type(module).attribution_setup is not AttributionMixin.attribution_setup
 
 
 def draws_of(module: Any) -> int:
@@ -151,7 +154,7 @@ def draws_of(module: Any) -> int:
         >>> draws_of(nn.Linear(1, 1))
         1
     """
-    count = getattr(module, "attribution_draws", 1) if _has_mixin(module) else 1
+    count = getattr(module, "attribution_draws", 1) if has_mixin(module) else 1
     if not (isinstance(count, int) and count >= 1):
         raise ValueError(
             f"Expected `attribution_draws` of {type(module).__name__} to be a positive integer, but got {count!r}."
@@ -189,13 +192,32 @@ def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
         TrainingLoss(reduction='mean', captured=True)
     """
     check_module(module)
-    if not _has_mixin(module):
+    if not has_mixin(module):
         return checked_training_loss(module, batch, batch_size)
     check_batch_independence(lambda batch: _mixin_output(module, batch)[0], batch, batch_size)
-    with torch.no_grad():
-        outputs, targets = module.attribution_step(batch)
+    with torch.enable_grad():  # some steps differentiate
+        outputs, targets = map_tensors(module.attribution_step(batch), Tensor.detach)
     check_model_output(module.model_output, outputs, targets, dtype=None)
     return MixinOutput()
+
+
+def measured(module: Any, batch: Any) -> Tensor:
+    """Run a module once for what is attributed of it, before it is known whether it can be.
+
+    Args:
+        module: one that :func:`check_module` lets pass.
+        batch: a few samples, on the module's device, :func:`completed`.
+
+    Returns:
+        The model outputs of a module with :class:`lightning_attr.AttributionMixin`, the training loss of any other.
+
+    Example:
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, nn.Linear): ...
+        >>> measured(Classifier(2, 3), (torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))).shape
+        torch.Size([4])
+    """
+    return _mixin_output(module, batch)[0] if has_mixin(module) else training_loss(module, batch)
 
 
 def describe_output(module: Any) -> str:
@@ -213,14 +235,26 @@ def describe_output(module: Any) -> str:
         >>> describe_output(Classifier(1, 1))
         'the model output MulticlassMargin(temperature=1.0)'
     """
-    if not _has_mixin(module):
+    if not has_mixin(module):
         return "the loss of `training_step`"
     output = module.model_output
     plain = [f"{k}={v!r}" for k, v in sorted(vars(output).items()) if isinstance(v, (bool, int, float, str))]
     return f"the model output {type(output).__name__}({', '.join(plain)})"
 
 
-def _has_mixin(module: Any) -> bool:
+def has_mixin(module: Any) -> bool:
+    """Say whether a module says itself what is attributed.
+
+    Args:
+        module: any object.
+
+    Returns:
+        Whether it is a module with the attributes of :class:`lightning_attr.AttributionMixin`.
+
+    Example:
+        >>> has_mixin(nn.Linear(1, 1))
+        False
+    """
     return isinstance(module, nn.Module) and hasattr(module, "attribution_step") and hasattr(module, "model_output")
 
 

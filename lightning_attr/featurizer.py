@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.attributed import Attributed, attributed, check_module, completed, draws_of
+from lightning_attr.batch import select_rows
 from lightning_attr.draws import Draw
 from lightning_attr.errors import NonFiniteGradientError, named_samples
 from lightning_attr.gradients import (
@@ -22,10 +24,16 @@ from lightning_attr.gradients import (
 )
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.gradients.rules import check_layers
+from lightning_attr.isolation import preserved_rng
 from lightning_attr.memory import MemoryBudget
+from lightning_attr.mode_choice import choose_mode, is_random
+from lightning_attr.modes import MeanNoise, in_mode, seeded, set_mode
 from lightning_attr.projectors import Projection
+from lightning_attr.randomness import hashed_seed
 
 __all__ = ["AttributionPlan", "Featurizer", "plan"]
+
+log = logging.getLogger(__name__)
 
 PROBE_SIZE = 4
 """Samples with which a module is checked before anything is featurized."""
@@ -37,6 +45,8 @@ class AttributionPlan(GradientPlan):
 
     Args:
         attributed: the model output or the training loss.
+        mode: of the module, "eval" or "train".
+        seeded: whether the module is random in that mode: each sample goes through on its own, with a seed of its own.
 
     Example:
         >>> from lightning_attr.attributed import TrainingLoss
@@ -45,16 +55,20 @@ class AttributionPlan(GradientPlan):
     """
 
     attributed: Attributed
+    mode: str = field(default="eval", kw_only=True)
+    seeded: bool = field(default=False, kw_only=True)
 
 
-def plan(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
+def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> AttributionPlan:
     """Check a module on a few samples and choose the gradient path of each parameter.
 
     Args:
         module: an ``nn.Module`` with :class:`lightning_attr.AttributionMixin`, or a ``LightningModule`` whose training
-            loss is the mean or the sum of one term a sample, in eval mode.
+            loss is the mean or the sum of one term a sample. It is put into the plan's mode.
         batch: a few samples, on the module's device.
         batch_size: number of samples in it.
+        mode: "eval", or "train" with the statistics of BatchNorm frozen; by default as
+            :func:`lightning_attr.mode_choice.choose_mode` finds.
 
     Returns:
         The plan that :class:`Featurizer` follows.
@@ -76,8 +90,12 @@ def plan(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
         ('weight', 'bias')
     """
     check_module(module)
-    check_layers(module)
     batch = completed(module, batch, Draw(range(batch_size), device=_device(module)))
+    mode = choose_mode(module, batch, mode)
+    set_mode(module, mode)
+    check_layers(module)
+    if mode == "train" and is_random(module, batch):
+        return _plan_of_one(module, batch, batch_size)
     subject = attributed(module, batch, batch_size)
     gradients = plan_gradients(
         module,
@@ -87,7 +105,32 @@ def plan(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
         batch_size,
         lambda batch: subject.sample_outputs(module, batch, batch_size),
     )
-    return AttributionPlan(**vars(gradients), attributed=subject)
+    return AttributionPlan(**vars(gradients), attributed=subject, mode=mode)
+
+
+def _plan_of_one(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
+    """Plan for a module that is random in train mode: samples are compared without noise, gradients at one seed."""
+    log.warning(
+        "%s is random in train mode (dropout, noise): each sample goes through on its own, with random numbers of its "
+        "own, which is slower.",
+        type(module).__name__,
+    )
+    with preserved_rng(), in_mode(module, "train", dropout=False), MeanNoise():
+        subject = attributed(module, batch, batch_size)
+    seed = hashed_seed("mode", "probe")
+
+    def at_seed(run: Callable[[], Tensor]) -> Tensor:
+        with preserved_rng(), seeded(seed):
+            return run()
+
+    gradients = plan_gradients(
+        module,
+        lambda one: at_seed(lambda: subject.forward(module, one, 1)[0]),
+        lambda params, one: at_seed(lambda: subject.functional_output(module, params, one)),
+        select_rows(batch, batch_size, [0]),
+        1,
+    )
+    return AttributionPlan(**{**vars(gradients), "outer": ()}, attributed=subject, mode="train", seeded=True)
 
 
 class Featurizer:
@@ -159,11 +202,17 @@ class Featurizer:
             NonFiniteGradientError: if a row holds NaN or Inf.
         """
         # Without gradients, a batch takes less than in training.
+        featurize = self._one_by_one if self.plan.seeded else self._featurize
         if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
-            return self._featurize(batch, rows, room)
+            return featurize(batch, rows, room)
         kind = f"{type(self.projection).__name__} {self.projection.dim}"
-        run = partial(self._featurize, room=room)
+        run = partial(featurize, room=room)
         return self.memory.run(run, batch, rows, kind, self.projection.dim + self.numel)
+
+    def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
+        """Featurize samples apart, so that the random numbers of each are its own."""
+        parts = [self._featurize(select_rows(batch, len(rows), [i]), [row], None) for i, row in enumerate(rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)
@@ -175,32 +224,36 @@ class Featurizer:
         with self.projection.filling(features) as add, named_samples(rows):
             for number in range(draws):
                 given = completed(self.module, batch, Draw(drawn, self.snapshot, number, device))
-                for name, column in self._draw(given, len(rows), add).items():
+                key = ("mode", self.snapshot, number, *drawn)
+                seed = hashed_seed(*key) if self.plan.seeded else None
+                for name, column in self._draw(given, len(rows), add, seed).items():
                     # Projections are linear: the mean of features is the feature of the mean.
                     share = column if name == "label" or draws == 1 else column / draws
                     values[name] = values[name] + share if name in values and name != "label" else share
         if draws > 1:
             features /= draws
         columns = self.projection.finish({"features": features, **values})
-        _check_finite(columns, rows)
+        _check_finite(self.module, columns, rows)
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
 
-    def _draw(self, batch: Any, batch_size: int, add: LayerSink) -> dict[str, Tensor]:
+    def _draw(self, batch: Any, batch_size: int, add: LayerSink, seed: int | None) -> dict[str, Tensor]:
         """Add the features of one draw, and return the values beside them."""
         subject = self.plan.attributed
         seen: list[Any] = []
 
         def forward() -> Tensor:
-            output, behind = subject.forward(self.module, batch, batch_size)
+            with seeded(seed):
+                output, behind = subject.forward(self.module, batch, batch_size)
             seen.append(behind)
             return output
 
         if self.projection.dim == 0:  # only the values beside the features are wanted
-            with torch.no_grad():
-                output = forward()
+            with torch.set_grad_enabled(self.plan.inner):
+                output = forward().detach()
         else:
             output = self.gradients(forward, batch_size, add)
-            fallback = self._fallback_gradients(batch, batch_size)
+            with seeded(seed):
+                fallback = self._fallback_gradients(batch, batch_size)
             add({name: gradient.to(self.dtype) for name, gradient in fallback.items()})
         return subject.columns(self.module, batch, output, seen[0])
 
@@ -222,7 +275,16 @@ def _device(module: Any) -> torch.device:
     return device
 
 
-def _check_finite(columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+def _culprit(module: Any, row: int) -> str:
+    if not all(p.isfinite().all() for p in module.parameters()):
+        return "The weights hold NaN or Inf: a diverged model has no attribution."
+    return (
+        f"The weights are finite, so it is the sample. Look at dataset[{row}]: at NaN or Inf in its inputs, a label "
+        "that is missing or ignored (the mean over no labels is NaN), or an infinite slope, as of a root at zero."
+    )
+
+
+def _check_finite(module: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
     # One pass and one synchronisation: a NaN or Inf anywhere makes the sum one.
     if torch.stack([values.sum(dtype=torch.float32) for values in columns.values()]).isfinite().all():
         return
@@ -233,6 +295,5 @@ def _check_finite(columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
             what = "gradient" if name == "features" else name
             raise NonFiniteGradientError(
                 f"The {what} of sample {', '.join(map(str, bad[:8]))}{' ...' if len(bad) > 8 else ''} is NaN or Inf "
-                f"({len(bad)} of the {len(rows)} samples of its batch). Look at dataset[{bad[0]}], and at the "
-                "training: a diverged model has no attribution."
+                f"({len(bad)} of the {len(rows)} samples of its batch). {_culprit(module, bad[0])}"
             )

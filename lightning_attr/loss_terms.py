@@ -63,8 +63,7 @@ class TrainingLoss:
         """Loss and its negative; the derivatives of a loss that is itself the output."""
         losses = -output
         if seen is not None:
-            with torch.no_grad():
-                losses = _losses_apart(module, batch, len(output))
+            losses = _values_apart(module, batch, len(output))
             if not _reduces_to(self.reduction, losses, seen):
                 raise _not_of_terms(module, losses, [(list(range(len(losses))), seen)])
         ones = torch.ones_like(losses)
@@ -101,17 +100,26 @@ def _losses_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
     return torch.stack(losses)
 
 
-@torch.no_grad()
+def _value(module: Any, batch: Any) -> Tensor:
+    """Compute a loss without its graph, by a step that may differentiate inside."""
+    with torch.enable_grad(), plain_execution():
+        return training_loss(module, batch).detach()
+
+
+def _values_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
+    return torch.stack([_value(module, select_rows(batch, batch_size, [i])) for i in range(batch_size)])
+
+
 def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingLoss:
     """Find how the loss of a batch is made of those of its samples, on batches of several sizes."""
     name = type(module).__name__
-    with plain_execution():
-        whole, again = training_loss(module, batch), training_loss(module, batch)
+    whole, again = _value(module, batch), _value(module, batch)
     if not _close(whole, again, whole.abs()):
         raise BatchDependenceError(
             f"The loss that `training_step` of {name} returns is random: the same {batch_size} samples give "
             f"{whole.item():.6g}, then {again.item():.6g}. Attribution needs the loss of a sample to be one number: "
-            f"look for noise or dropout that does not heed eval mode (`self.training`). {_mixin_lines(name)}"
+            f'look for noise or dropout that does not heed eval mode (`self.training`), or pass mode="train", in which '
+            f"each sample has random numbers of its own. {_mixin_lines(name)}"
         )
     _check_splits(name, batch, batch_size)
     losses = _losses_of_samples(module, batch, batch_size)
@@ -127,8 +135,7 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
     # Parts of unequal size: of equal halves, a mean weighted by class or by length may be the mean of means.
     parts = [everything, everything[:1], everything[1:], everything[: batch_size // 2], everything[batch_size // 2 :]]
     batches = [select_rows(batch, batch_size, part) for part in parts]
-    with plain_execution():
-        found = [training_loss(module, part) for part in batches]
+    found = [_value(module, part) for part in batches]
     for reduction in ("mean", "sum"):
         if all(_reduces_to(reduction, losses[part], loss) for part, loss in zip(parts, found, strict=True)):
             break
@@ -136,7 +143,7 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
         raise _not_of_terms(module, losses, list(zip(parts, found, strict=True)))
     captured = TrainingLoss(reduction, captured=True)
     with torch.enable_grad(), plain_execution():
-        runs = [captured.forward(module, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
+        runs = [_detached(captured, module, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
     if all(
         seen is None and all(_close(-out, loss, loss.abs()) for out, loss in zip(output, losses[rows], strict=True))
         for (output, seen), rows in zip(runs, parts, strict=True)
@@ -148,6 +155,11 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
         name,
     )
     return TrainingLoss(reduction, captured=False)
+
+
+def _detached(subject: TrainingLoss, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+    output, seen = subject.forward(module, batch, batch_size)
+    return output.detach(), seen
 
 
 def _check_splits(name: str, batch: Any, batch_size: int) -> None:
@@ -176,7 +188,7 @@ def _holds_samples(batch: Any, batch_size: int) -> bool:
 
 def _losses_of_samples(module: Any, batch: Any, batch_size: int) -> Tensor:
     try:
-        return _losses_apart(module, batch, batch_size)
+        return _values_apart(module, batch, batch_size)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         name = type(module).__name__
         raise BatchDependenceError(

@@ -28,6 +28,7 @@ class Fingerprint:
         layout: parameter name -> shape.
         projector: the projector's ``config``, None as long as nothing was featurized.
         output: what of the module is attributed, in words; None if it was not recorded.
+        mode: of the module, "eval" or "train"; "auto" if it is to be found on the first samples, None in older stores.
 
     Example:
         >>> a = Fingerprint(10, None, {"w": (2,)}, None)
@@ -42,6 +43,7 @@ class Fingerprint:
     layout: Mapping[str, tuple[int, ...]]
     projector: Mapping[str, Any] | None
     output: str | None = None
+    mode: str | None = None
 
     def check(self, found: Fingerprint, where: str) -> None:
         """Compare the fingerprint on record with the one at hand.
@@ -85,6 +87,8 @@ class Fingerprint:
             )
         if self.output is not None and found.output is not None and self.output != found.output:
             return f"attributes {self.output}, but here it would be {found.output}"
+        if {self.mode, found.mode} == {"eval", "train"}:
+            return f"was written in {self.mode} mode (mode={self.mode!r}), but here it would be mode={found.mode!r}"
         return None
 
 
@@ -271,6 +275,7 @@ class Manifest:
                 data=fingerprint.data or other.fingerprint.data,
                 projector=fingerprint.projector or other.fingerprint.projector,
                 output=fingerprint.output or other.fingerprint.output,
+                mode=fingerprint.mode or other.fingerprint.mode,
             )
         snapshots = [
             dataclasses.replace(snapshot, key=f"run{i}/{snapshot.key}", folder=f"snapshots/run{i}/{snapshot.key}")

@@ -54,6 +54,7 @@ class AttributionStep(nn.Module):
         memory: what a batch may take while it is featurized.
         folder: for a result that has to travel between processes.
         target_function: what is measured of the targets, in place of the model output.
+        mode: that the module is attributed in, "eval" or "train"; None where nobody chose.
         scratch: whether the store is thrown away in the end: features keep all digits then, and stay in memory where
             they fit.
     """
@@ -75,6 +76,7 @@ class AttributionStep(nn.Module):
         memory: MemoryBudget,
         folder: Path,
         target_function: TargetFunction | None = None,
+        mode: str | None = None,
         scratch: bool = False,
     ) -> None:
         super().__init__()
@@ -91,6 +93,7 @@ class AttributionStep(nn.Module):
         self.memory = memory
         self.folder = folder
         self.target_function = target_function
+        self.mode = mode
         self.scratch = scratch
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.result: AttributionResult | None = None
@@ -200,7 +203,7 @@ class AttributionStep(nn.Module):
         self.close()
         load_weights(self.module, self.store.weights(key))
         if self.plan is None:  # a module fresh from its constructor may behave like no trained one
-            self.plan = probe(self.trainer, self.module, self.datamodule, self.train_data)[0]
+            self.plan = probe(self.trainer, self.module, self.datamodule, self.train_data, self.mode)[0]
             self.target_plan = self.plan
             if self.target_function is not None:
                 self.target_plan = replace(self.plan, attributed=MeasuredOutput(self.target_function))
@@ -258,6 +261,8 @@ class AttributionStep(nn.Module):
             "train_data": self.fingerprint.data,
             "target_probe": self._target_digest,
         }
+        if self.plan is not None and self.plan.mode != "eval":
+            provenance["mode"] = self.plan.mode
         evidence = {used.key: own.evidence for used, own in zip(self.used, snapshots, strict=True) if own.evidence}
         if evidence:
             provenance["evidence"] = evidence

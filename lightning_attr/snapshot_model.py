@@ -191,6 +191,13 @@ class SnapshotModel:
         Raises:
             AttributionError: if the module's output is the mean of several draws, of which this would be one.
         """
+        if self.plan.seeded:
+            raise AttributionError(
+                f"Expected {type(self.module).__name__} to have nothing random in train mode, but it "
+                "has (dropout, noise): this method runs the module itself, on all samples of a batch at once. Take one "
+                "on gradients of single samples (TRAK, TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, "
+                'FactGraSS), or mode="eval".'
+            )
         draws = draws_of(self.module)
         if draws > 1:
             raise AttributionError(

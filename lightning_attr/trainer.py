@@ -27,6 +27,7 @@ from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod
+from lightning_attr.modes import MODES, check_mode
 from lightning_attr.prediction import AttributionStep
 from lightning_attr.projectors import projector_from_config
 from lightning_attr.result import AttributionResult
@@ -93,6 +94,7 @@ class AttributionTrainer(L.Trainer):
         topk: int | None = None,
         memory_budget: int | None = None,
         target_function: TargetFunction | None = None,
+        mode: str | None = None,
     ) -> AttributionResult:
         """Score every training sample for every target; see :func:`attribute`, which has the same arguments."""
         return attribute(
@@ -108,6 +110,7 @@ class AttributionTrainer(L.Trainer):
             topk=topk,
             memory_budget=memory_budget,
             target_function=target_function,
+            mode=mode,
         )
 
 
@@ -125,6 +128,7 @@ def attribute(
     topk: int | None = None,
     memory_budget: int | None = None,
     target_function: TargetFunction | None = None,
+    mode: str | None = None,
 ) -> AttributionResult:
     """Score every training sample for every target, on the trainer's devices.
 
@@ -154,6 +158,9 @@ def attribute(
         target_function: ``(module, batch) -> (b,)``, differentiable: what is measured of each target, higher is more of
             it. By default the model output: a logit difference, the log-probability of another answer or a reward are
             as good. Training samples keep theirs, and with it their self-influence.
+        mode: "eval", or "train" for modules whose loss needs ``self.training``: statistics of BatchNorm stay frozen,
+            and where the module is random each sample has random numbers of its own. By default the store's, else eval
+            mode, unless the loss or its gradient depends on the mode, or exists in train mode only: a log line says so.
 
     Returns:
         Scores, self-influence, data value and metrics.
@@ -186,6 +193,7 @@ def attribute(
         )
     check_module(module)
     check_one_world(trainer, module)
+    check_mode(mode)
     check_strategy(trainer.strategy)
     record = next((c for c in trainer.callbacks if isinstance(c, AttributionRecord)), None)  # type: ignore[attr-defined]
     datamodule = datamodule or (getattr(trainer, "datamodule", None) if train_dataloaders is None else None)
@@ -201,6 +209,7 @@ def attribute(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
         path = Path(store) if store is not None else _recorded_path(trainer, record)
         method = method or _default_method(path, record)
+        mode = mode or _recorded_mode(path)
         step = as_lightning_module(AttributionStep, trainer)(
             module,
             datamodule,
@@ -214,12 +223,14 @@ def attribute(
                 ParameterLayout.of(module).shapes,
                 method.projector_config,
                 describe_output(module),
+                mode or "auto",
             ),
             noise_mask=noise_mask,
             topk=topk,
             memory=MemoryBudget(memory_budget),
             folder=folder / "result",
             target_function=target_function,
+            mode=mode,
             scratch=path is None,
         )
         _check_store(step, record)
@@ -290,6 +301,16 @@ def _default_method(path: Path | None, record: AttributionRecord | None) -> Attr
         return record.method
     config = FeatureStore.open(path).fingerprint.projector if path is not None and FeatureStore.exists(path) else None
     return TRAK(projector=projector_from_config(config)) if config is not None else TRAK()
+
+
+def _recorded_mode(path: Path | None) -> str | None:
+    """Give the mode that a store was written in: eval where features are older than the record of it."""
+    if path is None or not FeatureStore.exists(path):
+        return None
+    fingerprint = FeatureStore.open(path, writer=False).fingerprint
+    if fingerprint.mode is None:
+        return "eval" if fingerprint.projector is not None else None
+    return fingerprint.mode if fingerprint.mode in MODES else None
 
 
 def _check_store(step: AttributionStep, record: AttributionRecord | None) -> None:

@@ -106,15 +106,20 @@ def set_up_at(
 
 
 def probe(
-    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, source: DataSource
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    source: DataSource,
+    mode: str | None = None,
 ) -> tuple[AttributionPlan, Any, list[int]]:
     """Check the module on the first samples, in the trainer's precision and on its device.
 
     Args:
         trainer: the trainer.
-        module: the user's module, in eval mode.
+        module: the user's module, in eval mode; it is put into that of the plan.
         datamodule: the user's datamodule, if any.
         source: the training data.
+        mode: "eval" or "train"; by default as :func:`lightning_attr.featurizer.plan` chooses.
 
     Returns:
         The gradient path of each parameter, and the samples as a batch with their rows.
@@ -139,4 +144,4 @@ def probe(
     set_up_at("", trainer, module, datamodule, source)
     # The comparisons want all digits: the default dtype of the precision, but no autocast.
     with precision.forward_context(), torch.autocast(device.type, enabled=False), named_samples(rows):
-        return plan(module, batch, len(rows)), batch, rows
+        return plan(module, batch, len(rows), mode), batch, rows

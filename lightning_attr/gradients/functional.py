@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_attr.batch import batched_tensors, map_tensors, replace_tensors, select_rows
 from lightning_attr.gradients.execution import plain_execution
 
-__all__ = ["FunctionalOutput", "call_with", "loop_gradients", "vmap_gradients"]
+__all__ = ["FunctionalOutput", "call_with", "densely", "loop_gradients", "vmap_gradients"]
 
 FunctionalOutput: TypeAlias = Callable[[Mapping[str, Tensor], Any], Tensor]
 
@@ -37,6 +37,8 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], function: Callab
         tensor([[3.]])
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if all(own[name] is tensor for name, tensor in tensors.items()):
+        return function(batch)  # also where nothing can be put into a place, as in scripted modules
     given = {id(own[name]): tensor for name, tensor in tensors.items()}
     # `functional_call` would swap a layer of two names twice and leave the second tensor in it for good: each place is
     # named once, and so it must not look for ties itself.
@@ -123,14 +125,34 @@ def loop_gradients(
         {'w': tensor([[ 6., 12.],
                 [ 0.,  2.]])}
     """
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    # A module's own parameters stay in their places: that works for scripted modules, too.
+    leaves = {name: p if p.is_leaf and p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
     rows = []
     with torch.enable_grad(), plain_execution():
         for i in range(batch_size):
             sample = map_tensors(select_rows(batch, batch_size, [i]), Tensor.detach)
             output = functional_output(leaves, sample).sum()
             if output.requires_grad:
-                rows.append(torch.autograd.grad(output, list(leaves.values()), materialize_grads=True))
+                found = torch.autograd.grad(output, list(leaves.values()), allow_unused=True)
+                pairs = zip(leaves.values(), found, strict=True)
+                rows.append(tuple(torch.zeros_like(leaf) if row is None else densely(row) for leaf, row in pairs))
             else:
                 rows.append(tuple(torch.zeros_like(leaf) for leaf in leaves.values()))
     return {name: torch.stack(gradients) for name, gradients in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+
+def densely(gradient: Tensor) -> Tensor:
+    """Give a gradient as a dense tensor; embeddings with ``sparse=True`` have others.
+
+    Args:
+        gradient: any.
+
+    Returns:
+        The same numbers.
+
+    Example:
+        >>> densely(torch.eye(2).to_sparse())
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

@@ -291,6 +291,14 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
+def _unviewed(output: Tensor) -> Tensor:
+    """Give the tensor that an output is a reshaping of: a view that is written to afterwards loses its hooks."""
+    base = output._base
+    if base is None or base.numel() != output.numel() or base.is_leaf or not base.requires_grad:
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
+
+
 class _Capture:
     """Keeps each watched layer's input until the gradient at its output arrives."""
 
@@ -341,7 +349,8 @@ class _Capture:
             self.leaves.append(leaf)
             output = leaf.clone()
         held = [activations]  # given away when they are needed: the graph keeps its hooks to the end
-        output.register_hook(lambda backprops: self._emit(rule, layer, names, held.pop(), backprops))
+        shape, watched = output.shape, _unviewed(output)
+        watched.register_hook(lambda g: self._emit(rule, layer, names, held.pop(), g.reshape(shape)))
         return output
 
     def _emit(

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr.batch import select_rows
-from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
+from lightning_attr.errors import AttributionError, BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.factored import ParameterGradient, materialise, single_product
-from lightning_attr.gradients.functional import FunctionalOutput, loop_gradients, vmap_gradients
+from lightning_attr.gradients.functional import FunctionalOutput, densely, loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import HookedGradients, hooked_layers
+from lightning_attr.gradients.inner import watch_autograd
 
 __all__ = ["GradientPlan", "check_batch_independence", "plan_gradients"]
 
@@ -35,6 +36,7 @@ class GradientPlan:
         direct: names among ``hooked`` that layers with a rule own and other code uses as well, or may come to use.
         outer: names among ``hooked`` of which a sample's gradient is one outer product, as that of a linear layer is
             that sees a sample once, at one position; with the biases of these layers.
+        inner: whether the module differentiates inside its forward pass, and so needs gradients enabled.
 
     Example:
         >>> GradientPlan(hooked=("weight",), fallback=(), vectorised=True).hooked
@@ -46,6 +48,7 @@ class GradientPlan:
     vectorised: bool
     direct: tuple[str, ...] = field(default=(), kw_only=True)
     outer: tuple[str, ...] = field(default=(), kw_only=True)
+    inner: bool = field(default=False, kw_only=True)
 
 
 def plan_gradients(
@@ -80,7 +83,9 @@ def plan_gradients(
         >>> from torch.func import functional_call
         >>> layer, x = nn.Linear(2, 1), torch.randn(3, 2)
         >>> plan_gradients(layer, lambda x: layer(x)[:, 0], lambda p, x: functional_call(layer, dict(p), x)[:, 0], x, 3)
-        GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True, direct=(), outer=('weight', 'bias'))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        GradientPlan(hooked=('weight', 'bias'), fallback=(), vectorised=True,
+                     direct=(), outer=('weight', 'bias'), inner=False)
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
@@ -91,7 +96,8 @@ def plan_gradients(
     first = reference(trainable)
     if not all(math.isfinite(norm) for norm in first.norms.values()):
         _raise_not_finite(first.rows, loop_gradients(functional_output, trainable, batch, batch_size))
-    covered, direct, outer = _covered(module, forward, trainable, batch, batch_size, first, reference)
+    covered, direct, outer, cause = _tried(module, forward, trainable, batch, batch_size, first, reference)
+    first.rows.clear()
     fallback = {name: p for name, p in trainable.items() if name not in covered}
     vectorised = True
     if fallback:
@@ -107,7 +113,7 @@ def plan_gradients(
                     "the batch. Attribution needs outputs that are computed for each sample on its own: look for "
                     "statistics or comparisons over the batch in `attribution_step` and `model_output`."
                 )
-        _log_fallback(module, trainable, fallback, vectorised)
+        _log_fallback(module, trainable, fallback, vectorised, cause)
     names = tuple(name for name in trainable if name in covered)
     return GradientPlan(
         names,
@@ -115,6 +121,7 @@ def plan_gradients(
         vectorised,
         direct=tuple(name for name in names if name in direct),
         outer=tuple(name for name in names if name in outer - direct),
+        inner=first.inner,
     )
 
 
@@ -140,8 +147,8 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
         lightning_attr.errors.BatchDependenceError: ...
     """
     half = batch_size // 2
-    with torch.no_grad():
-        whole = forward(batch)
+    with torch.enable_grad():  # some steps differentiate
+        whole = forward(batch).detach()
         if whole.shape != (batch_size,):
             raise ValueError(
                 f"Expected `model_output.output` to return one value a sample, of shape ({batch_size},), but got "
@@ -156,7 +163,7 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
         if half == 0:
             return
         parts = (list(range(half)), list(range(half, batch_size)))
-        halves = [forward(select_rows(batch, batch_size, part)) for part in parts]
+        halves = [forward(select_rows(batch, batch_size, part)).detach() for part in parts]
     for part, outputs in zip(parts, halves, strict=True):
         if outputs.shape != (len(part),):
             raise ValueError(
@@ -185,6 +192,7 @@ class _Reference:
     norms: dict[str, float]
     eps: float  # what rounding does to a number
     unused: set[str]  # names that have no part in the output
+    inner: bool  # whether the module differentiates in its forward pass
 
     @classmethod
     def of(
@@ -193,16 +201,17 @@ class _Reference:
         rows = {name: p.new_zeros(batch_size, *p.shape) for name, p in trainable.items()}
         unused = set(trainable)
         with torch.enable_grad(), plain_execution():
-            output = forward(batch)
+            with watch_autograd() as inner:
+                output = forward(batch)
             for i in range(batch_size):
                 found = torch.autograd.grad(output[i], list(trainable.values()), retain_graph=True, allow_unused=True)
                 for name, row in zip(trainable, found, strict=True):
                     if row is not None:
                         unused.discard(name)
-                        rows[name][i] = row
+                        rows[name][i] = densely(row)
                 del found, row  # before the next are made
         eps = max(torch.finfo(p.dtype).eps for p in trainable.values())
-        return cls(rows, {name: row.double().norm().item() for name, row in rows.items()}, eps, unused)
+        return cls(rows, {name: row.double().norm().item() for name, row in rows.items()}, eps, unused, inner.seen)
 
     @property
     def total(self) -> float:
@@ -235,6 +244,26 @@ def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor
         f"{(~finite).nonzero().flatten().tolist()} of the first batch). Look for an infinite slope in "
         "the model output or the loss, such as that of a root or a norm at zero."
     )
+
+
+def _tried(
+    module: nn.Module,
+    forward: Callable[[Any], Tensor],
+    trainable: Mapping[str, Tensor],
+    batch: Any,
+    batch_size: int,
+    first: _Reference,
+    reference: Callable[[Collection[str]], _Reference],
+) -> tuple[set[str], set[str], set[str], str | None]:
+    """Try the pass of the hooks; where it cannot be, nothing is covered, and the last result is the cause."""
+    if first.inner:  # hooks cut the graph that it differentiates, and see its gradients as if they were ours
+        return set(), set(), set(), "the module differentiates inside its forward pass, which hooks would disturb"
+    try:
+        return (*_covered(module, forward, trainable, batch, batch_size, first, reference), None)
+    except AttributionError:
+        raise
+    except Exception as error:
+        return set(), set(), set(), f"with hooks, the module raises {type(error).__name__}: {error}"
 
 
 def _covered(
@@ -289,8 +318,7 @@ def _vmap_rows(
 ) -> dict[str, Tensor] | None:
     try:
         return vmap_gradients(functional_output, params, batch, batch_size)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        # That is what vmap says of models that it cannot trace.
+    except Exception as error:
         log.info("vmap(grad) does not work for this module, falling back to a loop over samples: %s", error)
         return None
 
@@ -305,15 +333,28 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _log_fallback(
-    module: nn.Module, trainable: Mapping[str, Tensor], fallback: Mapping[str, Tensor], vectorised: bool
+    module: nn.Module,
+    trainable: Mapping[str, Tensor],
+    fallback: Mapping[str, Tensor],
+    vectorised: bool,
+    cause: str | None,
 ) -> None:
+    """Say which parameters are slower, and why."""
     share = sum(p.numel() for p in fallback.values()) / sum(p.numel() for p in trainable.values())
+    ruled = {name for own in hooked_layers(module).values() for name in own.values()}
+    without, within = ([name for name in fallback if (name in ruled) == known] for known in (False, True))
+    causes = [cause] if cause is not None else []
+    if cause is None and without:
+        causes.append(f"{_some(without)} belong to no layer with a gradient rule")
+    if cause is None and within:
+        causes.append(f"{_some(within)} are used in ways that the rule of their layer does not see")
     log.warning(
-        "%s: %s (%.1f%% of the trainable parameters) have no gradient rule and go through %s, which is slower.",
+        "%s: %s (%.1f%% of the trainable parameters) go through %s, which is slower: %s.",
         type(module).__name__,
         _some(list(fallback)),
         100 * share,
         "vmap(grad)" if vectorised else "a loop over samples",
+        "; ".join(causes),
     )
 
 

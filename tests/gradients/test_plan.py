@@ -345,8 +345,8 @@ def test_the_log_names_the_fallback_and_its_share(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "lightning_attr"):
         _plan(module, FLAT)
     assert caplog.messages == [
-        "LayersOf: `scale` (20.0% of the trainable parameters) have no gradient rule and go through vmap(grad), which "
-        "is slower."
+        "LayersOf: `scale` (20.0% of the trainable parameters) go through vmap(grad), which is slower: `scale` belong "
+        "to no layer with a gradient rule."
     ]
 
 
@@ -420,8 +420,8 @@ def test_a_rule_that_is_wrong_is_found_and_named(caplog: pytest.LogCaptureFixtur
     module = LayersOf(lambda m, x: m.a(x), a=Scaled(3, 2)).double()
     assert _plan(module, FLAT) == GradientPlan(("a.bias",), ("a.weight",), vectorised=True)
     assert caplog.messages == [
-        "LayersOf: `a.weight` (75.0% of the trainable parameters) have no gradient rule and go through vmap(grad), "
-        "which is slower."
+        "LayersOf: `a.weight` (75.0% of the trainable parameters) go through vmap(grad), which is slower: `a.weight` "
+        "are used in ways that the rule of their layer does not see."
     ]
 
 
