@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_attr.arguments import check_flag, check_int, check_numbers, check_path
+from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.guard import Guard, describe
@@ -32,15 +34,16 @@ from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
-from lightning_attr.memory import MemoryBudget
+from lightning_attr.memory import MemoryBudget, check_memory_budget
 from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
+from lightning_attr.methods.base import check_method
 from lightning_attr.modes import check_mode, set_mode
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection
 from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
-from lightning_attr.trainer import attribute, check_noise_mask, check_strategy
+from lightning_attr.trainer import attribute, check_strategy
 from lightning_attr.transfer import probe, set_up_at, to_device
 from lightning_attr.worlds import AnyCallback
 
@@ -125,19 +128,24 @@ class AttributionCallback(AnyCallback):
         mode: str | None = None,
     ) -> None:
         check_mode(mode)
-        check_feature_dtype(feature_dtype)
+        check_feature_dtype(feature_dtype, self)
+        if memory_budget is not None:
+            memory_budget = check_memory_budget(self, memory_budget)
+        if batch_size is not None:
+            batch_size = check_int(self, "batch_size", batch_size, minimum=1, also="None")
         self._guard = Guard(on_error)
         self.memory = MemoryBudget(memory_budget)
-        self.dirpath = Path(dirpath) if dirpath is not None else None
-        self.method = method or TRAK()
+        self.dirpath = check_path(self, "dirpath", dirpath, also="None") if dirpath is not None else None
+        self.method = TRAK() if method is None else method
+        check_method(self, self.method)
         self.schedule = SnapshotSchedule(snapshots)
-        self.featurize = featurize and self.method.projector is not None
-        self.noise_mask = None if noise_mask is None else torch.as_tensor(noise_mask)
-        self._log = log  # `log` itself is what Lightning sets to the module's method of this name
+        self.featurize = check_flag(self, "featurize", featurize) and self.method.projector is not None
+        self.noise_mask = None if noise_mask is None else check_numbers(self, "noise_mask", noise_mask, MASK)
+        self._log = check_flag(self, "log", log)  # Lightning sets `log` itself, to the module's method
         self.batch_size = batch_size
         self.feature_dtype = feature_dtype
         self.memory_budget = memory_budget
-        self.optimizer_state = optimizer_state or self.method.needs_optimizer_state
+        self.optimizer_state = check_flag(self, "optimizer_state", optimizer_state) or self.method.needs_optimizer_state
         self.mode = mode
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
@@ -203,7 +211,7 @@ class AttributionCallback(AnyCallback):
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         """Find the data and go the whole way with a few samples; return how many bytes the store keeps of each."""
         self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
-        self.noise_mask = check_noise_mask(self.noise_mask, len(self.source))
+        self.noise_mask = check_noise_mask(self.noise_mask, len(self.source), self)
         self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
         self.layout = ParameterLayout.of(pl_module)
         self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_attr.arguments import check_flag, check_int
 from lightning_attr.batch import float_tensors
 from lightning_attr.callbacks.attribution import AttributionCallback
 from lightning_attr.files import write_bytes
@@ -47,10 +48,8 @@ class AttributionMonitor(AnyCallback):
     """
 
     def __init__(self, k: int = 12, figure: bool = True) -> None:
-        if k < 1:
-            raise ValueError(f"Expected argument `k` to be a positive integer, but got {k}.")
-        self.k = k
-        self.figure = figure
+        self.k = check_int(self, "k", k, minimum=1)
+        self.figure = check_flag(self, "figure", figure)
         self._recorder: AttributionCallback | None = None
 
     @override

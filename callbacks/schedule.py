@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import lightning as L
+
+from lightning_attr.arguments import check_choice, check_int
 
 __all__ = ["SnapshotSchedule", "epoch_limit"]
 
@@ -30,18 +33,17 @@ class SnapshotSchedule:
     """
 
     def __init__(self, snapshots: str | int | Sequence[int] = "geometric") -> None:
-        listed = isinstance(snapshots, Sequence) and not isinstance(snapshots, str)
-        valid = (
-            all(_is_integer(epoch) and epoch >= -1 for epoch in snapshots)  # type: ignore[union-attr,operator]  # if listed
-            if listed
-            else snapshots in {"geometric", "start+geometric", "all"} or (_is_integer(snapshots) and snapshots > 0)  # type: ignore[operator]
-        )
-        if not valid:
-            raise ValueError(
-                "Expected argument `snapshots` to be 'geometric', 'start+geometric', 'all', a positive integer n for "
-                f"every n epochs, or a list of epoch indices >= 0 and -1 for the start, but got {snapshots!r}."
+        self.snapshots: str | int | frozenset[int]
+        if isinstance(snapshots, Sequence) and not isinstance(snapshots, str):
+            places = [f"snapshots[{place}]" for place in range(len(snapshots))]
+            self.snapshots = frozenset(
+                check_int(_OWNER, place, epoch, minimum=-1) for place, epoch in zip(places, snapshots, strict=True)
             )
-        self.snapshots = frozenset(snapshots) if listed else snapshots  # type: ignore[arg-type]  # a sequence if listed
+        elif isinstance(snapshots, numbers.Integral) and not isinstance(snapshots, bool):
+            self.snapshots = check_int(_OWNER, "snapshots", snapshots, minimum=1)
+        else:
+            check_choice(_OWNER, "snapshots", snapshots, ("geometric", "start+geometric", "all"), _OTHERS)
+            self.snapshots = snapshots
 
     def due(self, epoch: int) -> bool:
         """Whether an epoch has a snapshot, be it the last or not.
@@ -96,5 +98,5 @@ def epoch_limit(trainer: L.Trainer) -> int:
     return min(limits, default=0)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_OWNER = "AttributionCallback"
+_OTHERS = "an integer n >= 1 for every n epochs, or a list of epoch indices >= 0 and -1 for the start"

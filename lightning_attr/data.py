@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined
     rank_zero_warn,
 )
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.errors import AttributionError
 from lightning_attr.forms import form, same_form
 from lightning_attr.loader import DataSource
@@ -93,8 +94,7 @@ def target_source(
         >>> target_source(L.Trainer(logger=False, barebones=True), L.LightningModule(), None, targets="train") is None
         True
     """
-    if targets not in ("auto", *_STAGES):
-        raise ValueError(f"Expected argument `targets` to be one of {['auto', *_STAGES]}, but got {targets!r}.")
+    check_choice("attribute", "targets", targets, ("auto", *_STAGES))
     if loaders is not None:
         return DataSource.of(loaders, "target")
     if targets == "train":

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice
+
 __all__ = ["check_columns", "check_feature_dtype", "decode", "decode_features", "encode", "row_bytes"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -28,11 +30,12 @@ _LARGEST = 15
 """Features of float16 are scaled to below two to this power."""
 
 
-def check_feature_dtype(feature_dtype: str) -> None:
+def check_feature_dtype(feature_dtype: str, owner: object = "FeatureStore") -> None:
     """Check the name of a dtype for features.
 
     Args:
         feature_dtype: "float16", "bfloat16" or "float32".
+        owner: whose argument it is: an object, or the name of a function.
 
     Raises:
         ValueError: if it is none of these.
@@ -40,10 +43,7 @@ def check_feature_dtype(feature_dtype: str) -> None:
     Example:
         >>> check_feature_dtype("float16")
     """
-    if feature_dtype not in _DTYPES:
-        raise ValueError(
-            f"Expected argument `feature_dtype` to be 'float16', 'bfloat16' or 'float32', but got {feature_dtype!r}."
-        )
+    check_choice(owner, "feature_dtype", feature_dtype, _DTYPES)
 
 
 def check_columns(columns: Mapping[str, Tensor], rows: range) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_attr.arguments import check_int
 from lightning_attr.batch import batched_tensors, select_rows
 from lightning_attr.errors import MemoryBudgetError
 
-__all__ = ["MemoryBudget", "free_bytes", "peak_bytes"]
+__all__ = ["MemoryBudget", "check_memory_budget", "free_bytes", "peak_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,27 @@ class _Demand:
 
     def of(self, batch_size: int) -> int:
         return self.fixed + batch_size * self.per_sample
+
+
+def check_memory_budget(owner: object, value: Any, name: str = "memory_budget") -> int:
+    """Check a number of bytes.
+
+    Args:
+        owner: whose argument it is: an object, or the name of a function.
+        value: what was passed.
+        name: of the argument.
+
+    Returns:
+        The number as Python's int.
+
+    Raises:
+        ValueError: if it is no whole number above zero.
+
+    Example:
+        >>> check_memory_budget("attribute", 2 * 1024**3)
+        2147483648
+    """
+    return check_int(owner, name, value, 1, also="None", remedy="It counts bytes: 2 * 1024**3 are 2 GB.")
 
 
 class MemoryBudget:
@@ -73,8 +95,8 @@ class MemoryBudget:
     """
 
     def __init__(self, limit: int | None = None, careful: bool = False) -> None:
-        if limit is not None and limit <= 0:
-            raise ValueError(f"Expected argument `memory_budget` to be a positive number of bytes, but got {limit}.")
+        if limit is not None:
+            limit = check_memory_budget(self, limit, "limit")
         self.limit = limit
         self.demanded = limit is not None
         self._careful = careful

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice, check_flag, check_float, check_path
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.frames import data_frame
 from lightning_attr.metrics import comparison_plots, functional, plotting
@@ -75,15 +76,13 @@ class AttributionResult:
         Raises:
             ValueError: if an argument is out of range, or there are no labels for ``per_class``.
         """
-        if not 0 < fraction <= 1:
-            raise ValueError(f"Expected argument `fraction` in (0, 1], but got {fraction}.")
+        fraction = check_float("AttributionResult.select", "fraction", fraction, above=0, maximum=1)
         orders: dict[str, Callable[[], Tensor]] = {
             "data_value": lambda: self.data_value,
             "self_influence": lambda: -self.self_influence,
         }
-        if by not in orders:
-            raise ValueError(f"Expected argument `by` to be one of {sorted(orders)}, but got {by!r}.")
-        if per_class and self.labels is None:
+        check_choice("AttributionResult.select", "by", by, orders)
+        if check_flag("AttributionResult.select", "per_class", per_class) and self.labels is None:
             raise ValueError(
                 "Expected class labels for `per_class=True`, but the targets of this model output are no class labels."
             )
@@ -103,7 +102,7 @@ class AttributionResult:
         Args:
             path: the directory; made if it is not there.
         """
-        folder = Path(path)
+        folder = check_path("AttributionResult.save", "path", path)
         self.scores.save(folder)
         columns = {name: getattr(self, name) for name in ("self_influence", "loss", "labels", "noise_mask")}
         write_tensors(folder / "result.safetensors", {k: v for k, v in columns.items() if v is not None})
@@ -119,7 +118,7 @@ class AttributionResult:
         Returns:
             The result; large scores are mapped from the file.
         """
-        folder = Path(path)
+        folder = check_path("AttributionResult.load", "path", path)
         kind = TopScores if (folder / "top_scores.safetensors").exists() else ScoreMatrix
         return cls(kind.load(folder), **read_tensors(folder / "result.safetensors"))
 
@@ -186,8 +185,7 @@ class AttributionResult:
             "selection": plotting.plot_selection_curve,
             "cost": comparison_plots.plot_datamodeling_score_against_cost,
         }
-        if kind not in figures:
-            raise ValueError(f"Expected argument `kind` to be one of {sorted(figures)}, but got {kind!r}.")
+        check_choice("AttributionResult.plot", "kind", kind, figures)
         return figures[kind](*args, **kwargs)
 
     def plot_scores(self, ax: Any = None) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import argument_message, check_int, check_path, check_tensor
 from lightning_attr.errors import AttributionError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.frames import data_frame
@@ -64,16 +65,15 @@ class ScoreMatrix:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.values.ndim != 2:
-            raise ValueError(
-                f"Expected argument `values` of shape (n_train, n_target), but got {tuple(self.values.shape)}."
-            )
+        check_tensor(self, "values", self.values, "(n_train, n_target)", [2])
         for name, size in zip(("train_indices", "target_indices"), self.values.shape, strict=True):
             indices = getattr(self, name)
             if indices is None:
                 object.__setattr__(self, name, torch.arange(size))
-            elif indices.shape != (size,):
-                raise ValueError(f"Expected argument `{name}` of shape ({size},), but got {tuple(indices.shape)}.")
+                continue
+            check_tensor(self, name, indices, f"({size},)", [1])
+            if len(indices) != size:
+                raise ValueError(argument_message(self, name, f"a tensor of shape ({size},)", indices))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +147,7 @@ class ScoreMatrix:
         Args:
             path: the directory; made if it is not there.
         """
-        folder = Path(path)
+        folder = check_path("ScoreMatrix.save", "path", path)
         tensors = {"values": self.values, "train_indices": self.train_indices, "target_indices": self.target_indices}
         write_tensors(folder / "scores.safetensors", tensors)
         (folder / "top_scores.safetensors").unlink(missing_ok=True)  # of a result that was here before
@@ -163,14 +163,14 @@ class ScoreMatrix:
         Returns:
             The scores, mapped from the file.
         """
-        folder = Path(path)
+        folder = check_path("ScoreMatrix.load", "path", path)
         return cls(
             **read_tensors(folder / "scores.safetensors"), provenance=json.loads((folder / "scores.json").read_text())
         )
 
     def _extreme(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-        if not 1 <= k <= self.shape[0]:
-            raise ValueError(f"Expected argument `k` between 1 and {self.shape[0]} (training samples), but got {k}.")
+        remedy = f"There are {self.shape[0]} training samples."
+        k = check_int("ScoreMatrix.topk" if largest else "ScoreMatrix.bottomk", "k", k, 1, self.shape[0], remedy=remedy)
         best: Tensor | None = None
         rows: Tensor | None = None
         for block, values in self.row_blocks():

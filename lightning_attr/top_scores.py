@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.errors import AttributionError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.metrics.functional import _check_finite, _participation, _positive_sums
@@ -18,24 +19,27 @@ from lightning_attr.metrics.functional import _check_finite, _participation, _po
 __all__ = ["TopScores", "TopScoresSum", "check_topk"]
 
 
-def check_topk(topk: Any, n_train: int) -> None:
+def check_topk(topk: Any, n_train: int) -> int | None:
     """Check how many scores a target keeps.
 
     Args:
         topk: the argument; None stands for all.
         n_train: training samples.
 
+    Returns:
+        The number as Python's int, or None.
+
     Raises:
         ValueError: if it is no integer between 1 and ``n_train``.
 
     Example:
         >>> check_topk(10, n_train=100)
+        10
     """
-    if topk is not None and (isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= n_train):
-        raise ValueError(
-            f"Expected argument `topk` to be an integer between 1 and {n_train} (training samples), or None for all "
-            f"scores, but got {topk!r}."
-        )
+    if topk is None:
+        return None
+    remedy = f"There are {n_train} training samples."
+    return check_int("attribute", "topk", topk, 1, n_train, "None for all scores", remedy)
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,7 @@ class TopScores:
         return cls(**tensors, effective_proponents=effective, provenance=provenance)
 
     def _first(self, k: int, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        if not 1 <= k <= rows.shape[1]:
-            raise ValueError(
-                f"Expected argument `k` between 1 and {rows.shape[1]} (the `topk` of this result), but got {k}."
-            )
+        k = check_int(self, "k", k, 1, rows.shape[1], remedy="It is at most the `topk` of this result.")
         return self.train_indices[rows[:, :k]], scores[:, :k]
 
 

@@ -17,6 +17,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor, nn
 
+from lightning_attr.arguments import check_path
+from lightning_attr.attribute_arguments import check_attribute_arguments, check_noise_mask
 from lightning_attr.attributed import TargetFunction, check_module, describe_output
 from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
@@ -35,7 +37,7 @@ from lightning_attr.store import FeatureStore
 from lightning_attr.top_scores import check_topk
 from lightning_attr.worlds import as_lightning_module, both, check_one_world
 
-__all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_noise_mask", "check_strategy"]
+__all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_strategy"]
 
 
 @runtime_checkable
@@ -166,8 +168,8 @@ def attribute(
         Scores, self-influence, data value and metrics.
 
     Raises:
-        TypeError: if the model can not be attributed, or model and trainer are of ``lightning`` and
-            ``pytorch_lightning`` in turn.
+        TypeError: if an argument is of another class than its own, the model can not be attributed, or model and
+            trainer are of ``lightning`` and ``pytorch_lightning`` in turn.
         ValueError: if model or data are missing, or the noise mask or ``topk`` does not fit.
         AttributionError: if the strategy shards parameters, the callback has recorded nothing, or the store has no
             snapshots.
@@ -186,6 +188,7 @@ def attribute(
         >>> attribute(trainer, model=Classifier(), train_dataloaders=loader, targets="train").self_influence.shape
         torch.Size([2])
     """
+    check_attribute_arguments(trainer, datamodule, model, method, memory_budget, target_function)
     module = model if model is not None else trainer.lightning_module
     if module is None:
         raise ValueError(
@@ -205,9 +208,9 @@ def attribute(
         target = target_source(trainer, module, datamodule, target_dataloaders, targets, train)
         noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
         noise_mask = check_noise_mask(noise_mask, len(train))
-        check_topk(topk, len(train))
+        topk = check_topk(topk, len(train))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
-        path = Path(store) if store is not None else _recorded_path(trainer, record)
+        path = check_path("attribute", "store", store) if store is not None else _recorded_path(trainer, record)
         method = method or _default_method(path, record)
         mode = mode or _recorded_mode(path)
         step = as_lightning_module(AttributionStep, trainer)(
@@ -262,38 +265,6 @@ def check_strategy(strategy: Strategy) -> None:
             f"Expected a strategy that keeps whole parameters on each rank, but {type(strategy).__name__} shards them. "
             'Use strategy="auto", "ddp" or "ddp_spawn", or attribute on one device from the stored snapshots.'
         )
-
-
-def check_noise_mask(noise_mask: Any, num_rows: int) -> Tensor | None:
-    """Check that a noise mask fits the training data.
-
-    Args:
-        noise_mask: anything that ``torch.as_tensor`` takes, or None.
-        num_rows: training samples.
-
-    Returns:
-        Bool ``(num_rows,)``, or None.
-
-    Raises:
-        ValueError: if its length or its values do not fit.
-
-    Example:
-        >>> check_noise_mask([0, 1], 2)
-        tensor([False,  True])
-    """
-    if noise_mask is None:
-        return None
-    mask = torch.as_tensor(noise_mask)
-    if mask.shape != (num_rows,):
-        raise ValueError(
-            f"Expected argument `noise_mask` to have one entry a training sample, of shape ({num_rows},), but got "
-            f"{tuple(mask.shape)}."
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            "Expected argument `noise_mask` to hold only True and False (or 0 and 1), but got other values."
-        )
-    return mask.bool().cpu()
 
 
 def _default_method(path: Path | None, record: AttributionRecord | None) -> AttributionMethod:

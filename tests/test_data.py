@@ -196,7 +196,7 @@ def test_targets_of_another_form_are_the_modules_to_take() -> None:
 
 
 def test_unknown_targets() -> None:
-    message = r"`targets` to be one of \['auto', 'predict', 'test', 'val', 'train'\], but got 'valid'"
+    message = r"`targets` of attribute to be 'auto', .* or 'train', but got 'valid'\. Did you mean 'val'\?"
     with pytest.raises(ValueError, match=message):
         attribute(quiet_trainer(), datamodule_with("train"), model=BlobClassifier(), targets="valid")
 

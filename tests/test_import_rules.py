@@ -10,6 +10,7 @@ import pytest
 
 # Modules and subpackages of lightning_attr by level: each imports only from lower levels, and from itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
+    ("arguments",),
     ("errors", "forms", "worlds", "batch", "encoding", "layout", "randomness", "texts", "tokens", "highlights"),
     ("draws", "trajectories"),
     ("optimizer_state",),
@@ -22,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("shards", "featurizer"),
     ("snapshot_model", "positions"),
     ("methods",),
-    ("scoring", "transfer"),
+    ("attribute_arguments", "scoring", "transfer"),
     ("prediction",),
     ("trainer", "evaluation", "interop"),
     ("callbacks", "__init__"),
@@ -32,7 +33,10 @@ SIDEWAYS = {("projectors", "gradients"), ("store", "snapshot_store")}
 
 # Files that alone may import a distribution.
 LIGHTNING = (
-    *(f"lightning_attr/{name}.py" for name in ("data", "prediction", "trainer", "training_step", "transfer", "worlds")),
+    *(
+        f"lightning_attr/{name}.py"
+        for name in ("attribute_arguments", "data", "prediction", "trainer", "training_step", "transfer", "worlds")
+    ),
     *(
         f"lightning_attr/evaluation/{name}.py"
         for name in ("factories", "pilot", "retrain", "retraining", "stacked", "targets")

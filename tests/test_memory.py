@@ -184,7 +184,7 @@ def test_budget_too_small_for_one_sample_says_what_it_needs() -> None:
 
 @pytest.mark.parametrize("limit", [0, -5])
 def test_budget_must_be_positive(limit: int) -> None:
-    with pytest.raises(ValueError, match=f"`memory_budget` to be a positive number of bytes, but got {limit}"):
+    with pytest.raises(ValueError, match=f"`limit` of MemoryBudget to be an integer >= 1, or None, but got {limit}"):
         MemoryBudget(limit)
 
 

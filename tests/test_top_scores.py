@@ -61,13 +61,13 @@ def test_targets_without_proponents_count_as_none() -> None:
 @pytest.mark.parametrize("k", [0, -1, TOP + 1])
 def test_k_out_of_bounds(k: int) -> None:
     for extreme in (_made().topk, _made().bottomk):
-        with pytest.raises(ValueError, match=rf"`k` between 1 and 6 \(the `topk` of this result\), but got {k}"):
+        with pytest.raises(ValueError, match=rf"`k` of TopScores to be an integer from 1 to 6, but got {k}"):
             extreme(k)
 
 
 @pytest.mark.parametrize("topk", [0, -3, 21, 2.0, "3", True])
 def test_bad_topk(topk: Any) -> None:
-    with pytest.raises(ValueError, match=r"`topk` to be an integer between 1 and 20 \(training samples\), or None"):
+    with pytest.raises(ValueError, match=r"`topk` of attribute to be an integer from 1 to 20, or None"):
         check_topk(topk, 20)
 
 
@@ -102,7 +102,7 @@ def test_proponents_are_drawn_from_what_is_there() -> None:
     _, axes = _result().plot_proponents(images, images, targets=[1, 3], k=2)
     _, expected = _result(scores=ScoreMatrix(_values())).plot_proponents(images, images, targets=[1, 3], k=2)
     assert [ax.get_title() for ax in axes.flat] == [ax.get_title() for ax in expected.flat]
-    with pytest.raises(ValueError, match="`k` between 1 and 6"):
+    with pytest.raises(ValueError, match="`k` of TopScores to be an integer from 1 to 6"):
         _result().plot_proponents(images, images, targets=[1], k=7)
 
 

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
+from lightning_attr.attribute_arguments import check_noise_mask
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError, BatchDependenceError, NonFiniteGradientError, StoreMismatchError
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.trainer import check_noise_mask, check_strategy
+from lightning_attr.trainer import check_strategy
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_instance
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import KroneckerProjector, NoProjection, Projection, Projector
+from lightning_attr.projectors.base import check_projector
 from lightning_attr.snapshot_model import SnapshotModel
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "ScoreBlock",
     "SnapshotFeatures",
     "balanced_weights",
+    "check_method",
     "compute_precision",
     "in_step",
 ]
@@ -158,6 +161,28 @@ def in_step(snapshots: Sequence[SnapshotFeatures]) -> Iterator[tuple[range, list
         yield rows[0], [columns for _, columns in blocks]
 
 
+def check_method(owner: object, value: Any, name: str = "method") -> None:
+    """Check that a value is a method.
+
+    Args:
+        owner: whose argument it is: an object, or the name of a function.
+        value: what was passed.
+        name: of the argument.
+
+    Raises:
+        TypeError: if it is none, as a method's class or its name.
+
+    Example:
+        >>> check_method("attribute", "TRAK")
+        Traceback (most recent call last):
+        ...
+        TypeError: Expected argument `method` of attribute to be an AttributionMethod, but got 'TRAK'. Pass an object,
+        such as `lightning_attr.methods.TRAK()`.
+    """
+    remedy = "Pass an object, such as `lightning_attr.methods.TRAK()`."
+    check_instance(owner, name, value, AttributionMethod, "an AttributionMethod", remedy)
+
+
 def balanced_weights(sizes: Sequence[float]) -> list[float]:
     """Weigh snapshots so that each has an equal part in the average of their scores.
 
@@ -226,7 +251,9 @@ class AttributionMethod(ABC):
     scale: str = "measurement"
 
     def __init__(self, projector: Projector | None = None) -> None:
-        self.projector = projector or KroneckerProjector()
+        if projector is not None:
+            check_projector(self, projector)
+        self.projector = KroneckerProjector() if projector is None else projector
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Draw the projection of the features at a snapshot.

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.attributed import MixinOutput
 from lightning_attr.batch import float_tensors, join_batches, map_tensors, select_rows
 from lightning_attr.curvature.products import ggn_product, hessian_product
@@ -18,7 +19,7 @@ from lightning_attr.projectors import IdentityProjector, NoProjection
 from lightning_attr.randomness import rademacher, random_words
 from lightning_attr.snapshot_model import SnapshotModel
 
-__all__ = ["Curvature", "TrainingCurvature", "check_curvature", "check_outputs"]
+__all__ = ["Curvature", "TrainingCurvature", "check_outputs"]
 
 Curvature: TypeAlias = Literal["ggn", "hessian", "empirical_fisher"]
 
@@ -27,24 +28,6 @@ _AT_ONCE = 2**28
 _MOST_ROWS = 256
 _EXACT_TRACE, _PROBES = 1024, 128
 """Up to so many parameters the trace is exact; above, it is estimated with so many random vectors."""
-
-
-def check_curvature(curvature: str) -> None:
-    """Check an argument.
-
-    Args:
-        curvature: what was given.
-
-    Raises:
-        ValueError: if there is no such curvature.
-
-    Example:
-        >>> check_curvature("ggn")
-    """
-    if curvature not in get_args(Curvature):
-        raise ValueError(
-            f"Expected argument `curvature` to be 'ggn', 'hessian' or 'empirical_fisher', but got {curvature!r}."
-        )
 
 
 def check_outputs(model: SnapshotModel) -> None:
@@ -94,7 +77,7 @@ class TrainingCurvature:
     """
 
     def __init__(self, model: SnapshotModel, curvature: str, weight_decay: float = 0.0) -> None:
-        check_curvature(curvature)
+        check_choice(self, "curvature", curvature, get_args(Curvature))
         if curvature == "ggn":
             check_outputs(model)
         self.model = model

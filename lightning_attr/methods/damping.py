@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lightning_attr.methods.base import AttributionMethod, SnapshotFeatures
+from lightning_attr.arguments import check_float
+from lightning_attr.methods.base import AttributionMethod, SnapshotFeatures, check_method
 from lightning_attr.methods.subset_truth import SubsetTruth, check_subset_truth, mask_digests
 from lightning_attr.metrics.correlation import correlation_score
 
@@ -85,10 +86,12 @@ def choose_damping(
         >>> choose_damping(TRAK(), [snapshot], truth, grid=[0.01, 1.0, 100.0]).damping
         100.0
     """
+    check_method("choose_damping", method)
+    grid = [check_float("choose_damping", "grid", damping, minimum=0) for damping in grid]
     if not grid:
         raise ValueError("Expected argument `grid` to hold at least one damping, but it is empty.")
     n_target = len(snapshots[0].targets["features"])
-    check_subset_truth(truth, snapshots[0].n_train or None, n_target)
+    check_subset_truth("choose_damping", truth, snapshots[0].n_train or None, n_target)
     targets = _held_out(n_target)
     parts = [
         replace(
@@ -108,10 +111,11 @@ def choose_damping(
     return DampingChoice(max(defined)[1], list(grid), lds, targets)
 
 
-def check_damping(damping: float | str, truth: SubsetTruth | None) -> float | str:
+def check_damping(owner: object, damping: float | str, truth: SubsetTruth | None) -> float | str:
     """Check a method's arguments.
 
     Args:
+        owner: the method.
         damping: a number, or "auto".
         truth: what "auto" chooses by.
 
@@ -123,23 +127,21 @@ def check_damping(damping: float | str, truth: SubsetTruth | None) -> float | st
         ValueError: if the damping is neither, or does not go with the truth.
 
     Example:
-        >>> check_damping("auto", None)
+        >>> check_damping("TRAK", "auto", None)
         Traceback (most recent call last):
         ...
         ValueError: Expected argument `truth` with `damping="auto"`, models retrained on subsets to choose by, ...
     """
-    if isinstance(damping, str):
-        if damping != "auto":
-            raise ValueError(f'Expected argument `damping` to be a number >= 0 or "auto", but got {damping!r}.')
+    if damping == "auto":
         if truth is None:
             raise ValueError(
                 'Expected argument `truth` with `damping="auto"`, models retrained on subsets to choose by, but got '
                 "none. Pass `truth=GroundTruth.open(...)`, or a number."
             )
-        check_subset_truth(truth)
-    elif not damping >= 0:
-        raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")
-    elif truth is not None:
+        check_subset_truth(owner, truth)
+        return damping
+    damping = check_float(owner, "damping", damping, minimum=0, also="'auto'")
+    if truth is not None:
         raise ValueError(f'Expected argument `truth` only with `damping="auto"`, but got `damping={damping}`.')
     return damping
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice, check_float
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision
 from lightning_attr.methods.layers import refuse_target_function
@@ -252,19 +253,17 @@ class Datamodel(RetrainingMethod):
         strength: float | str = "auto",
     ) -> None:
         super().__init__(truth)
-        if penalty not in _GRIDS:
-            raise ValueError(f"Expected argument `penalty` to be 'lasso' or 'ridge', but got {penalty!r}.")
-        if isinstance(strength, str):
-            if strength != "auto":
-                raise ValueError(f"Expected argument `strength` to be a number or 'auto', but got {strength!r}.")
+        check_choice(self, "penalty", penalty, _GRIDS)
+        if strength == "auto":
             if len(self.masks) < _LEAST_MASKS:
                 raise ValueError(
                     f"Expected argument `truth` to hold at least {_LEAST_MASKS} subsets to choose the strength with, "
                     f"but it has {len(self.masks)}. Retrain on more, or pass a number as `strength`."
                 )
-        elif not (0 < strength <= 1 if penalty == "lasso" else 0 <= strength < float("inf")):
-            allowed = "in (0, 1] for the lasso" if penalty == "lasso" else "a finite number >= 0 for the ridge"
-            raise ValueError(f"Expected argument `strength` to be {allowed}, or 'auto', but got {strength}.")
+        elif penalty == "lasso":
+            strength = check_float(self, "strength", strength, above=0, maximum=1, also="'auto'")
+        else:
+            strength = check_float(self, "strength", strength, minimum=0, also="'auto'")
         self.penalty = penalty
         self.strength = strength
 

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.arguments import check_flag, check_float, check_int, check_seed
 from lightning_attr.func.dropout import _CHANNELWISE, _ELEMENTWISE, dropout_ensemble
-from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method
 from lightning_attr.methods.model import model_of
 from lightning_attr.methods.trak import TRAK
 from lightning_attr.projectors import NoProjection, Projection
@@ -66,7 +67,8 @@ class DropoutEnsemble(AttributionMethod):
         seed: int = 0,
         forward_only: bool = False,
     ) -> None:
-        method = method or TRAK()
+        method = TRAK() if method is None else method
+        check_method(self, method)
         if method.projector is None:
             raise TypeError(
                 f"Expected argument `method` to score features, as TRAK does, but {type(method).__name__} runs the "
@@ -77,17 +79,15 @@ class DropoutEnsemble(AttributionMethod):
                 f"Expected argument `method` to need no optimizer state, but {type(method).__name__} does: under a "
                 "dropout mask there is none."
             )
-        if masks < 1:
-            raise ValueError(f"Expected argument `masks` to be a positive integer, but got {masks}.")
-        if rate is not None and not 0 <= rate < 1:
-            raise ValueError(f"Expected argument `rate` to be in [0, 1), but got {rate}.")
+        if rate is not None:
+            rate = check_float(self, "rate", rate, minimum=0, below=1, also="None")
         self.projector = None
         self.scale = method.scale
         self.method = method
-        self.masks = masks
+        self.masks = check_int(self, "masks", masks, minimum=1)
         self.rate = rate
-        self.seed = seed
-        self.forward_only = forward_only
+        self.seed = check_seed(self, seed)
+        self.forward_only = check_flag(self, "forward_only", forward_only)
 
     def select(self, snapshots: Sequence[T]) -> Sequence[T]:
         """Choose the snapshots of the method; see :meth:`AttributionMethod.select`.

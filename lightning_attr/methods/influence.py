@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import argument_message, check_choice, check_float, check_seed
 from lightning_attr.curvature.groups import group_influence
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.curvatures import TrainingCurvature, check_curvature
+from lightning_attr.methods.curvatures import Curvature, TrainingCurvature
 from lightning_attr.methods.damping import DampedMethod, check_damping
 from lightning_attr.methods.iterative_solvers import ConjugateGradient, LiSSA
 from lightning_attr.methods.layer_solvers import EKFAC, KFAC, DataInf
 from lightning_attr.methods.model import ModelMethod, model_of
-from lightning_attr.methods.relative import check_relative, divisor
+from lightning_attr.methods.relative import Relative, divisor
 from lightning_attr.methods.solvers import Arnoldi, Explicit, Inverse, Solver
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import IdentityProjector, MatrixProjection, Projection
@@ -102,31 +103,23 @@ class Influence(DampedMethod, ModelMethod):
         truth: SubsetTruth | None = None,
     ) -> None:
         super().__init__(snapshots)
-        if isinstance(solver, str):
-            if solver not in _SOLVERS:
-                raise ValueError(f"Expected argument `solver` to be one of {', '.join(_SOLVERS)}, but got {solver!r}.")
+        if not isinstance(solver, Solver):
+            check_choice(self, "solver", solver, _SOLVERS, "a Solver such as `EKFAC()`")
             solver = _SOLVERS[solver]()
         self.solver = solver
         self.curvature = solver.curvatures[0] if curvature is None else curvature
-        check_curvature(self.curvature)
+        check_choice(self, "curvature", self.curvature, get_args(Curvature))
         if self.curvature not in solver.curvatures:
-            raise ValueError(
-                f"Expected argument `curvature` to be {' or '.join(map(repr, solver.curvatures))} for the solver "
-                f"{solver.name!r}, but got {curvature!r}."
-            )
-        check_relative(relative)
-        if self_influence not in {"exact", "ekfac"}:
-            raise ValueError(
-                f"Expected argument `self_influence` to be 'exact' or 'ekfac', but got {self_influence!r}."
-            )
-        if not weight_decay >= 0:
-            raise ValueError(f"Expected argument `weight_decay` to be a number >= 0, but got {weight_decay}.")
+            expected = f"{' or '.join(map(repr, solver.curvatures))} for the solver {solver.name!r}"
+            raise ValueError(argument_message(self, "curvature", expected, curvature))
+        check_choice(self, "relative", relative, (*get_args(Relative), None))
+        check_choice(self, "self_influence", self_influence, ("exact", "ekfac"))
         self.usual_damping = solver.usual_damping
-        self.damping = check_damping(self.usual_damping if damping is None else damping, truth)
+        self.damping = check_damping(self, self.usual_damping if damping is None else damping, truth)
         self.truth = truth
-        self.weight_decay = weight_decay
+        self.weight_decay = check_float(self, "weight_decay", weight_decay, minimum=0)
         self.relative = relative
-        self.seed = seed
+        self.seed = check_seed(self, seed)
         self.self_influence = self_influence
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_float, check_instance, check_int
 from lightning_attr.curvature.conjugate_gradient import conjugate_gradient
 from lightning_attr.curvature.lanczos import largest_eigenvalue
 from lightning_attr.curvature.lissa import lissa, lissa_iterations
@@ -46,6 +47,12 @@ class ConjugateGradient(Solver):
     max_iterations: int = 100
     tolerance: float = 1e-5
     preconditioner: Solver | None = None
+
+    def __post_init__(self) -> None:
+        check_int(self, "max_iterations", self.max_iterations, minimum=1)
+        check_float(self, "tolerance", self.tolerance, minimum=0)
+        if self.preconditioner is not None:
+            check_instance(self, "preconditioner", self.preconditioner, Solver, "a Solver such as `EKFAC()`, or None")
 
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Prepare the preconditioner, if there is one; see :meth:`Solver.prepare`.
@@ -130,8 +137,13 @@ class LiSSA(Solver):
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"Expected argument `batch_size` to be a positive integer, but got {self.batch_size}.")
+        if self.scale is not None:
+            check_float(self, "scale", self.scale, above=0, also="None")
+        if self.iterations is not None:
+            check_int(self, "iterations", self.iterations, minimum=1, also="None")
+        if self.batch_size is not None:
+            check_int(self, "batch_size", self.batch_size, minimum=1, also="None")
+        check_int(self, "repeats", self.repeats, minimum=1)
 
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Find the largest eigenvalue, if no scale is given; see :meth:`Solver.prepare`.

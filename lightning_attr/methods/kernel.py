@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_flag
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision
 from lightning_attr.methods.damping import DampedMethod, check_damping
@@ -109,8 +110,8 @@ class KernelMethod(DampedMethod):
         truth: SubsetTruth | None = None,
     ) -> None:
         super().__init__(projector)
-        self.damping = check_damping(damping, truth)
-        self.per_layer = per_layer
+        self.damping = check_damping(self, damping, truth)
+        self.per_layer = check_flag(self, "per_layer", per_layer)
         self.truth = truth
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:

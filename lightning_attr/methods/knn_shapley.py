@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.layers import Observation, class_labels, observed, refuse_target_function
+from lightning_attr.methods.layers import Observation, check_layer_name, class_labels, observed, refuse_target_function
 from lightning_attr.methods.model import ModelMethod, model_of
 from lightning_attr.methods.representation import representation
 from lightning_attr.scores import zeros
@@ -61,10 +62,8 @@ class KNNShapley(ModelMethod):
 
     def __init__(self, k: int = 10, layer: str | None = None, snapshots: str = "last") -> None:
         super().__init__(snapshots)
-        if k < 1:
-            raise ValueError(f"Expected argument `k` to be a positive integer, but got {k}.")
-        self.k = k
-        self.layer = layer
+        self.k = check_int(self, "k", k, minimum=1)
+        self.layer = check_layer_name(self, layer)
 
     def score_snapshot(self, snapshot: SnapshotFeatures) -> Iterator[ScoreBlock]:
         """Sort the training samples by their distance to each target; see :meth:`ModelMethod.score_snapshot`.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.curvature.fisher import (
     GradientBatch,
     GradientStream,
@@ -73,10 +74,7 @@ class EKFAC(Solver):
     labels: Literal["auto", "exact", "mixed", "sampled"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.labels not in {"auto", "exact", "mixed", "sampled"}:
-            raise ValueError(
-                f"Expected argument `labels` to be 'auto', 'exact', 'mixed' or 'sampled', but got {self.labels!r}."
-            )
+        check_choice(self, "labels", self.labels, ("auto", "exact", "mixed", "sampled"))
 
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Fit the factors, or read them; see :meth:`Solver.prepare`.

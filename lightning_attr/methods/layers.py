@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.arguments import check_instance
 from lightning_attr.attributed import MeasuredOutput, MixinOutput
 from lightning_attr.errors import AttributionError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.snapshot_model import Batches, SnapshotModel
 from lightning_attr.training_step import training_loss
 
-__all__ = ["Observation", "class_labels", "observe", "observed", "refuse_target_function"]
+__all__ = ["Observation", "check_layer_name", "class_labels", "observe", "observed", "refuse_target_function"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,29 @@ def _watched(module: nn.Module, layer: str | None) -> dict[str, nn.Module]:
             f"layers: {', '.join(map(repr, linear)) or 'none'}; all: {_names(module)}."
         )
     return {layer: layers[layer]}
+
+
+def check_layer_name(owner: object, layer: Any) -> str | None:
+    """Check the argument that names a layer; whether the module has it shows later.
+
+    Args:
+        owner: the method.
+        layer: what was passed.
+
+    Returns:
+        The name, or None.
+
+    Raises:
+        TypeError: if it is neither.
+
+    Example:
+        >>> check_layer_name("RPS", "head")
+        'head'
+    """
+    if layer is not None:
+        remedy = "`[name for name, _ in model.named_modules()]` lists them."
+        check_instance(owner, "layer", layer, str, "the name of a layer, or None", remedy)
+    return layer  # type: ignore[no-any-return]
 
 
 def _only_call(module: nn.Module, calls: Sequence[tuple[str, Any, Any]], layer: str | None) -> tuple[str, Any, Any]:

@@ -46,7 +46,7 @@ class LESS(AttributionMethod):
     scale = "rank_only"
 
     def __init__(self, projector: Projector | None = None) -> None:
-        super().__init__(projector or KroneckerProjector(8192))
+        super().__init__(KroneckerProjector(8192) if projector is None else projector)
 
     @property
     def needs_optimizer_state(self) -> bool:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures
 from lightning_attr.snapshot_model import SnapshotModel
 
@@ -76,8 +77,7 @@ class ModelMethod(AttributionMethod):
     """
 
     def __init__(self, snapshots: str = "last") -> None:
-        if snapshots not in {"last", "all"}:
-            raise ValueError(f"Expected argument `snapshots` to be 'last' or 'all', but got {snapshots!r}.")
+        check_choice(self, "snapshots", snapshots, ("last", "all"))
         self.projector = None
         self.snapshots = snapshots
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
 from lightning_attr.methods.kernel import KernelMethod
-from lightning_attr.methods.relative import check_relative, divisor
+from lightning_attr.methods.relative import Relative, divisor
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import FactGraSSProjector, KroneckerProjector, Projector
 
@@ -66,15 +67,11 @@ class ProjectedInfluence(KernelMethod):
         snapshots: str = "last",
         truth: SubsetTruth | None = None,
     ) -> None:
-        super().__init__(projector or KroneckerProjector(), damping, per_layer, truth)
-        if curvature not in {"ggn", "empirical_fisher"}:
-            raise ValueError(
-                f"Expected argument `curvature` to be 'ggn' or 'empirical_fisher', but got {curvature!r}: features "
-                "hold no second derivatives of the model."
-            )
-        check_relative(relative)
-        if snapshots not in {"last", "all"}:
-            raise ValueError(f"Expected argument `snapshots` to be 'last' or 'all', but got {snapshots!r}.")
+        super().__init__(KroneckerProjector() if projector is None else projector, damping, per_layer, truth)
+        remedy = "Features hold no second derivatives of the model."
+        check_choice(self, "curvature", curvature, ("ggn", "empirical_fisher"), remedy=remedy)
+        check_choice(self, "relative", relative, (*get_args(Relative), None))
+        check_choice(self, "snapshots", snapshots, ("last", "all"))
         self.curvature = curvature
         self.relative = relative
         self.snapshots = snapshots

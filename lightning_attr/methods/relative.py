@@ -7,31 +7,15 @@ such as outliers, are not the proponents of everything.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Relative", "check_relative", "divisor"]
+__all__ = ["Relative", "divisor"]
 
 Relative: TypeAlias = Literal["theta", "loss"]
 
 _LEAST = 1e-12
-
-
-def check_relative(relative: str | None) -> None:
-    """Check an argument.
-
-    Args:
-        relative: what was given.
-
-    Raises:
-        ValueError: if it is neither None nor one of RelatIF's two forms.
-
-    Example:
-        >>> check_relative("theta")
-    """
-    if relative is not None and relative not in get_args(Relative):
-        raise ValueError(f"Expected argument `relative` to be None, 'theta' or 'loss', but got {relative!r}.")
 
 
 def divisor(relative: str | None, own_loss: Tensor, squared_change: Tensor) -> Tensor | float:

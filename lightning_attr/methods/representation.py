@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.layers import Observation, observed, refuse_target_function
+from lightning_attr.methods.layers import Observation, check_layer_name, observed, refuse_target_function
 from lightning_attr.methods.model import ModelMethod, model_of
 
 __all__ = ["RepresentationSimilarity", "representation"]
@@ -55,11 +56,9 @@ class RepresentationSimilarity(ModelMethod):
         self, layer: str | None = None, similarity: str = "dot", tokens: str = "mean", snapshots: str = "last"
     ) -> None:
         super().__init__(snapshots)
-        if similarity not in {"dot", "cosine", "l2"}:
-            raise ValueError(f"Expected argument `similarity` to be 'dot', 'cosine' or 'l2', but got {similarity!r}.")
-        if tokens not in {"mean", "last", "flatten"}:
-            raise ValueError(f"Expected argument `tokens` to be 'mean', 'last' or 'flatten', but got {tokens!r}.")
-        self.layer = layer
+        check_choice(self, "similarity", similarity, ("dot", "cosine", "l2"))
+        check_choice(self, "tokens", tokens, ("mean", "last", "flatten"))
+        self.layer = check_layer_name(self, layer)
         self.similarity = similarity
         self.tokens = tokens
 

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lightning_attr.arguments import check_choice, check_flag, check_float
 from lightning_attr.errors import AttributionError
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.layers import Observation, class_labels, observe, observed, refuse_target_function
+from lightning_attr.methods.layers import (
+    Observation,
+    check_layer_name,
+    class_labels,
+    observe,
+    observed,
+    refuse_target_function,
+)
 from lightning_attr.methods.model import ModelMethod, model_of
 from lightning_attr.outputs import Regression
 from lightning_attr.snapshot_model import Batches, SnapshotModel
@@ -76,16 +84,11 @@ class RPS(ModelMethod):
         snapshots: str = "last",
     ) -> None:
         super().__init__(snapshots)
-        if not 0 < l2 < float("inf"):
-            raise ValueError(f"Expected argument `l2` to be a positive number, but got {l2}.")
-        if target_class not in {"label", "prediction"}:
-            raise ValueError(
-                f"Expected argument `target_class` to be 'label' or 'prediction', but got {target_class!r}."
-            )
-        self.l2 = l2
-        self.layer = layer
+        check_choice(self, "target_class", target_class, ("label", "prediction"))
+        self.l2 = check_float(self, "l2", l2, above=0)
+        self.layer = check_layer_name(self, layer)
         self.target_class = target_class
-        self.normalize = normalize
+        self.normalize = check_flag(self, "normalize", normalize)
 
     def score_snapshot(self, snapshot: SnapshotFeatures) -> Iterator[ScoreBlock]:
         """Fit the head once, then weigh inner products; see :meth:`ModelMethod.score_snapshot`.

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_float, check_instance, check_int
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision
+from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method, compute_precision
 from lightning_attr.methods.subset_truth import SubsetTruth, check_subset_truth, mask_digests
 from lightning_attr.metrics.correlation import correlation_score
 from lightning_attr.metrics.datamodeling import _subset_sums
@@ -64,7 +65,8 @@ def soft_threshold(
         >>> soft_threshold(scores, keep=1).provenance["soft_threshold"]
         [2.0, 4.0]
     """
-    _check(threshold, keep, truth, scores.shape)
+    check_instance("soft_threshold", "scores", scores, ScoreMatrix, "a ScoreMatrix")
+    _check("soft_threshold", threshold, keep, truth, scores.shape)
     chosen = threshold
     provenance: dict[str, Any] = dict(scores.provenance)
     if keep is not None or truth is not None:
@@ -111,7 +113,8 @@ class SoftThreshold(AttributionMethod):
         keep: int | None = None,
         truth: SubsetTruth | None = None,
     ) -> None:
-        _check(threshold, keep, truth, None)
+        check_method(self, method)
+        _check(self, threshold, keep, truth, None)
         self.method = method
         self.projector = method.projector
         self.scale = method.scale
@@ -186,7 +189,7 @@ class SoftThreshold(AttributionMethod):
             StoreMismatchError: if it is not.
         """
         if self.truth is not None:
-            check_subset_truth(self.truth, snapshots[0].n_train or None, len(snapshots[0].targets["features"]))
+            check_subset_truth(self, self.truth, snapshots[0].n_train or None, len(snapshots[0].targets["features"]))
         if self.threshold is None:
             snapshots[0].evidence["soft_threshold"] = []
         self.method.prepare(snapshots)
@@ -243,7 +246,11 @@ class SoftThreshold(AttributionMethod):
 
 
 def _check(
-    threshold: float | Tensor | None, keep: int | None, truth: SubsetTruth | None, shape: tuple[int, int] | None
+    owner: object,
+    threshold: float | Tensor | None,
+    keep: int | None,
+    truth: SubsetTruth | None,
+    shape: tuple[int, int] | None,
 ) -> None:
     given = [name for name, v in {"threshold": threshold, "keep": keep, "truth": truth}.items() if v is not None]
     if len(given) != 1:
@@ -256,12 +263,15 @@ def _check(
             f"Expected argument `threshold` to be a number or of the shape ({shape[1]},), one a target, but got "
             f"{tuple(threshold.shape)}."
         )
-    if threshold is not None and not (torch.as_tensor(threshold) >= 0).all():
-        raise ValueError(f"Expected argument `threshold` to be a number >= 0, but got {threshold}.")
-    if keep is not None and keep < 1:
-        raise ValueError(f"Expected argument `keep` to be a positive integer, but got {keep}.")
+    if isinstance(threshold, Tensor):
+        if not ((threshold >= 0) & threshold.isfinite()).all():
+            raise ValueError("Expected argument `threshold` to hold finite numbers >= 0, but some are not.")
+    elif threshold is not None:
+        check_float(owner, "threshold", threshold, minimum=0)
+    if keep is not None:
+        check_int(owner, "keep", keep, minimum=1)
     if truth is not None:
-        check_subset_truth(truth, *(shape or ()))
+        check_subset_truth(owner, truth, *(shape or ()))
 
 
 def _shrunk(values: Tensor, threshold: float | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.curvature.explicit import Factorisation, factor
 from lightning_attr.curvature.lanczos import lanczos, spectral_inverse
 from lightning_attr.curvature.products import dense
@@ -223,6 +224,9 @@ class Explicit(Solver):
     name: ClassVar[str] = "explicit"
     max_parameters: int = 20_000
 
+    def __post_init__(self) -> None:
+        check_int(self, "max_parameters", self.max_parameters, minimum=1)
+
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Write the matrix out; see :meth:`Solver.prepare`.
 
@@ -295,8 +299,8 @@ class Arnoldi(Solver):
     rank: int = 100
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"Expected argument `rank` to be a positive integer, but got {self.rank}.")
+        check_int(self, "iterations", self.iterations, minimum=1)
+        check_int(self, "rank", self.rank, minimum=1)
 
     def prepare(self, curvature: TrainingCurvature, seed: int) -> Prepared:
         """Find the eigenvectors; see :meth:`Solver.prepare`.

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_attr.arguments import argument_message
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.files import digest
 
@@ -22,7 +23,7 @@ class SubsetTruth(Protocol):
         >>> import torch
         >>> from types import SimpleNamespace
         >>> masks, outputs = torch.ones(20, 3, dtype=torch.bool), torch.zeros(1, 20, 2)
-        >>> check_subset_truth(SimpleNamespace(kind="lds", masks=masks, outputs=outputs))
+        >>> check_subset_truth("TRAK", SimpleNamespace(kind="lds", masks=masks, outputs=outputs))
     """
 
     @property
@@ -38,10 +39,13 @@ class SubsetTruth(Protocol):
         """Model output of each target after retraining, ``(seeds, num_subsets, n_target)``."""
 
 
-def check_subset_truth(truth: SubsetTruth, n_train: int | None = None, n_target: int | None = None) -> None:
+def check_subset_truth(
+    owner: object, truth: SubsetTruth, n_train: int | None = None, n_target: int | None = None
+) -> None:
     """Check that there is enough to choose by, and of the data at hand.
 
     Args:
+        owner: whose argument it is: an object, or the name of a function.
         truth: of random subsets.
         n_train: training samples; None before they are known.
         n_target: targets, likewise.
@@ -49,17 +53,21 @@ def check_subset_truth(truth: SubsetTruth, n_train: int | None = None, n_target:
     Raises:
         AttributionError: if a retraining is not finished.
         StoreMismatchError: if the numbers of samples differ.
+        TypeError: if it is no ground truth.
         ValueError: if the subsets are not random ones, or fewer than 20.
 
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> masks, outputs = torch.ones(20, 3, dtype=torch.bool), torch.zeros(1, 20, 2)
-        >>> check_subset_truth(SimpleNamespace(kind="lds", masks=masks, outputs=outputs), n_train=4)
+        >>> check_subset_truth("TRAK", SimpleNamespace(kind="lds", masks=masks, outputs=outputs), n_train=4)
         Traceback (most recent call last):
         ...
         lightning_attr.errors.StoreMismatchError: Expected argument `truth` to be of the data at hand, but it has 3 ...
     """
+    if not all(hasattr(truth, attribute) for attribute in ("kind", "masks", "outputs")):
+        remedy = "Open a directory with `GroundTruth.open(dirpath)`."
+        raise TypeError(argument_message(owner, "truth", "a GroundTruth of `retrain_lds`", truth, remedy))
     if truth.kind != "lds":
         raise ValueError(
             f'Expected argument `truth` to hold models retrained on random subsets (kind "lds"), but its kind is '

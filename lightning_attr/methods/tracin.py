@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice, check_flag, check_float
 from lightning_attr.errors import AttributionError
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
@@ -72,17 +73,13 @@ class TracIn(AttributionMethod):
         normalize: bool | str = False,
         exact: bool = False,
     ) -> None:
-        numbers = not isinstance(weights, str) and all(math.isfinite(weight) for weight in weights)
-        if not (numbers or weights in _WEIGHTS):
-            raise ValueError(
-                f"Expected argument `weights` to be one of {_WEIGHTS}, or one finite number a snapshot, but got "
-                f"{weights!r}."
-            )
-        if preconditioner not in {None, "adam"}:
-            raise ValueError(f"Expected argument `preconditioner` to be 'adam' or None, but got {preconditioner!r}.")
-        if normalize not in (False, True, "layer"):
-            raise ValueError(f"Expected argument `normalize` to be True, False or 'layer', but got {normalize!r}.")
-        if exact and (projector is not None or preconditioner is not None):
+        if isinstance(weights, Iterable) and not isinstance(weights, str):
+            weights = [check_float(self, f"weights[{i}]", weight) for i, weight in enumerate(weights)]
+        else:
+            check_choice(self, "weights", weights, _WEIGHTS, also="a list of one finite number a snapshot")
+        check_choice(self, "preconditioner", preconditioner, ("adam", None))
+        check_choice(self, "normalize", normalize, (True, False, "layer"))
+        if check_flag(self, "exact", exact) and (projector is not None or preconditioner is not None):
             raise ValueError(
                 "Expected argument `exact` to come without `projector` and `preconditioner`, which it would ignore. "
                 "Take `projector=IdentityProjector()` for whole gradients in Adam's metric."
@@ -222,7 +219,9 @@ class GAS(TracIn):
         layerwise: bool = False,
         exact: bool = False,
     ) -> None:
-        super().__init__(projector, weights, preconditioner, "layer" if layerwise else True, exact)
+        super().__init__(
+            projector, weights, preconditioner, "layer" if check_flag(self, "layerwise", layerwise) else True, exact
+        )
 
 
 def learning_rates(snapshots: Sequence[SnapshotFeatures]) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_flag
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
 from lightning_attr.methods.dual import DualKernel
 from lightning_attr.methods.kernel import KernelMethod
@@ -85,17 +86,18 @@ class TRAK(KernelMethod):
         balanced: bool = True,
         exact: bool = False,
     ) -> None:
-        if exact and (projector is not None or per_layer):
+        if check_flag(self, "exact", exact) and (projector is not None or per_layer):
             raise ValueError(
                 "Expected argument `exact` to come without `projector`, which it would ignore, and without `per_layer`."
             )
-        super().__init__(projector or KroneckerProjector(proj_dim, seed), damping, per_layer, truth)
+        drawn = KroneckerProjector(proj_dim, seed)
+        super().__init__(drawn if projector is None else projector, damping, per_layer, truth)
         self.exact = exact
         if exact:
             self.projector, self.proj_dim = None, proj_dim
-        self.newton_weights = newton_weights
-        self.balanced = balanced
-        self.loo_correction = loo_correction
+        self.newton_weights = check_flag(self, "newton_weights", newton_weights)
+        self.balanced = check_flag(self, "balanced", balanced)
+        self.loo_correction = check_flag(self, "loo_correction", loo_correction)
 
     def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
         """Weigh by the curvature of the loss, or not at all; see :meth:`KernelMethod.kernel_weights`.

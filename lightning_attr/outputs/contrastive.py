@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.arguments import check_flag
 from lightning_attr.outputs.base import ModelOutput, at_least_float32
 
 __all__ = ["ContrastiveMargin"]
@@ -39,7 +40,7 @@ class ContrastiveMargin(ModelOutput):
     """
 
     def __init__(self, halved: bool = True) -> None:
-        self.halved = halved
+        self.halved = check_flag(self, "halved", halved)
 
     @property
     def exact(self) -> bool:

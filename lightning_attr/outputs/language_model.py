@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
+from lightning_attr.arguments import check_choice, check_flag, check_int
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 
@@ -66,14 +67,12 @@ class LanguageModel(ModelOutput):
         shift: bool = True,
         ignore_index: int = -100,
     ) -> None:
-        if kind not in get_args(Kind):
-            raise ValueError(f"Expected argument `kind` to be one of {', '.join(get_args(Kind))}, but got {kind!r}.")
-        if positions not in {"all", "last"}:
-            raise ValueError(f"Expected argument `positions` to be 'all' or 'last', but got {positions!r}.")
+        check_choice(self, "kind", kind, get_args(Kind))
+        check_choice(self, "positions", positions, ("all", "last"))
         self.kind = kind
         self.positions = positions
-        self.shift = shift
-        self.ignore_index = ignore_index
+        self.shift = check_flag(self, "shift", shift)
+        self.ignore_index = check_int(self, "ignore_index", ignore_index)
 
     @property
     def exact(self) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
+from lightning_attr.arguments import check_float
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, one_column
 
 __all__ = ["BinaryMargin", "MulticlassMargin"]
@@ -62,9 +63,7 @@ class MulticlassMargin(_Margin):
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
-        if not temperature > 0:
-            raise ValueError(f"Expected argument `temperature` to be a positive number, but got {temperature}.")
-        self.temperature = temperature
+        self.temperature = check_float(self, "temperature", temperature, above=0)
 
     def output(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Margin of the labelled class.

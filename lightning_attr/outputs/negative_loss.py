@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_callable
 from lightning_attr.outputs.base import ModelOutput
 
 __all__ = ["NegativeLoss"]
@@ -33,8 +34,7 @@ class NegativeLoss(ModelOutput):
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
-        if not callable(loss_fn):
-            raise TypeError(f"Expected argument `loss_fn` to be a callable, but got {type(loss_fn).__name__}.")
+        check_callable(self, "loss_fn", loss_fn, "a function (outputs, targets) -> one loss a sample")
         self.loss_fn = loss_fn
 
     def output(self, outputs: Any, targets: Any) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
+from lightning_attr.arguments import check_float
 from lightning_attr.outputs.base import ModelOutput, one_column
 
 __all__ = ["Regression"]
@@ -30,9 +31,7 @@ class Regression(ModelOutput):
     """
 
     def __init__(self, variance: float = 1.0) -> None:
-        if not variance > 0:
-            raise ValueError(f"Expected argument `variance` to be a positive number, but got {variance}.")
-        self.variance = variance
+        self.variance = check_float(self, "variance", variance, above=0)
 
     def output(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Prediction, in units of the target.

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 
@@ -36,7 +37,7 @@ class PixelMargin(ModelOutput):
     """
 
     def __init__(self, ignore_index: int = -100) -> None:
-        self.ignore_index = ignore_index
+        self.ignore_index = check_int(self, "ignore_index", ignore_index)
 
     @property
     def exact(self) -> bool:

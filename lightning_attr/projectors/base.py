@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_instance, check_int, check_seed
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.layout import ParameterLayout
 
-__all__ = ["IdentityProjector", "MatrixProjection", "NoProjection", "Projection", "Projector"]
+__all__ = ["IdentityProjector", "MatrixProjection", "NoProjection", "Projection", "Projector", "check_projector"]
 
 
 class Projection(ABC):
@@ -117,10 +118,8 @@ class Projector(ABC):
     kind: ClassVar[str]
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0) -> None:
-        if proj_dim < 1:
-            raise ValueError(f"Expected argument `proj_dim` to be a positive integer, but got {proj_dim}.")
-        self.proj_dim = proj_dim
-        self.seed = seed
+        self.proj_dim = check_int(self, "proj_dim", proj_dim, minimum=1)
+        self.seed = check_seed(self, seed)
 
     @abstractmethod
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
@@ -138,6 +137,28 @@ class Projector(ABC):
     def config(self) -> dict[str, Any]:
         """What a store records of the projector: kind and arguments."""
         return {"kind": self.kind, "proj_dim": self.proj_dim, "seed": self.seed}
+
+
+def check_projector(owner: object, value: Any, name: str = "projector") -> None:
+    """Check that a value is a projector.
+
+    Args:
+        owner: whose argument it is: an object, or the name of a function.
+        value: what was passed.
+        name: of the argument.
+
+    Raises:
+        TypeError: if it is none, as a projector's class or its name.
+
+    Example:
+        >>> check_projector("TRAK", 512)
+        Traceback (most recent call last):
+        ...
+        TypeError: Expected argument `projector` of TRAK to be a Projector, but got 512. Pass an object, such as
+        `lightning_attr.projectors.KroneckerProjector(2048)`.
+    """
+    remedy = "Pass an object, such as `lightning_attr.projectors.KroneckerProjector(2048)`."
+    check_instance(owner, name, value, Projector, "a Projector", remedy)
 
 
 class IdentityProjector(Projector):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.gradients.factored import OuterSum, ParameterGradient
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
@@ -56,7 +57,7 @@ class RademacherProjector(Projector):
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0, cache_bytes: int = 2**30) -> None:
         super().__init__(proj_dim, seed)
-        self.cache_bytes = cache_bytes
+        self.cache_bytes = check_int(self, "cache_bytes", cache_bytes, minimum=0)
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Prepare the projection of a snapshot; its tiles are drawn when they are first used.

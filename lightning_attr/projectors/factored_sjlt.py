@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
@@ -50,9 +51,7 @@ class FactoredSJLTProjector(Projector):
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0, side: int = 64) -> None:
         super().__init__(proj_dim, seed)
-        if side < 1:
-            raise ValueError(f"Expected argument `side` to be a positive integer, but got {side}.")
-        self.side = side
+        self.side = check_int(self, "side", side, minimum=1)
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Draw the first stage of every matrix; tiles of the second are drawn when they are first used.

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import argument_message, check_int
 from lightning_attr.errors import AttributionError, MissingDependencyError
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout
@@ -58,9 +59,9 @@ class FastJLProjector(Projector):
         super().__init__(proj_dim, seed)
         if proj_dim % _MULTIPLE:
             raise ValueError(f"Expected argument `proj_dim` to be a multiple of {_MULTIPLE}, but got {proj_dim}.")
-        if rows not in {8, 16, 32}:
-            raise ValueError(f"Expected argument `rows` to be 8, 16 or 32, but got {rows}.")
-        self._num_sms = num_sms
+        if check_int(self, "rows", rows) not in {8, 16, 32}:
+            raise ValueError(argument_message(self, "rows", "8, 16 or 32", rows))
+        self._num_sms = None if num_sms is None else check_int(self, "num_sms", num_sms, minimum=1, also="None")
         self.rows = rows
 
     @property

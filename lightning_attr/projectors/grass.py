@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.arguments import check_flag, check_int
 from lightning_attr.gradients.factored import FactoredGradient, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer, flat_rows, flat_slots
@@ -36,9 +37,7 @@ class _MaskedProjector(Projector):
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0, mask_factor: int = 4) -> None:
         super().__init__(proj_dim, seed)
-        if mask_factor < 1:
-            raise ValueError(f"Expected argument `mask_factor` to be a positive integer, but got {mask_factor}.")
-        self.mask_factor = mask_factor
+        self.mask_factor = check_int(self, "mask_factor", mask_factor, minimum=1)
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Draw the mask of a snapshot.
@@ -163,7 +162,7 @@ class FactGraSSProjector(_MaskedProjector):
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0, mask_factor: int = 4, per_layer: bool = False) -> None:
         super().__init__(proj_dim, seed, mask_factor)
-        self.per_layer = per_layer
+        self.per_layer = check_flag(self, "per_layer", per_layer)
 
     def sketches(self, masks: Mapping[str, _Mask], key: tuple[object, ...]) -> _Maps:
         """Draw the map of the entries that are kept: one for all parameters, or one a layer.

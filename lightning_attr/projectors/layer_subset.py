@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any, ClassVar
 
+from lightning_attr.arguments import argument_message
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector
+from lightning_attr.projectors.base import Projection, Projector, check_projector
 
 __all__ = ["LayerSubset"]
 
@@ -38,10 +39,10 @@ class LayerSubset(Projector):
     kind: ClassVar[str] = "layer_subset"
 
     def __init__(self, projector: Projector, layers: Sequence[str]) -> None:
-        if isinstance(layers, str) or not layers:
-            raise ValueError(
-                f"Expected argument `layers` to be a list of at least one pattern of layer names, but got {layers!r}."
-            )
+        check_projector(self, projector)
+        listed = not isinstance(layers, str) and isinstance(layers, Sequence)
+        if not (listed and layers and all(isinstance(layer, str) for layer in layers)):
+            raise ValueError(argument_message(self, "layers", "a list of at least one pattern of layer names", layers))
         super().__init__(projector.proj_dim, projector.seed)
         self.projector = projector
         self.layers = list(layers)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
@@ -59,12 +60,8 @@ class SJLTProjector(Projector):
 
     def __init__(self, proj_dim: int = 2048, seed: int = 0, nonzeros: int = 1, cache_bytes: int = 2**29) -> None:
         super().__init__(proj_dim, seed)
-        if not 1 <= nonzeros <= proj_dim:
-            raise ValueError(
-                f"Expected argument `nonzeros` to be an integer from 1 to `proj_dim` = {proj_dim}, but got {nonzeros}."
-            )
-        self.nonzeros = nonzeros
-        self.cache_bytes = cache_bytes
+        self.nonzeros = check_int(self, "nonzeros", nonzeros, 1, self.proj_dim, remedy="`proj_dim` is the most.")
+        self.cache_bytes = check_int(self, "cache_bytes", cache_bytes, minimum=0)
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Prepare the projection of a snapshot; its tiles are drawn when they are first used.

@@ -44,7 +44,7 @@ def test_too_small_a_budget_fails_before_training(tmp_path: Path) -> None:
 
 
 def test_bad_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="`memory_budget` to be a positive number of bytes, but got 0"):
+    with pytest.raises(ValueError, match="of AttributionCallback to be an integer >= 1, or None, but got 0"):
         AttributionCallback(memory_budget=0)
 
 

@@ -150,5 +150,5 @@ def test_without_matplotlib_it_says_which_extra(tmp_path: Path, monkeypatch: pyt
 
 
 def test_k_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="Expected argument `k` to be a positive integer, but got 0"):
+    with pytest.raises(ValueError, match="`k` of AttributionMonitor to be an integer >= 1, but got 0"):
         AttributionMonitor(k=0)

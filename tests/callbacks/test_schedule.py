@@ -50,10 +50,11 @@ def test_due(snapshots: Any, due: list[int]) -> None:
 @pytest.mark.parametrize("snapshots", ["often", 0, -1, True, [-2], [0.5], [True], 2.0, None])
 def test_bad_schedule(snapshots: Any) -> None:
     with pytest.raises(
-        ValueError, match="Expected argument `snapshots` to be 'geometric', 'start\\+geometric', 'all', a positive"
+        ValueError,
+        match=r"Expected argument `snapshots(\[0\])?` of .* to be ('geometric'|an integer >=)",
     ):
         SnapshotSchedule(snapshots)
-    with pytest.raises(ValueError, match="Expected argument `snapshots`"):
+    with pytest.raises(ValueError, match="Expected argument `snapshots"):
         AttributionCallback(snapshots=snapshots)
 
 

@@ -158,9 +158,9 @@ def test_scoring_before_the_choice() -> None:
     ("damping", "truth", "message"),
     [
         ("auto", None, r"`truth` with `damping=\"auto\"`, models retrained on subsets to choose by, but got none"),
-        ("best", None, "`damping` to be a number >= 0 or \"auto\", but got 'best'"),
-        (-1.0, None, "`damping` to be a number >= 0, but got -1.0"),
-        (float("nan"), None, "`damping` to be a number >= 0, but got nan"),
+        ("best", None, "`damping` of .+ to be a finite number >= 0, or 'auto', but got 'best'"),
+        (-1.0, None, "`damping` of .+ to be a finite number >= 0, or 'auto', but got -1.0"),
+        (float("nan"), None, "`damping` of .+ to be a finite number >= 0, or 'auto', but got nan"),
         (1.0, truth_of(torch.ones(N, M)), r"`truth` only with `damping=\"auto\"`, but got `damping=1.0`"),
         ("auto", truth_of(torch.ones(N, M), subsets=19), "at least 20 subsets, but it has 19"),
         ("auto", truth_of(torch.ones(N, M), kind="loo"), 'its kind is "loo"'),
@@ -168,7 +168,7 @@ def test_scoring_before_the_choice() -> None:
 )
 def test_bad_arguments(damping: Any, truth: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_damping(damping, truth)
+        check_damping("TRAK", damping, truth)
     with pytest.raises(ValueError, match=message):
         TRAK(damping=damping, truth=truth)
 

@@ -231,11 +231,14 @@ def test_bad_truth() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"penalty": "elastic"}, "`penalty` to be 'lasso' or 'ridge', but got 'elastic'"),
-        ({"strength": "best"}, "`strength` to be a number or 'auto', but got 'best'"),
-        ({"strength": 0.0}, r"`strength` to be in \(0, 1\] for the lasso, or 'auto', but got 0.0"),
-        ({"strength": 1.5}, r"`strength` to be in \(0, 1\] for the lasso, or 'auto', but got 1.5"),
-        ({"penalty": "ridge", "strength": -1.0}, "a finite number >= 0 for the ridge, or 'auto', but got -1.0"),
+        ({"penalty": "elastic"}, "`penalty` of .+ to be 'lasso' or 'ridge', but got 'elastic'"),
+        ({"strength": "best"}, "`strength` of .+ to be a number in \\(0, 1\\], or 'auto', but got 'best'"),
+        ({"strength": 0.0}, r"`strength` of .+ to be a number in \(0, 1\], or 'auto', but got 0.0"),
+        ({"strength": 1.5}, r"`strength` of .+ to be a number in \(0, 1\], or 'auto', but got 1.5"),
+        (
+            {"penalty": "ridge", "strength": -1.0},
+            "`strength` of .+ a finite number >= 0, or 'auto', but got -1.0",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

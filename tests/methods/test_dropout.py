@@ -223,9 +223,9 @@ class Preconditioned(GradDot):
     [
         ({"method": RunsTheModule()}, TypeError, "to score features, as TRAK does, but RunsTheModule runs the module"),
         ({"method": Preconditioned()}, TypeError, "to need no optimizer state, but Preconditioned does"),
-        ({"masks": 0}, ValueError, "`masks` to be a positive integer, but got 0"),
-        ({"rate": 1.0}, ValueError, r"`rate` to be in \[0, 1\), but got 1.0"),
-        ({"rate": -0.1}, ValueError, r"`rate` to be in \[0, 1\), but got -0.1"),
+        ({"masks": 0}, ValueError, "`masks` of .+ to be an integer >= 1, but got 0"),
+        ({"rate": 1.0}, ValueError, r"`rate` of .+ to be a number in \[0, 1\), or None, but got 1.0"),
+        ({"rate": -0.1}, ValueError, r"`rate` of .+ to be a number in \[0, 1\), or None, but got -0.1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -157,5 +157,5 @@ def test_a_function_of_the_targets_is_refused() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`k` to be a positive integer, but got 0"):
+    with pytest.raises(ValueError, match=r"`k` of .+ to be an integer >= 1, but got 0"):
         KNNShapley(k=0)

@@ -73,7 +73,7 @@ def test_nothing_is_featurized_for_them() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`snapshots` to be 'last' or 'all', but got 'first'"):
+    with pytest.raises(ValueError, match=r"`snapshots` of .+ to be 'last' or 'all', but got 'first'"):
         FirstWeight(snapshots="first")
     features = SnapshotFeatures.of({"features": torch.ones(3, 2)}, {"features": torch.ones(1, 2)})
     with pytest.raises(TypeError, match="snapshot with its `model`, but got features only"):

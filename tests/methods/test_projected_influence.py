@@ -201,10 +201,10 @@ def test_config_of_presets() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"curvature": "hessian"}, "`curvature` to be 'ggn' or 'empirical_fisher', but got 'hessian'"),
-        ({"damping": -1.0}, "`damping` to be a number >= 0, but got -1.0"),
-        ({"relative": "rank"}, "`relative` to be None, 'theta' or 'loss', but got 'rank'"),
-        ({"snapshots": "first"}, "`snapshots` to be 'last' or 'all', but got 'first'"),
+        ({"curvature": "hessian"}, "`curvature` of .+ to be 'ggn' or 'empirical_fisher', but got 'hessian'"),
+        ({"damping": -1.0}, "`damping` of .+ to be a finite number >= 0, or 'auto', but got -1.0"),
+        ({"relative": "rank"}, "`relative` of .+ to be 'theta', 'loss' or None, but got 'rank'"),
+        ({"snapshots": "first"}, "`snapshots` of .+ to be 'last' or 'all', but got 'first'"),
     ],
 )
 def test_bad_arguments(settings: Any, message: str) -> None:

@@ -101,9 +101,9 @@ def test_a_function_of_the_targets_is_refused() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`similarity` to be 'dot', 'cosine' or 'l2', but got 'euclid'"):
+    with pytest.raises(ValueError, match=r"`similarity` of .+ to be 'dot', 'cosine' or 'l2', but got 'euclid'"):
         RepresentationSimilarity(similarity="euclid")
-    with pytest.raises(ValueError, match="`tokens` to be 'mean', 'last' or 'flatten', but got 'first'"):
+    with pytest.raises(ValueError, match=r"`tokens` of .+ to be 'mean', 'last' or 'flatten', but got 'first'"):
         RepresentationSimilarity(tokens="first")
 
 

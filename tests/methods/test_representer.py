@@ -230,9 +230,9 @@ def test_end_to_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"l2": 0.0}, "`l2` to be a positive number, but got 0.0"),
-        ({"l2": float("nan")}, "`l2` to be a positive number, but got nan"),
-        ({"target_class": "labels"}, "`target_class` to be 'label' or 'prediction', but got 'labels'"),
+        ({"l2": 0.0}, "`l2` of .+ to be a finite number > 0, but got 0.0"),
+        ({"l2": float("nan")}, "`l2` of .+ to be a finite number > 0, but got nan"),
+        ({"target_class": "labels"}, "`target_class` of .+ to be 'label' or 'prediction', but got 'labels'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -202,9 +202,9 @@ def test_it_asks_for_what_its_method_asks_for() -> None:
     [
         ({}, "exactly one of the arguments `threshold`, `keep` and `truth`, but got none"),
         ({"threshold": 1.0, "keep": 2}, "but got `threshold` and `keep`"),
-        ({"threshold": -1.0}, "`threshold` to be a number >= 0, but got -1.0"),
-        ({"threshold": float("nan")}, "`threshold` to be a number >= 0, but got nan"),
-        ({"keep": 0}, "`keep` to be a positive integer, but got 0"),
+        ({"threshold": -1.0}, "`threshold` of .+ to be a finite number >= 0, but got -1.0"),
+        ({"threshold": float("nan")}, "`threshold` of .+ to be a finite number >= 0, but got nan"),
+        ({"keep": 0}, "`keep` of .+ to be an integer >= 1, but got 0"),
         ({"truth": truth_of(torch.ones(N, M), subsets=19)}, "at least 20 subsets, but it has 19"),
     ],
 )

@@ -11,8 +11,8 @@ from lightning_attr.methods.subset_truth import check_subset_truth, mask_digests
 
 
 def test_truth_that_fits() -> None:
-    check_subset_truth(truth_of(torch.ones(6, 3)))
-    check_subset_truth(truth_of(torch.ones(6, 3)), 6, 3)
+    check_subset_truth("TRAK", truth_of(torch.ones(6, 3)))
+    check_subset_truth("TRAK", truth_of(torch.ones(6, 3)), 6, 3)
 
 
 @pytest.mark.parametrize(
@@ -26,14 +26,14 @@ def test_truth_that_fits() -> None:
 )
 def test_truth_that_does_not_fit(truth: dict[str, Any], sizes: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        check_subset_truth(truth_of(torch.ones(6, 3), **truth), *sizes)
+        check_subset_truth("TRAK", truth_of(torch.ones(6, 3), **truth), *sizes)
 
 
 def test_unfinished_truth() -> None:
     truth = truth_of(torch.ones(6, 3))
     truth.outputs[0, 4] = torch.nan
     with pytest.raises(AttributionError, match="to be finished, but some of its retrainings have no outputs"):
-        check_subset_truth(truth)
+        check_subset_truth("TRAK", truth)
 
 
 def test_digests_are_of_each_mask() -> None:

@@ -310,7 +310,7 @@ def test_a_copy_of_a_target_is_its_top_proponent_and_a_mislabelled_one_its_top_o
 
 @pytest.mark.parametrize("damping", [-0.1, float("nan")])
 def test_damping_below_zero(damping: float) -> None:
-    with pytest.raises(ValueError, match=f"`damping` to be a number >= 0, but got {damping}"):
+    with pytest.raises(ValueError, match=f"`damping` of .+ to be a finite number >= 0, or 'auto', but got {damping}"):
         TRAK(damping=damping)
 
 

@@ -220,7 +220,7 @@ def test_outputs_and_targets_that_do_not_fit(outputs: Any, targets: Any, message
 
 
 def test_arguments_that_are_unknown() -> None:
-    with pytest.raises(ValueError, match=r"`kind` to be one of loss, mean_loss, .*, but got 'nll'"):
+    with pytest.raises(ValueError, match=r"`kind` of .+ to be 'loss', 'mean_loss', .*, but got 'nll'"):
         LanguageModel("nll")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`positions` to be 'all' or 'last', but got 'first'"):
+    with pytest.raises(ValueError, match=r"`positions` of .+ to be 'all' or 'last', but got 'first'"):
         LanguageModel(positions="first")  # type: ignore[arg-type]

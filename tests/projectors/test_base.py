@@ -175,7 +175,7 @@ def test_config_of_an_unknown_projector() -> None:
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.parametrize("proj_dim", [0, -1])
 def test_proj_dim_that_is_not_positive(kind: str, proj_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"`proj_dim` to be a positive integer, but got {proj_dim}"):
+    with pytest.raises(ValueError, match=f"`proj_dim` of .+ to be an integer >= 1, but got {proj_dim}"):
         type(PROJECTORS[kind])(proj_dim)
 
 

@@ -79,7 +79,7 @@ def test_unbiased_with_the_known_variance() -> None:
 
 @pytest.mark.parametrize("side", [0, -3])
 def test_side_that_is_not_positive(side: int) -> None:
-    with pytest.raises(ValueError, match=rf"`side` to be a positive integer, but got {side}\."):
+    with pytest.raises(ValueError, match=rf"`side` of .+ to be an integer >= 1, but got {side}\."):
         FactoredSJLTProjector(side=side)
 
 

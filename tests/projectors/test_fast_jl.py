@@ -147,5 +147,5 @@ def test_proj_dim_must_be_a_multiple_of_512(proj_dim: int) -> None:
 
 
 def test_rows_must_be_one_of_the_kernels() -> None:
-    with pytest.raises(ValueError, match="`rows` to be 8, 16 or 32, but got 64"):
+    with pytest.raises(ValueError, match="`rows` of FastJLProjector to be 8, 16 or 32, but got 64"):
         FastJLProjector(512, rows=64)

@@ -217,7 +217,7 @@ def test_a_masked_matrix_is_unbiased_with_the_known_variance() -> None:
 @pytest.mark.parametrize("kind", MASKED)
 @pytest.mark.parametrize("factor", [0, -1])
 def test_mask_factor_that_is_not_positive(kind: type[Projector], factor: int) -> None:
-    with pytest.raises(ValueError, match=rf"`mask_factor` to be a positive integer, but got {factor}\."):
+    with pytest.raises(ValueError, match=rf"`mask_factor` of .+ to be an integer >= 1, but got {factor}\."):
         kind(8, mask_factor=factor)
 
 

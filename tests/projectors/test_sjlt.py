@@ -116,7 +116,7 @@ def test_the_stream_is_pinned() -> None:
 
 @pytest.mark.parametrize("nonzeros", [0, -1, 9])
 def test_nonzeros_out_of_range(nonzeros: int) -> None:
-    with pytest.raises(ValueError, match=rf"`nonzeros` .* from 1 to `proj_dim` = 8, but got {nonzeros}\."):
+    with pytest.raises(ValueError, match=rf"`nonzeros` .* from 1 to 8, but got {nonzeros}\. `proj_dim` is the most"):
         SJLTProjector(8, nonzeros=nonzeros)
 
 
