@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from lightning_attr.arguments import check_choice
 from lightning_attr.errors import AttributionError
 
 __all__ = ["Guard", "describe"]
@@ -33,8 +34,7 @@ class Guard:
     """
 
     def __init__(self, on_error: str) -> None:
-        if on_error not in {"warn", "raise"}:
-            raise ValueError(f"Expected argument `on_error` to be 'warn' or 'raise', but got {on_error!r}.")
+        check_choice("AttributionCallback", "on_error", on_error, ("warn", "raise"))
         self.on_error = on_error
 
     @contextmanager

@@ -124,7 +124,10 @@ def test_an_error_can_end_the_training(tmp_path: Path, monkeypatch: pytest.Monke
     breaking(monkeypatch, call=3, error=ZeroDivisionError("broken on purpose"))
     with pytest.raises(ZeroDivisionError, match="broken on purpose"):
         fit(AttributionCallback(tmp_path, TRAK(8), on_error="raise"))
-    with pytest.raises(ValueError, match="Expected argument `on_error` to be 'warn' or 'raise', but got 'ignore'"):
+    with pytest.raises(
+        ValueError,
+        match="`on_error` of AttributionCallback to be 'warn' or 'raise', but got 'ignore'",
+    ):
         AttributionCallback(on_error="ignore")
 
 
