@@ -23,9 +23,11 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_choice
 
-__all__ = ["check_columns", "check_feature_dtype", "decode", "decode_features", "encode", "row_bytes"]
+__all__ = ["SCALE", "check_columns", "check_feature_dtype", "decode", "decode_features", "encode", "row_bytes"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE = "features_scale"
+"""Name of the column that float16 features are multiplied by."""
 _LARGEST = 15
 """Features of float16 are scaled to below two to this power."""
 
@@ -104,7 +106,7 @@ def encode(columns: Mapping[str, Tensor], feature_dtype: str) -> dict[str, Tenso
     overflow = not scaled.to(dtype).isfinite().all()  # the largest float32 values round up to a bfloat16 Inf
     if lost or overflow or scale < torch.finfo(torch.float32).tiny:
         return dict(columns)
-    scales = {"features_scale": torch.tensor([scale])} if dtype == torch.float16 else {}
+    scales = {SCALE: torch.tensor([scale])} if dtype == torch.float16 else {}
     return {**columns, "features": (features / scale).to(dtype), **scales}
 
 
@@ -121,7 +123,7 @@ def decode(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         >>> decode(encode({"features": torch.tensor([[1.0, -3.0]]), "loss": torch.ones(1)}, "float16"))
         {'features': tensor([[ 1., -3.]]), 'loss': tensor([1.])}
     """
-    decoded = {name: values for name, values in columns.items() if name != "features_scale"}
+    decoded = {name: values for name, values in columns.items() if name != SCALE}
     if "features" in columns:
         decoded["features"] = decode_features(columns)
     return decoded
@@ -144,7 +146,7 @@ def decode_features(columns: Mapping[str, Tensor]) -> Tensor:
     if features.dtype not in {torch.float16, torch.bfloat16}:
         return features
     features = features.float()
-    return features.mul_(columns["features_scale"]) if "features_scale" in columns else features
+    return features.mul_(columns[SCALE]) if SCALE in columns else features
 
 
 def row_bytes(columns: Mapping[str, Tensor], feature_dtype: str) -> int:

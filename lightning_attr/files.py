@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -17,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_attr.errors import AttributionError, CorruptedStoreError
+from lightning_attr.headers import check_header, header_of
+from lightning_attr.paths import check_regular
 
 __all__ = [
     "RESTORE",
@@ -24,7 +24,6 @@ __all__ = [
     "link_file",
     "link_tree",
     "move_aside",
-    "read_manifest",
     "read_tensors",
     "remains",
     "whole_file",
@@ -34,6 +33,8 @@ __all__ = [
 
 RESTORE = "Restore it from a copy, or start afresh in another directory."
 """What to do about a damaged file that nothing else holds."""
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, MemoryError)
+"""What safetensors and torch raise where a header makes no sense: a dtype of a later version, a shape without end."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -55,12 +56,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write tensors as safetensors, with a digest of their content in the header.
+    """Write tensors as safetensors, with a digest of their content in the header, and one of the header itself.
 
     Args:
         path: where.
         tensors: name -> tensor, on any device.
-        metadata: strings for the header.
+        metadata: strings for the header: which file of which store it is, to be compared on reading.
 
     Returns:
         The digest.
@@ -82,7 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         storages.add(own[name].untyped_storage().data_ptr())
     content = digest(own)
     with whole_file(path) as temporary:
-        safetensors.torch.save_file(own, temporary, {**(metadata or {}), "sha256": content})
+        safetensors.torch.save_file(own, temporary, header_of(metadata or {}, content))
     return content
 
 
@@ -124,42 +125,13 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def read_manifest(path: Path, what: str, version: int) -> dict[str, Any]:
-    """Read the JSON file that says what a directory holds.
-
-    Args:
-        path: the file.
-        what: the directory holds, for the message.
-        version: the format that is read.
-
-    Returns:
-        Its content.
-
-    Raises:
-        CorruptedStoreError: if it is missing, damaged, or of another format.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_bytes(Path(folder) / "a", b'{"format": 1}')
-        ...     read_manifest(Path(folder) / "a", "ground truth", 1)
-        {'format': 1}
-    """
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptedStoreError(f"{path.parent} holds no {what}: {path.name} is missing.") from error
-    except ValueError as error:
-        raise CorruptedStoreError(f"{path} is damaged: {error}. {RESTORE}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != version:
-        raise CorruptedStoreError(
-            f"{path} has the format {found!r}, but this version of lightning_attr reads {version}."
-        )
-    return dict(manifest)
-
-
-def read_tensors(path: Path, expected: str | None = None, remedy: str = "", hashed: bool = True) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path,
+    expected: str | None = None,
+    remedy: str = "",
+    hashed: bool = True,
+    place: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
     """Read tensors and check them against their digest.
 
     Args:
@@ -167,22 +139,27 @@ def read_tensors(path: Path, expected: str | None = None, remedy: str = "", hash
         expected: the digest on record; by default the one in the file's own header.
         remedy: what to do about a damaged file, for the message.
         hashed: compare the content; otherwise only the digest that the file says it has.
+        place: what the file must say that it is, as it was written; by default anything.
 
     Returns:
         Name -> tensor, on the CPU, mapped from the file where the platform allows.
 
     Raises:
-        CorruptedStoreError: if the file is missing, unreadable, or not what its digest says.
+        CorruptedStoreError: if the file is missing, unreadable, not what its digest says, or belongs elsewhere.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
+            header = check_header(file.metadata(), place or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator of its own
-            recorded = (file.metadata() or {}).get("sha256")
+        found = digest(tensors) if hashed else header["sha256"]
     except FileNotFoundError as error:
         raise CorruptedStoreError(f"{path} is missing. {remedy}".strip()) from error
-    except (SafetensorError, OSError) as error:
+    except CorruptedStoreError as error:
+        raise CorruptedStoreError(f"{path} {error} {remedy}".strip()) from error
+    except _UNREADABLE as error:
         raise CorruptedStoreError(f"{path} is truncated or damaged ({error}). {remedy}".strip()) from error
-    if (digest(tensors) if hashed else recorded) != (expected or recorded):
+    if found != (expected or header["sha256"]):
         raise CorruptedStoreError(f"{path} is damaged: its content does not match its checksum. {remedy}".strip())
     return tensors
 

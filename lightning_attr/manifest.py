@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lightning_attr.encoding import check_feature_dtype
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
-from lightning_attr.files import RESTORE, read_manifest, write_bytes
+from lightning_attr.fields import checked, integer, items, optional, pairs, plain, read_fields, real, sha256, text
+from lightning_attr.files import RESTORE
+from lightning_attr.paths import check_key
+from lightning_attr.sealed import read_record, write_record
 
 __all__ = ["Fingerprint", "Manifest", "Snapshot", "Stopped"]
 
-FORMAT = 1
+FORMAT = 2
+_MOST_SHARDS = 2**20
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Snapshot:
         optimizer: digest of the optimizer's state, None if it was not recorded.
         frozen: digest of those weights that lie in a file of their own, because training does not change them; None
             without.
+        origin: id of the store that its files were written in, if they were merged from another.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -125,6 +131,30 @@ class Snapshot:
     shards: Mapping[int, str] = field(default_factory=dict)
     optimizer: str | None = None
     frozen: str | None = None
+    origin: str | None = field(default=None, compare=False)
+
+
+_SNAPSHOT = {
+    "key": check_key,
+    "epoch": integer(-1),
+    "global_step": integer(0),
+    "learning_rate": real(0),
+    "folder": text(),
+    "weights": sha256,
+    "projection": text(),
+    "shards": pairs(lambda shard: integer(0, _MOST_SHARDS)(int(shard)), sha256),
+    "optimizer": optional(sha256),
+    "frozen": optional(sha256),
+    "origin": optional(text(100)),
+}
+"""What each field of a snapshot must be in a file."""
+_FINGERPRINT = {
+    "length": integer(1),
+    "data": optional(text()),
+    "layout": pairs(text(), items(integer(0))),
+    "projector": optional(plain),
+    "output": optional(text()),
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +182,14 @@ class Stopped:
         return f"recording stopped in epoch {self.epoch} (step {self.global_step}): {self.cause}"
 
 
+_STOPPED = {
+    "epoch": integer(-1),
+    "global_step": integer(0),
+    "cause": text(1_000_000),
+    "incomplete": optional(check_key),
+}
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All that a store records.
@@ -163,6 +201,7 @@ class Manifest:
         snapshots: in the order of training.
         feature_dtype: how features are stored, "float16", "bfloat16" or "float32"; see :mod:`lightning_attr.encoding`.
         stopped: why the recording ended before the run did; None if it did not.
+        id: of the store, in all of its files; drawn at random when it is made.
 
     Example:
         >>> Manifest(Fingerprint(10, None, {"w": (2,)}, None), shard_rows=4, run=None).num_shards
@@ -175,6 +214,7 @@ class Manifest:
     snapshots: tuple[Snapshot, ...] = ()
     feature_dtype: str = "float32"
     stopped: Stopped | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def __post_init__(self) -> None:
         check_feature_dtype(self.feature_dtype)
@@ -204,14 +244,14 @@ class Manifest:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
             snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
-            for name in ("optimizer", "frozen"):
+            for name in ("optimizer", "frozen", "origin"):
                 if snapshot[name] is None:
-                    del snapshot[name]  # as it was before there were any
-        write_bytes(path, json.dumps(record, indent=1).encode())
+                    del snapshot[name]
+        write_record(path, record)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read the file.
+        """Read the file, and check every field: it may come from anywhere.
 
         Args:
             path: where.
@@ -220,27 +260,30 @@ class Manifest:
             The manifest.
 
         Raises:
-            CorruptedStoreError: if it is missing or no manifest of this format.
+            CorruptedStoreError: if it is missing, changed, or no manifest of this format.
         """
-        record = read_manifest(path, "attribution store", FORMAT)
+        record = read_record(path, "attribution store", FORMAT)
+        del record["format"]
+        record.setdefault("stopped", None)
         try:
-            return cls._of(record)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptedStoreError(f"{path} is damaged: {type(error).__name__} {error}. {RESTORE}") from error
+            manifest = read_fields(cls, record, _MANIFEST, whole=True)
+            manifest._check()
+        except (ValueError, RecursionError) as error:
+            raise CorruptedStoreError(f"{path} is damaged: {error}. {RESTORE}") from error
+        return manifest
 
-    @classmethod
-    def _of(cls, record: dict[str, Any]) -> Manifest:
-        fingerprint = record["fingerprint"]
-        layout = {name: tuple(shape) for name, shape in fingerprint["layout"].items()}
-        snapshots = []
-        for item in record["snapshots"]:
-            del item["rows"]  # follows from the shards
-            item["shards"] = {int(shard): content for shard, content in item["shards"].items()}
-            snapshots.append(Snapshot(**item))
-        feature_dtype = record.get("feature_dtype", "float32")  # stores were float32 before they could be less
-        fingerprint = Fingerprint(**{**fingerprint, "layout": layout})
-        stopped = Stopped(**record["stopped"]) if "stopped" in record else None
-        return cls(fingerprint, record["shard_rows"], record["run"], tuple(snapshots), feature_dtype, stopped)
+    def _check(self) -> None:
+        """Refuse fields that do not fit each other."""
+        checked("shard_rows", self.shard_rows, integer(-(-self.fingerprint.length // _MOST_SHARDS)))
+        for snapshot in self.snapshots:
+            if snapshot.folder != f"snapshots/{snapshot.key}":
+                raise ValueError(f"the folder of snapshot {snapshot.key!r} is {snapshot.folder[:100]!r}")
+            if any(shard >= self.num_shards for shard in snapshot.shards):
+                raise ValueError(f"snapshot {snapshot.key!r} has rows of more than {self.fingerprint.length:,} samples")
+        places = sorted(f"{snapshot.key.lower()}/" for snapshot in self.snapshots)  # some file systems know no case
+        for one, after in pairwise(places):
+            if after.startswith(one):
+                raise ValueError(f"a snapshot {one[:-1]!r} is there twice, or holds another one")
 
     @classmethod
     def joined(cls, manifests: Sequence[tuple[Path, Manifest]]) -> Manifest:
@@ -278,11 +321,27 @@ class Manifest:
                 mode=fingerprint.mode or other.fingerprint.mode,
             )
         snapshots = [
-            dataclasses.replace(snapshot, key=f"run{i}/{snapshot.key}", folder=f"snapshots/run{i}/{snapshot.key}")
+            dataclasses.replace(
+                snapshot,
+                key=f"run{i}/{snapshot.key}",
+                folder=f"snapshots/run{i}/{snapshot.key}",
+                origin=snapshot.origin or manifest.id,
+            )
             for i, (_, manifest) in enumerate(manifests)
             for snapshot in manifest.usable
         ]
         return cls(fingerprint, first.shard_rows, None, tuple(snapshots), first.feature_dtype)
+
+
+_MANIFEST = {
+    "fingerprint": lambda found: read_fields(Fingerprint, found, _FINGERPRINT),
+    "shard_rows": integer(1),
+    "run": optional(text(1000)),
+    "snapshots": items(lambda found: read_fields(Snapshot, found, _SNAPSHOT, ignored=("rows",)), most=100_000),
+    "feature_dtype": text(100),
+    "stopped": optional(lambda found: read_fields(Stopped, found, _STOPPED)),
+    "id": text(100),
+}
 
 
 def _layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

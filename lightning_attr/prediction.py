@@ -23,6 +23,7 @@ from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, free_bytes
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.paths import inside
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
@@ -355,7 +356,8 @@ class AttributionStep(nn.Module):
             precision=self.trainer.precision_plugin.forward_context,
             memory=self.memory,
             reduce=self._sum,
-            folder=self.store.path / snapshot.folder / "computed",
+            folder=inside(self.store.path, snapshot.folder, "computed"),
+            place=self.store.place(snapshot.key, "computed"),
             writer=self.trainer.is_global_zero,
             train_digest=self.fingerprint.data,
             target_digest=self._target_digest,

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_attr.arguments import check_choice, check_flag, check_float, check_path
+from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.frames import data_frame
+from lightning_attr.headers import config_digest
 from lightning_attr.metrics import comparison_plots, functional, plotting
+from lightning_attr.paths import inside
+from lightning_attr.saved_scores import REMEDY, check_tensors, saved_scores
 from lightning_attr.scores import ScoreMatrix
 from lightning_attr.texts import text_table
 from lightning_attr.top_scores import TopScores
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["AttributionResult"]
+
+
+_SAVED = {"self_influence": (1, True), "loss": (1, True), "labels": (1, False), "noise_mask": (1, False)}
+"""Dimensions of each saved column, and whether it holds floating-point numbers."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,8 @@ class AttributionResult:
         folder = check_path("AttributionResult.save", "path", path)
         self.scores.save(folder)
         columns = {name: getattr(self, name) for name in ("self_influence", "loss", "labels", "noise_mask")}
-        write_tensors(folder / "result.safetensors", {k: v for k, v in columns.items() if v is not None})
+        known = {name: column for name, column in columns.items() if column is not None}
+        write_tensors(folder / "result.safetensors", known, _place(saved_scores(folder)))
         write_bytes(folder / "metrics.json", json.dumps(self.metrics, indent=1).encode())
 
     @classmethod
@@ -117,10 +126,19 @@ class AttributionResult:
 
         Returns:
             The result; large scores are mapped from the file.
+
+        Raises:
+            CorruptedStoreError: if a file is missing, damaged, or of another result.
         """
         folder = check_path("AttributionResult.load", "path", path)
-        kind = TopScores if (folder / "top_scores.safetensors").exists() else ScoreMatrix
-        return cls(kind.load(folder), **read_tensors(folder / "result.safetensors"))
+        record = saved_scores(folder)
+        scores = (TopScores if record["kind"] == "top" else ScoreMatrix).load(folder)
+        file = inside(folder, "result.safetensors")
+        columns = read_tensors(file, remedy=REMEDY, place=_place(record))
+        check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask"}))
+        if any(len(column) != scores.shape[0] for column in columns.values()):
+            raise CorruptedStoreError(f"{file} is damaged: its columns have other rows than the scores. {REMEDY}")
+        return cls(scores, **columns)
 
     def to_pandas(self) -> pd.DataFrame:
         """Give what is known of each training sample to pandas.
@@ -315,6 +333,11 @@ class AttributionResult:
         if self.labels is None:
             return f"#{index}"
         return f"#{index}: “{int(self.labels[self.scores.train_indices == index])}”"
+
+
+def _place(scores: Mapping[str, Any]) -> dict[str, str]:
+    """What the file of the columns is: that of these very scores."""
+    return {"kind": "result", "scores": scores["content"], "provenance": config_digest(scores["provenance"])}
 
 
 def _metrics(result: AttributionResult) -> dict[str, float]:

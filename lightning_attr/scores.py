@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lightning_attr.arguments import argument_message, check_int, check_path, check_tensor
-from lightning_attr.errors import AttributionError
-from lightning_attr.files import read_tensors, write_bytes, write_tensors
+from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.frames import data_frame
 from lightning_attr.metrics import functional
+from lightning_attr.saved_scores import REMEDY, load_scores, save_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -149,9 +148,7 @@ class ScoreMatrix:
         """
         folder = check_path("ScoreMatrix.save", "path", path)
         tensors = {"values": self.values, "train_indices": self.train_indices, "target_indices": self.target_indices}
-        write_tensors(folder / "scores.safetensors", tensors)
-        (folder / "top_scores.safetensors").unlink(missing_ok=True)  # of a result that was here before
-        write_bytes(folder / "scores.json", json.dumps(dict(self.provenance), indent=1).encode())
+        save_scores(folder, "matrix", tensors, self.provenance)
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreMatrix:
@@ -162,11 +159,17 @@ class ScoreMatrix:
 
         Returns:
             The scores, mapped from the file.
+
+        Raises:
+            CorruptedStoreError: if a file is missing, damaged, or of other scores.
         """
         folder = check_path("ScoreMatrix.load", "path", path)
-        return cls(
-            **read_tensors(folder / "scores.safetensors"), provenance=json.loads((folder / "scores.json").read_text())
-        )
+        expected = {"values": (2, True), "train_indices": (1, False), "target_indices": (1, False)}
+        tensors, provenance = load_scores(folder, "matrix", expected)
+        try:
+            return cls(**tensors, provenance=provenance)
+        except (ValueError, TypeError) as error:
+            raise CorruptedStoreError(f"{path} is damaged: {error} {REMEDY}") from error
 
     def _extreme(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
         remedy = f"There are {self.shape[0]} training samples."

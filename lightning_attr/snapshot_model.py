@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,11 +22,14 @@ from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.files import read_tensors, write_tensors
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.memory import MemoryBudget
+from lightning_attr.paths import inside
 from lightning_attr.projectors import GradientFactors, Projection
 
 __all__ = ["Batches", "Replay", "SnapshotModel"]
 
 Batches: TypeAlias = "Iterator[tuple[Sequence[int], Any]]"
+
+log = logging.getLogger(__name__)
 
 _KEPT_BYTES = 2**28
 """Batches that stay in memory between passes: a solver goes through the data a hundred times."""
@@ -51,6 +55,7 @@ class SnapshotModel:
         memory: what a batch may take; without it, nothing is split.
         reduce: sums a tensor over all processes, in place, and returns it.
         folder: the snapshot's own, for :meth:`kept`; None keeps nothing.
+        place: what the files there say that they are, see :meth:`lightning_attr.store.FeatureStore.place`.
         writer: whether this process writes there.
         train_digest: hash of the training data, where it is known.
         target_digest: hash of the targets; that of the training data where they are the targets.
@@ -80,6 +85,7 @@ class SnapshotModel:
     memory: MemoryBudget | None = None
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     folder: Path | None = None
+    place: Mapping[str, str] = field(default_factory=dict)
     writer: bool = True
     train_digest: str | None = None
     target_digest: str | None = None
@@ -233,12 +239,16 @@ class SnapshotModel:
         Returns:
             The tensors.
         """
-        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        path = None if self.folder is None else inside(self.folder.parent, self.folder.name, f"{name}.safetensors")
+        place = {**self.place, "name": name, **({} if self.train_digest is None else {"data": self.train_digest})}
         if path is not None and path.exists():
-            return read_tensors(path, remedy="Delete it: it is computed again.")
+            return read_tensors(path, remedy="Delete it: it is computed again.", place=place)
         tensors = compute()
         if path is not None and self.writer:
-            write_tensors(path, tensors)
+            try:
+                write_tensors(path, tensors, place)
+            except AttributionError as error:  # a store that may only be read, a full disk: the next run computes it
+                log.warning("What was computed at snapshot %r is not kept. %s", self.key, error)
         return tensors
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
-from lightning_attr.files import digest, link_file, link_tree, move_aside, read_tensors, write_tensors
+from lightning_attr.files import digest, link_file, move_aside, read_tensors, write_tensors
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot, Stopped
 from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.paths import check_key, inside, regular_files
 
 __all__ = ["OPTIMIZER", "SnapshotStore"]
 
-OPTIMIZER = "optimizer.safetensors"
+MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
 WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
 
 
@@ -39,7 +40,7 @@ class SnapshotStore:
     """
 
     def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a run may change its working directory
         self.manifest = manifest
         self.writer = writer
 
@@ -54,11 +55,11 @@ class SnapshotStore:
         Returns:
             The store.
         """
-        return cls(path, Manifest.read(Path(path) / "manifest.json"), writer)
+        return cls(path, Manifest.read(Path(path).absolute() / MANIFEST), writer)
 
     def reload(self) -> None:
         """Read the manifest again, to see what another process entered."""
-        self.manifest = Manifest.read(self.path / "manifest.json")
+        self.manifest = Manifest.read(self.path / MANIFEST)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -70,7 +71,7 @@ class SnapshotStore:
         Returns:
             True if its manifest is there.
         """
-        return (Path(path) / "manifest.json").exists()
+        return (Path(path) / MANIFEST).exists()
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -134,14 +135,17 @@ class SnapshotStore:
 
         Raises:
             StoreMismatchError: if the name is taken.
+            ValueError: if it is no name for a folder; see :func:`lightning_attr.paths.check_key`.
         """
+        check_key(key)
         if any(snapshot.key == key for snapshot in self.snapshots):
             raise StoreMismatchError(f"{self.path} already holds the snapshot {key!r}.")
         folder = f"snapshots/{key}"
         self._abandon(folder)  # remains of a killed run, whose features are not of these weights
-        own, frozen = self._write_weights(folder, weights)
+        own, frozen = self._write_weights(folder, key, weights)
         content = own if frozen is None else digest(weights)
-        state = None if optimizer is None else write_tensors(self.path / folder / OPTIMIZER, optimizer)
+        place = {"kind": "optimizer", "store": self.manifest.id, "snapshot": key, "weights": content}
+        state = None if optimizer is None else write_tensors(inside(self.path, folder, OPTIMIZER), optimizer, place)
         snapshot = Snapshot(
             key, epoch, global_step, learning_rate, folder, content, projection=key, optimizer=state, frozen=frozen
         )
@@ -161,29 +165,49 @@ class SnapshotStore:
             CorruptedStoreError: if they are missing or damaged.
         """
         snapshot = self.snapshot(key)
+        place = {name: value for name, value in self.place(key, "weights").items() if name != "weights"}
         if snapshot.frozen is None:
-            return self._tensors(key, WEIGHTS, snapshot.weights)
-        tensors = {**self._tensors(key, FROZEN, snapshot.frozen), **self._tensors(key, WEIGHTS, None)}
+            return self._tensors(key, WEIGHTS, snapshot.weights, place)
+        shared = {"kind": "frozen", "store": place["store"]}
+        frozen = self._tensors(key, FROZEN, snapshot.frozen, shared)
+        tensors = {**frozen, **self._tensors(key, WEIGHTS, None, place)}
         if digest(tensors) != snapshot.weights:
             raise CorruptedStoreError(f"{self.path / snapshot.folder} is damaged: {WEIGHTS} is not this snapshot's.")
         return tensors
 
-    def _write_weights(self, folder: str, weights: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    def place(self, key: str, kind: str) -> dict[str, str]:
+        """Say what a file of a snapshot is, for its header: of which store, of which snapshot, with which weights.
+
+        Args:
+            key: the snapshot.
+            kind: of file.
+
+        Returns:
+            Name -> value, the same in a store that this one was merged into.
+        """
+        snapshot = self.snapshot(key)
+        store = snapshot.origin or self.manifest.id
+        return {"kind": kind, "store": store, "snapshot": snapshot.projection, "weights": snapshot.weights}
+
+    def _write_weights(self, folder: str, key: str, weights: Mapping[str, Tensor]) -> tuple[str, str | None]:
         """Write weights; most of them are frozen under adapters, and are written once for all snapshots.
 
         Returns:
             The digests of the file, and of that of the frozen ones if there is one.
         """
+        place = {"kind": "weights", "store": self.manifest.id, "snapshot": key}
+        shared = {"kind": "frozen", "store": self.manifest.id}
+        file, beside = (inside(self.path, folder, name) for name in (WEIGHTS, FROZEN))
         frozen = {name: tensor for name, tensor in weights.items() if name not in self.fingerprint.layout}
         trained = {name: tensor for name, tensor in weights.items() if name not in frozen}
         if sum(tensor.nbytes for tensor in frozen.values()) <= sum(tensor.nbytes for tensor in trained.values()):
-            return write_tensors(self.path / folder / WEIGHTS, weights), None
-        own = write_tensors(self.path / folder / WEIGHTS, trained)
+            return write_tensors(file, weights, place), None
+        own = write_tensors(file, trained, place)
         content = digest(frozen)
-        before = next((s for s in reversed(self.snapshots) if s.frozen == content), None)
+        before = next((s for s in reversed(self.snapshots) if s.frozen == content and s.origin is None), None)
         if before is None:
-            return own, write_tensors(self.path / folder / FROZEN, frozen)
-        link_file(self.path / before.folder / FROZEN, self.path / folder / FROZEN)
+            return own, write_tensors(beside, frozen, shared)
+        link_file(inside(self.path, before.folder, FROZEN), beside)
         return own, content
 
     def optimizer_state(self, key: str) -> OptimizerState:
@@ -197,6 +221,7 @@ class SnapshotStore:
 
         Raises:
             AttributionError: if it was not recorded.
+            CorruptedStoreError: if it is missing, damaged, or makes no sense.
         """
         content = self.snapshot(key).optimizer
         if content is None:
@@ -204,11 +229,21 @@ class SnapshotStore:
                 f"The snapshot {key!r} in {self.path} has no optimizer state, which this method needs. Fit with "
                 "AttributionCallback(optimizer_state=True), or with the method itself as the callback's `method`."
             )
-        return OptimizerState.from_tensors(self._tensors(key, OPTIMIZER, content))
+        tensors = self._tensors(key, OPTIMIZER, content, self.place(key, "optimizer"))
+        try:
+            return OptimizerState.from_tensors(tensors)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise CorruptedStoreError(
+                f"{self.path / self.snapshot(key).folder / OPTIMIZER} holds no state of an optimizer ({error}). "
+                f"{self._remedy(key)}"
+            ) from error
 
-    def _tensors(self, key: str, file: str, content: str | None) -> dict[str, Tensor]:
-        remedy = f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
-        return read_tensors(self.path / self.snapshot(key).folder / file, content, remedy)
+    def _tensors(self, key: str, file: str, content: str | None, place: Mapping[str, str]) -> dict[str, Tensor]:
+        path = inside(self.path, self.snapshot(key).folder, file)
+        return read_tensors(path, content, self._remedy(key), place=place)
+
+    def _remedy(self, key: str) -> str:
+        return f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
 
     def mark_stopped(self, stopped: Stopped | None) -> None:
         """Note that the recording ended before the run did, or that it goes on after all.
@@ -231,7 +266,8 @@ class SnapshotStore:
             self._abandon(snapshot.folder)
 
     def _abandon(self, folder: str) -> None:
-        move_aside(self.path / folder, self.path / "abandoned" / Path(folder).relative_to("snapshots"))
+        target = inside(self.path, "abandoned", *Path(folder).parts[1:])
+        move_aside(inside(self.path, folder), target)
 
     @classmethod
     def merge(cls, stores: Sequence[str | Path | SnapshotStore], path: str | Path) -> Self:
@@ -252,13 +288,17 @@ class SnapshotStore:
         merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
         if merged.path.exists() and any(merged.path.iterdir()):
             raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
-        folders = [source.path / snapshot.folder for source in sources for snapshot in source.manifest.usable]
-        for folder, snapshot in zip(folders, merged.snapshots, strict=True):
-            link_tree(folder, merged.path / snapshot.folder)
+        folders = [(source.path, snapshot.folder) for source in sources for snapshot in source.manifest.usable]
+        files = [(root / folder, regular_files(root, folder)) for root, folder in folders]
+        for (folder, own), snapshot in zip(files, merged.snapshots, strict=True):
+            for file in own:
+                target = merged.path / snapshot.folder / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_file(file, target)
         merged._save(merged.manifest)
         return merged
 
     def _save(self, manifest: Manifest) -> None:
         if self.writer:
-            manifest.write(self.path / "manifest.json")
+            manifest.write(inside(self.path, MANIFEST))
         self.manifest = manifest

@@ -32,10 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.encoding import check_columns, decode, decode_features, encode
+from lightning_attr.encoding import SCALE, check_columns, decode, decode_features, encode
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
 from lightning_attr.files import digest, read_tensors, remains, write_tensors
+from lightning_attr.headers import config_digest
 from lightning_attr.manifest import Fingerprint, Manifest
+from lightning_attr.paths import inside
 from lightning_attr.snapshot_store import OPTIMIZER, SnapshotStore
 
 __all__ = ["FeatureStore"]
@@ -141,7 +143,8 @@ class FeatureStore(SnapshotStore):
             ValueError: if a column has another number of rows than the shard, or holds NaN or Inf.
         """
         check_columns(columns, self.rows(shard))
-        content = write_tensors(self._shard_path(key, shard), encode(columns, self.manifest.feature_dtype))
+        stored = encode(columns, self.manifest.feature_dtype)
+        content = write_tensors(self._shard_path(key, shard), stored, self._shard_place(key, shard))
         self._enter(key, shards={**self.snapshot(key).shards, shard: content})
 
     def adopt(self, key: str) -> None:
@@ -153,7 +156,8 @@ class FeatureStore(SnapshotStore):
         found = {}
         for shard in self.missing(key):
             with suppress(CorruptedStoreError):  # not there, or damaged: still to be computed
-                columns = read_tensors(self._shard_path(key, shard))
+                columns = read_tensors(self._shard_path(key, shard), place=self._shard_place(key, shard))
+                self._check_rows(key, shard, columns)
                 found[shard] = digest(columns)
                 self._verified.add(found[shard])
         if found:
@@ -210,9 +214,27 @@ class FeatureStore(SnapshotStore):
             )
         remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` adds it anew."
         # Opened each time: small tensors kept in between would scatter the memory that decoding frees.
-        columns = read_tensors(self._shard_path(key, shard), content, remedy, hashed=content not in self._verified)
+        path, place, hashed = self._shard_path(key, shard), self._shard_place(key, shard), content not in self._verified
+        columns = read_tensors(path, content, remedy, hashed, place)
+        self._check_rows(key, shard, columns)
         self._verified.add(content)
         return columns
+
+    def _shard_place(self, key: str, shard: int) -> dict[str, str]:
+        """All that the values of a shard depend on, beside the code."""
+        rows, written = self.rows(shard), self.fingerprint
+        known = {"data": written.data, "output": written.output, "optimizer": self.snapshot(key).optimizer}
+        known["projection"] = None if written.projector is None else config_digest(dict(written.projector))
+        place = {**self.place(key, "features"), "rows": f"{rows.start}-{rows.stop - 1}"}
+        return {**place, **{name: value for name, value in known.items() if value is not None}}
+
+    def _check_rows(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
+        lengths = {values.shape[:1] for name, values in columns.items() if name != SCALE}
+        if lengths - {(len(self.rows(shard)),)}:
+            raise CorruptedStoreError(
+                f"{self._shard_path(key, shard)} has columns of another length than its {len(self.rows(shard))} rows. "
+                f"`FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` goes on without this snapshot."
+            )
 
     # Upkeep ---------------------------------------------------------------------------------------------------------
 
@@ -225,9 +247,9 @@ class FeatureStore(SnapshotStore):
         """
         dropped = []
 
-        def intact(path: Path, content: str) -> bool:
+        def intact(path: Path, content: str, place: Mapping[str, str]) -> bool:
             try:
-                read_tensors(path, content)
+                read_tensors(path, content, place=place)
             except CorruptedStoreError:
                 self._verified.discard(content)
                 path.unlink(missing_ok=True)
@@ -236,9 +258,14 @@ class FeatureStore(SnapshotStore):
             return True
 
         for snapshot in self.snapshots:
-            state, file = snapshot.optimizer, self.path / snapshot.folder / OPTIMIZER
-            shards = {s: c for s, c in snapshot.shards.items() if intact(self._shard_path(snapshot.key, s), c)}
-            self._enter(snapshot.key, shards=shards, optimizer=state if state and intact(file, state) else None)
+            key, state, file = snapshot.key, snapshot.optimizer, inside(self.path, snapshot.folder, OPTIMIZER)
+            shards = {
+                shard: content
+                for shard, content in snapshot.shards.items()
+                if intact(self._shard_path(key, shard), content, self._shard_place(key, shard))
+            }
+            state = state if state and intact(file, state, self.place(key, "optimizer")) else None
+            self._enter(key, shards=shards, optimizer=state)
         for rest in remains(self.path):
             rest.unlink()
             dropped.append(rest)
@@ -250,4 +277,4 @@ class FeatureStore(SnapshotStore):
         self._save(replace(self.manifest, snapshots=snapshots))
 
     def _shard_path(self, key: str, shard: int) -> Path:
-        return self.path / self.snapshot(key).folder / "features" / f"{shard:05d}.safetensors"
+        return inside(self.path, self.snapshot(key).folder, "features", f"{shard:05d}.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,21 @@ import torch
 from torch import Tensor
 
 from lightning_attr.arguments import check_int
-from lightning_attr.errors import AttributionError
-from lightning_attr.files import read_tensors, write_bytes, write_tensors
+from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.metrics.functional import _check_finite, _participation, _positive_sums
+from lightning_attr.saved_scores import REMEDY, load_scores, save_scores
 
 __all__ = ["TopScores", "TopScoresSum", "check_topk"]
+
+
+_SAVED = {
+    **dict.fromkeys(("proponents", "opponents"), (2, False)),
+    **dict.fromkeys(("proponent_scores", "opponent_scores"), (2, True)),
+    **dict.fromkeys(("train_indices", "target_indices"), (1, False)),
+    "data_value": (1, True),
+    "effective_proponents": (0, True),
+}
+"""Dimensions of each saved tensor, and whether it holds floating-point numbers."""
 
 
 def check_topk(topk: Any, n_train: int) -> int | None:
@@ -134,12 +143,9 @@ class TopScores:
         Args:
             path: the directory; made if it is not there.
         """
-        folder = Path(path)
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        effective = torch.tensor(self.effective_proponents, dtype=torch.float64)
-        write_tensors(folder / "top_scores.safetensors", {**tensors, "effective_proponents": effective})
-        (folder / "scores.safetensors").unlink(missing_ok=True)  # of a result that was here before
-        write_bytes(folder / "scores.json", json.dumps(dict(self.provenance), indent=1).encode())
+        tensors["effective_proponents"] = torch.tensor(self.effective_proponents, dtype=torch.float64)
+        save_scores(Path(path), "top", tensors, self.provenance)
 
     @classmethod
     def load(cls, path: str | Path) -> TopScores:
@@ -150,12 +156,20 @@ class TopScores:
 
         Returns:
             The scores.
+
+        Raises:
+            CorruptedStoreError: if a file is missing, damaged, or of other scores.
         """
-        folder = Path(path)
-        tensors = read_tensors(folder / "top_scores.safetensors")
+        tensors, provenance = load_scores(Path(path), "top", _SAVED)
         effective = tensors.pop("effective_proponents").item()
-        provenance = json.loads((folder / "scores.json").read_text())
-        return cls(**tensors, effective_proponents=effective, provenance=provenance)
+        found = cls(**tensors, effective_proponents=effective, provenance=provenance)
+        (n, m), shape = found.shape, found.proponents.shape
+        fits = (found.train_indices.shape, found.target_indices.shape) == ((n,), (m,)) and all(
+            tensors[name].shape == shape for name in ("proponent_scores", "opponents", "opponent_scores")
+        )
+        if not fits or any(((rows < 0) | (rows >= n)).any() for rows in (found.proponents, found.opponents)):
+            raise CorruptedStoreError(f"{path} is damaged: shapes or rows of the scores do not fit together. {REMEDY}")
+        return found
 
     def _first(self, k: int, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         k = check_int(self, "k", k, 1, rows.shape[1], remedy="It is at most the `topk` of this result.")

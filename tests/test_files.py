@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from cases import child, wait_for
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.files import digest, read_tensors, remains, write_bytes, write_tensors
+from lightning_attr.headers import header_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # newer Pythons, of `child`
 
@@ -74,7 +77,9 @@ def test_parameters_are_written_without_their_graph(tmp_path: Path) -> None:
 def test_files_are_plain_safetensors_with_the_digest_and_the_metadata_in_the_header(tmp_path: Path) -> None:
     content = write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"kind": "test"})
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="np") as file:
-        assert file.metadata() == {"kind": "test", "sha256": content}
+        assert file.metadata() == header_of({"kind": "test"}, content)
+        own = json.loads(file.metadata()["lightning_attr"])
+        assert (own["kind"], own["sha256"]) == ("test", content)
         np.testing.assert_array_equal(file.get_tensor("x"), np.ones(2, dtype=np.float32))
 
 
@@ -267,7 +272,87 @@ def test_a_whole_file_of_other_content_than_recorded_is_found(tmp_path: Path) ->
         read_tensors(tmp_path / "a", content)
 
 
-def test_a_file_without_a_checksum_is_not_trusted(tmp_path: Path) -> None:
-    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "a")
-    with pytest.raises(CorruptedStoreError, match="does not match its checksum"):
+@pytest.mark.parametrize("metadata", [None, {"sha256": digest({"x": torch.zeros(2)})}])
+def test_a_file_without_checksums_is_not_trusted(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "a", metadata)
+    with pytest.raises(CorruptedStoreError, match="its header does not match its checksum, or was not written by this"):
         read_tensors(tmp_path / "a")
+
+
+PLACE = {"kind": "features", "store": "a", "rows": "0-7"}
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            {**PLACE, "rows": "8-15"},
+            r"a\.safetensors is not the file .* it is of rows 0-7, not 8-15\. Do",
+        ),
+        ({**PLACE, "store": "b"}, "it is of store a, not b"),
+        ({**PLACE, "kind": "weights"}, "it is of kind features, not weights"),
+    ],
+)
+def test_a_whole_file_in_another_place_is_found(tmp_path: Path, place: dict[str, str], message: str) -> None:
+    content = write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, PLACE)
+    for known in (PLACE, {**PLACE, "data": "what the writer did not know"}, {}):
+        assert read_tensors(tmp_path / "a.safetensors", content, place=known)["x"].tolist() == [0, 0]
+    with pytest.raises(CorruptedStoreError, match=message):
+        read_tensors(tmp_path / "a.safetensors", content, "Do that.", place=place)
+    write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(2)})
+    with pytest.raises(CorruptedStoreError, match="it does not say to be features"):
+        read_tensors(tmp_path / "b.safetensors", place=PLACE)
+
+
+def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    content = write_tensors(path, {"x": torch.randn(3), "y": torch.ones(2, 2, dtype=torch.int64)}, PLACE)
+    before = path.read_bytes()
+    for position in range(0, len(before), 3):
+        flip(path, position)
+        for expected in (content, None):
+            with pytest.raises(CorruptedStoreError, match=r"a\.safetensors is "):
+                read_tensors(path, expected)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "dangling"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.safetensors"
+    make = {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "loop": lambda: path.symlink_to(path),
+        "dangling": lambda: path.symlink_to(tmp_path / "none"),
+    }
+    make[kind]()
+    with pytest.raises(CorruptedStoreError, match=r"a\.safetensors is (truncated or damaged|missing)"):
+        read_tensors(path)
+
+
+def header(text: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text)) + text + data
+
+
+CRAFTED = {
+    "a length beyond the file": struct.pack("<Q", 2**63) + b"{}",
+    "no JSON": header(b"{"),
+    "no UTF-8": header(b'{"\xff": 1}'),
+    "a dtype of the future": header(b'{"x": {"dtype": "F1024", "shape": [1], "data_offsets": [0, 1]}}', b"a"),
+    "offsets beyond the file": header(b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
+    "negative shapes": header(b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b"abcd"),
+    "shapes without end": header(
+        b'{"x": {"dtype": "F32", "shape": [9223372036854775807, 9223372036854775807], "data_offsets": [0, 0]}}'
+    ),
+    "a tensor without values": header(
+        b'{"x": {"dtype": "F32", "shape": [0, 9223372036854775807], "data_offsets": [0, 0]}}'
+    ),
+    "metadata of other types": header(b'{"__metadata__": {"sha256": 3}}'),
+}
+
+
+@pytest.mark.parametrize("what", CRAFTED)
+def test_a_crafted_header_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(CRAFTED[what])
+    with pytest.raises(CorruptedStoreError, match=r"a\.safetensors is (truncated or )?damaged"):
+        read_tensors(tmp_path / "a.safetensors")

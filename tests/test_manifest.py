@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot
+from lightning_attr.sealed import seal
 
 FINGERPRINT = Fingerprint(
     10, "abc", {"w": (2, 3), "b": (2,), "scale": ()}, {"kind": "kronecker", "proj_dim": 8, "seed": 0}
 )
 SNAPSHOT = Snapshot("epoch=0", 0, 5, 0.1 + 0.2, "snapshots/epoch=0", "ff", "epoch=0", {0: "aa", 2: "bb"})
-MANIFEST = Manifest(FINGERPRINT, 4, "cd", (SNAPSHOT, replace(SNAPSHOT, key="epoch=1", shards={})))
+MANIFEST = Manifest(
+    FINGERPRINT, 4, "cd", (SNAPSHOT, replace(SNAPSHOT, key="epoch=1", folder="snapshots/epoch=1", shards={}))
+)
+
+
+def rewrite(path: Path, **changes: Any) -> dict[str, Any]:
+    """Write the manifest of `path` anew with other fields, as a stranger could: its checksum is right."""
+    record = {**json.loads(path.read_text()), **changes}
+    del record["sha256"]
+    path.write_bytes(seal(record))
+    return record
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -37,15 +49,11 @@ def test_the_dtype_of_features_is_on_record(tmp_path: Path, feature_dtype: str) 
     assert Manifest.read(tmp_path / "manifest.json").feature_dtype == feature_dtype
 
 
-def test_without_a_dtype_on_record_features_are_float32_and_an_unknown_one_is_damage(tmp_path: Path) -> None:
+def test_an_unknown_dtype_is_damage(tmp_path: Path) -> None:
     replace(MANIFEST, feature_dtype="float16").write(tmp_path / "manifest.json")
-    record = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**record, "feature_dtype": "float8"}))
+    rewrite(tmp_path / "manifest.json", feature_dtype="float8")
     with pytest.raises(CorruptedStoreError, match=r"manifest\.json is damaged: .*`feature_dtype`.* but got 'float8'"):
         Manifest.read(tmp_path / "manifest.json")
-    del record["feature_dtype"]
-    (tmp_path / "manifest.json").write_text(json.dumps(record))
-    assert Manifest.read(tmp_path / "manifest.json") == replace(MANIFEST, feature_dtype="float32")
 
 
 def test_joined_takes_the_dtype_of_the_first(tmp_path: Path) -> None:
@@ -159,12 +167,12 @@ def test_damaged_json_is_named(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "found"), [({"format": 2}, "2"), ({}, "None"), ([], "None"), ("text", "None"), ({"format": "1"}, "'1'")]
+    ("record", "found"), [({"format": 1}, "1"), ({}, "None"), ([], "None"), ("text", "None"), ({"format": "2"}, "'2'")]
 )
 def test_an_unknown_format_is_named(tmp_path: Path, record: object, found: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(
-        CorruptedStoreError, match=f"has the format {found}, but this version of lightning_attr reads 1"
+        CorruptedStoreError, match=f"has the format {found}, but this version of lightning_attr reads 2"
     ):
         Manifest.read(tmp_path / "manifest.json")
 
@@ -172,10 +180,10 @@ def test_an_unknown_format_is_named(tmp_path: Path, record: object, found: str) 
 @pytest.mark.parametrize("part", ["fingerprint", "shard_rows", "run", "snapshots"])
 def test_a_record_that_lacks_a_part_is_damaged(tmp_path: Path, part: str) -> None:
     MANIFEST.write(tmp_path / "manifest.json")
-    record = json.loads((tmp_path / "manifest.json").read_text())
+    record = rewrite(tmp_path / "manifest.json")
     del record[part]
-    (tmp_path / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(CorruptedStoreError, match=r"manifest\.json is damaged"):
+    (tmp_path / "manifest.json").write_bytes(seal(record))
+    with pytest.raises(CorruptedStoreError, match=rf"manifest\.json is damaged: `{part}` of a Manifest is missing"):
         Manifest.read(tmp_path / "manifest.json")
 
 
@@ -184,3 +192,114 @@ def test_another_model_output_is_refused() -> None:
     with pytest.raises(StoreMismatchError, match=r"store attributes a, but here it would be b\. Use another directory"):
         margin.check(loss, "store")
     margin.check(replace(loss, output=None), "store")  # written before it was recorded
+
+
+def test_a_changed_byte_anywhere_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    MANIFEST.write(path)
+    content = path.read_bytes()
+    for position in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        with pytest.raises(CorruptedStoreError, match=r"manifest\.json (is damaged|has the format)"):
+            Manifest.read(path)
+    for length in range(0, len(content), 13):
+        path.write_bytes(content[:length])
+        with pytest.raises(CorruptedStoreError, match=r"manifest\.json (is damaged|has the format)"):
+            Manifest.read(path)
+
+
+def test_a_change_by_hand_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    MANIFEST.write(path)
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(CorruptedStoreError, match="does not match its checksum, so it was changed after it"):
+        Manifest.read(path)
+
+
+def test_the_id_is_drawn_and_kept(tmp_path: Path) -> None:
+    first, second = (Manifest(FINGERPRINT, 4, None) for _ in range(2))
+    assert first.id != second.id
+    first.write(tmp_path / "manifest.json")
+    assert Manifest.read(tmp_path / "manifest.json").id == first.id
+
+
+def test_joined_tells_where_each_snapshot_was_written() -> None:
+    other = replace(MANIFEST, id="other", snapshots=(SNAPSHOT, replace(SNAPSHOT, key="a", origin="before")))
+    joined = Manifest.joined([(Path("a"), MANIFEST), (Path("b"), other)])
+    assert [s.origin for s in joined.snapshots] == [MANIFEST.id, MANIFEST.id, "other", "before"]
+
+
+def snapshots(**changes: Any) -> list[dict[str, Any]]:
+    """The snapshots of a manifest, the first with other fields."""
+    record = {"key": "a", "epoch": 0, "global_step": 1, "learning_rate": 0.1, "folder": "snapshots/a", "weights": "ff"}
+    own = {**record, "projection": "a", "shards": {"0": "aa"}, **changes}
+    return [{name: value for name, value in own.items() if value is not ...}]
+
+
+FOREIGN = {
+    "a folder elsewhere": (
+        {"snapshots": snapshots(folder="../../etc")},
+        "the folder of snapshot 'a' is '../../etc'",
+    ),
+    "another's folder": ({"snapshots": snapshots(folder="snapshots/b")}, "the folder of snapshot 'a' is 'snapshots/b'"),
+    "a name that leads up": ({"snapshots": snapshots(key="../a")}, "Expected the name of a snapshot .* got '../a'"),
+    "an absolute name": ({"snapshots": snapshots(key="/etc")}, "Expected the name of a snapshot .* got '/etc'"),
+    "a hidden name": ({"snapshots": snapshots(key=".ssh")}, "Expected the name of a snapshot .* got '.ssh'"),
+    "a device": ({"snapshots": snapshots(key="con")}, "Expected the name of a snapshot .* got 'con'"),
+    "a null byte": ({"snapshots": snapshots(key="a\0b")}, "Expected the name of a snapshot"),
+    "a long name": ({"snapshots": snapshots(key="a" * 10**5)}, r"Expected the name of a snapshot .*\.\.\."),
+    "no name": ({"snapshots": snapshots(key=3)}, "Expected the name of a snapshot .* got 3"),
+    "a name twice": ({"snapshots": snapshots() * 2}, "a snapshot 'a' is there twice, or holds another one"),
+    "one in another": (
+        {"snapshots": snapshots() + snapshots(key="A/features", folder="snapshots/A/features")},
+        "a snapshot 'a' is there twice, or holds another one",
+    ),
+    "NaN": ({"snapshots": snapshots(learning_rate=float("nan"))}, "`learning_rate` is nan, where a finite number"),
+    "infinity": ({"snapshots": snapshots(learning_rate=float("inf"))}, "`learning_rate` is inf, where a finite number"),
+    "a negative rate": ({"snapshots": snapshots(learning_rate=-1)}, "`learning_rate` is -1, where a finite number"),
+    "a huge step": ({"snapshots": snapshots(global_step=10**100)}, "`global_step` is a huge number, where an integer"),
+    "a text for a number": ({"snapshots": snapshots(epoch="0")}, "`epoch` is '0', where an integer from -1"),
+    "a truth for a number": ({"snapshots": snapshots(epoch=True)}, "`epoch` is True, where an integer from -1"),
+    "a list for a text": ({"snapshots": snapshots(projection=[])}, r"`projection` is \[\], where a text"),
+    "no hash": ({"snapshots": snapshots(weights="../x")}, "`weights` is '../x', where a hash"),
+    "a shard too many": ({"snapshots": snapshots(shards={"3": "aa"})}, "snapshot 'a' has rows of more than 10 samples"),
+    "a negative shard": ({"snapshots": snapshots(shards={"-1": "aa"})}, "`shards` is -1, where an integer"),
+    "no shard": ({"snapshots": snapshots(shards={"x": "aa"})}, "`shards`: invalid literal"),
+    "a field too many": ({"snapshots": snapshots(command="rm")}, "'command' is no field of a Snapshot"),
+    "a field too few": ({"snapshots": snapshots(weights=...)}, "`weights` of a Snapshot is missing"),
+    "no snapshots": ({"snapshots": {}}, r"`snapshots` is {}, where a list"),
+    "no snapshot": ({"snapshots": [3]}, "3 is there, where the fields of a Snapshot are expected"),
+    "no rows": ({"shard_rows": 0}, "`shard_rows` is 0, where an integer from 1"),
+    "endless shards": (
+        {"fingerprint": {"length": 2**50, "data": None, "layout": {}, "projector": None}},
+        f"`shard_rows` is 4, where an integer from {2**30}",
+    ),
+    "a shape of texts": (
+        {"fingerprint": {"length": 1, "data": None, "layout": {"w": ["2"]}, "projector": None}},
+        "`w` is '2', where an integer from 0",
+    ),
+    "a deep projection": (
+        {"fingerprint": {"length": 1, "data": None, "layout": {}, "projector": json.loads("[" * 50 + "]" * 50)}},
+        "`projector` .*, where a plain value, .* is expected",
+    ),
+    "an id of another kind": ({"id": ["a"]}, r"`id` is \['a'\], where a text"),
+    "a field of no manifest": ({"run_on_load": "rm"}, "'run_on_load' is no field of a Manifest"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_a_stranger_may_write_is_refused_by_name(tmp_path: Path, what: str) -> None:
+    changes, message = FOREIGN[what]
+    MANIFEST.write(tmp_path / "manifest.json")
+    rewrite(tmp_path / "manifest.json", **changes)
+    with pytest.raises(CorruptedStoreError, match=rf"manifest\.json is damaged: .*{message}"):
+        Manifest.read(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "NaN", "\ud800", '{"format": 2'])
+def test_json_that_would_break_a_parser_is_damage(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CorruptedStoreError, match=r"manifest\.json (is damaged|has the format None)"):
+        Manifest.read(tmp_path / "manifest.json")

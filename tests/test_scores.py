@@ -106,7 +106,11 @@ def test_save_and_load_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> Non
 
 
 def test_load_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CorruptedStoreError, match=r"scores\.safetensors is missing"):
+    with pytest.raises(CorruptedStoreError, match=r"holds no scores: scores\.json is missing"):
+        ScoreMatrix.load(tmp_path)
+    ScoreMatrix(torch.ones(3, 2)).save(tmp_path)
+    (tmp_path / "scores.safetensors").unlink()
+    with pytest.raises(CorruptedStoreError, match=r"scores\.safetensors is missing\. Save the result again"):
         ScoreMatrix.load(tmp_path)
 
 

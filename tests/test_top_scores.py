@@ -133,5 +133,9 @@ def test_a_result_is_loaded_as_what_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_load_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CorruptedStoreError, match=r"top_scores\.safetensors is missing"):
+    with pytest.raises(CorruptedStoreError, match=r"holds no scores: scores\.json is missing"):
+        TopScores.load(tmp_path)
+    _made().save(tmp_path)
+    (tmp_path / "top_scores.safetensors").unlink()
+    with pytest.raises(CorruptedStoreError, match=r"top_scores\.safetensors is missing\. Save the result again"):
         TopScores.load(tmp_path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,11 +18,15 @@ from torch import Tensor
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.claims import STALE_AFTER, Claim, Claims, create_once
 from lightning_attr.evaluation.subsets import Retraining, RetrainingPlan
-from lightning_attr.files import RESTORE, digest, read_manifest, read_tensors, remains, write_tensors
+from lightning_attr.fields import checked, integer, one_of, sha256, text
+from lightning_attr.files import RESTORE, digest, read_tensors, remains, write_tensors
+from lightning_attr.memory import free_bytes
+from lightning_attr.paths import inside
+from lightning_attr.sealed import read_record, seal
 
 __all__ = ["GroundTruth", "Records"]
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 
 
@@ -50,13 +56,10 @@ class Records:
     """
 
     def __init__(self, dirpath: Path) -> None:
-        self.dirpath = dirpath
-        self.manifest = _read_manifest(dirpath)
-        path = dirpath / "masks.safetensors"
-        masks = read_tensors(path, self.manifest["plan"]["masks"], RESTORE)["masks"]
-        kind, repeats, seed = (self.manifest["plan"][name] for name in ("kind", "repeats", "seed"))
-        self.plan = RetrainingPlan(kind, masks, repeats, seed)
-        self.claims = Claims(dirpath / "claims")
+        self.dirpath = dirpath.absolute()  # what trains may change the working directory
+        self.manifest = _read_manifest(self.dirpath)
+        self.plan = _read_plan(self.dirpath, self.manifest)
+        self.claims = Claims(inside(self.dirpath, "claims"))
 
     @classmethod
     def prepare(cls, dirpath: Path, plan: RetrainingPlan, recipe: Mapping[str, Any]) -> Records:
@@ -77,7 +80,8 @@ class Records:
         """
         masks = {"masks": plan.masks}
         record = {"kind": plan.kind, "repeats": plan.repeats, "seed": plan.seed, "masks": digest(masks)}
-        manifest = {"format": FORMAT, "plan": record, "recipe": dict(recipe)}
+        manifest = {"format": FORMAT, "id": uuid.uuid4().hex, "plan": record, "recipe": dict(recipe)}
+        dirpath = dirpath.absolute()
         path = dirpath / _MANIFEST
         if not path.exists():
             if (
@@ -89,11 +93,11 @@ class Records:
                     f"Expected argument `dirpath` to be an empty or new directory, or one with ground truth, but "
                     f"{dirpath} holds other files and no {_MANIFEST}. Choose another directory."
                 )
-            create_once(path, json.dumps(manifest, indent=1).encode())
+            create_once(path, seal(manifest))
         found = _read_manifest(dirpath)  # another process may have been first
         _check_same(dirpath, found, json.loads(json.dumps(manifest)))
         if not (dirpath / "masks.safetensors").exists():
-            write_tensors(dirpath / "masks.safetensors", masks)
+            write_tensors(inside(dirpath, "masks.safetensors"), masks, _masks_place(found))
         return cls(dirpath)
 
     @property
@@ -111,7 +115,7 @@ class Records:
         Returns:
             Where its outputs are, or will be.
         """
-        return self.dirpath / "runs" / f"{retraining.name}.safetensors"
+        return inside(self.dirpath, "runs", f"{retraining.name}.safetensors")
 
     def checkpoint_path(self, retraining: Retraining) -> Path:
         """Name the checkpoint of a retraining.
@@ -122,11 +126,11 @@ class Records:
         Returns:
             Where it is, if it is kept.
         """
-        return self.dirpath / "checkpoints" / f"{retraining.name}.ckpt"
+        return inside(self.dirpath, "checkpoints", f"{retraining.name}.ckpt")
 
     def unfinished(self) -> list[Retraining]:
         """List what has no outputs yet, whether or not somebody is at it."""
-        done = {file.name for file in (self.dirpath / "runs").glob("*.safetensors")}
+        done = {file.name for file in inside(self.dirpath, "runs").glob("*.safetensors")}
         return [retraining for retraining in self.plan if self.path(retraining).name not in done]
 
     def claim(self, retraining: Retraining) -> Claim | None:
@@ -168,13 +172,36 @@ class Records:
                 "clip gradients (in another directory: the results here are of the recipe as it is)."
             )
         wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-        header = {"seed": str(retraining.seed), **{name: str(value) for name, value in (details or {}).items()}}
+        header = {**{name: str(value) for name, value in (details or {}).items()}, **self._place(retraining)}
         write_tensors(self.path(retraining), {"outputs": wide}, header)
+
+    def read(self, retraining: Retraining) -> Tensor:
+        """Read the outputs of a finished retraining.
+
+        Args:
+            retraining: which.
+
+        Returns:
+            ``(n_target,)``.
+
+        Raises:
+            CorruptedStoreError: if the file is damaged, of another retraining, or of another ground truth.
+        """
+        path, remedy = self.path(retraining), "Delete it and run again: only this retraining is repeated."
+        outputs = read_tensors(path, remedy=remedy, place=self._place(retraining)).get("outputs")
+        good = outputs is not None and outputs.dtype.is_floating_point and outputs.shape == (self.recipe["n_target"],)
+        if outputs is None or not good or not outputs.isfinite().all():
+            raise CorruptedStoreError(f"{path} holds no finite output of each target. {remedy}")
+        return outputs
+
+    def _place(self, retraining: Retraining) -> dict[str, str]:
+        own = {"kind": "run", "truth": self.manifest["id"], "retraining": retraining.name}
+        return {**own, "seed": str(retraining.seed)}
 
     def sweep(self) -> None:
         """Delete what killed processes left: claims of what is finished, and temporary files of long ago."""
-        for file in (self.dirpath / "claims").glob("*-repeat=*"):
-            if (self.dirpath / "runs" / f"{file.stem}.safetensors").exists():
+        for file in inside(self.dirpath, "claims").glob("*-repeat=*"):
+            if inside(self.dirpath, "runs", f"{file.stem}.safetensors").exists():
                 file.unlink(missing_ok=True)
         for file in remains(self.dirpath):
             with suppress(FileNotFoundError):  # its owner lives, or another process sweeps
@@ -232,16 +259,15 @@ class GroundTruth:
         """
         records = Records(Path(dirpath))
         plan = records.plan
-        outputs = torch.full((plan.repeats, len(plan.masks), records.recipe["n_target"]), torch.nan)
+        shape = (plan.repeats, len(plan.masks), records.recipe["n_target"])
+        _check_size(records.dirpath, shape)
+        outputs = torch.full(shape, torch.nan)
         seeds = torch.empty(outputs.shape[:2], dtype=torch.int64)
         missing = {retraining.name for retraining in records.unfinished()}
         for retraining in plan:
             seeds[retraining.repeat, retraining.subset] = retraining.seed
             if retraining.name not in missing:
-                path = records.path(retraining)
-                found = read_tensors(path, remedy="Delete it and run again: only this retraining is repeated.")[
-                    "outputs"
-                ]
+                found = records.read(retraining)
                 outputs = outputs.to(torch.promote_types(outputs.dtype, found.dtype))
                 outputs[retraining.repeat, retraining.subset] = found
         return cls(records.dirpath, plan.kind, plan.masks, outputs, seeds, records.recipe)
@@ -285,12 +311,49 @@ class GroundTruth:
             )
 
 
+_PLAN = {
+    "kind": one_of("lds", "loo", "without"),
+    "repeats": integer(1, 2**20),
+    "seed": integer(-(2**63), 2**64),
+    "masks": sha256,
+}
+
+
 def _read_manifest(dirpath: Path) -> dict[str, Any]:
     path = dirpath / _MANIFEST
-    manifest = read_manifest(path, "ground truth", FORMAT)
-    if not all(isinstance(manifest.get(name), dict) for name in ("plan", "recipe")):
-        raise CorruptedStoreError(f"{path} is damaged: plan or recipe is missing. {RESTORE}")
+    manifest = read_record(path, "ground truth", FORMAT)
+    try:
+        if not all(isinstance(manifest.get(name), dict) for name in ("plan", "recipe")):
+            raise ValueError("plan or recipe is missing")
+        checked("id", manifest.get("id"), text(100))
+        checked("n_target", manifest["recipe"].get("n_target"), integer(1, 2**40))
+        for name, check in _PLAN.items():
+            checked(name, manifest["plan"].get(name), check)
+    except (ValueError, RecursionError) as error:
+        raise CorruptedStoreError(f"{path} is damaged: {error}. {RESTORE}") from error
     return manifest
+
+
+def _masks_place(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {"kind": "masks", "truth": manifest["id"]}
+
+
+def _read_plan(dirpath: Path, manifest: Mapping[str, Any]) -> RetrainingPlan:
+    path, plan = inside(dirpath, "masks.safetensors"), manifest["plan"]
+    masks = read_tensors(path, plan["masks"], RESTORE, place=_masks_place(manifest)).get("masks")
+    if masks is None or masks.ndim != 2 or masks.dtype != torch.bool:
+        raise CorruptedStoreError(f"{path} holds no sets of samples, one a row. {RESTORE}")
+    return RetrainingPlan(plan["kind"], masks, plan["repeats"], plan["seed"])
+
+
+def _check_size(dirpath: Path, shape: tuple[int, int, int]) -> None:
+    """Refuse what a foreign manifest promises and no memory holds."""
+    needed, free = 8 * math.prod(shape), free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise AttributionError(
+            f"The outputs of {dirpath}, {shape[0]} seeds x {shape[1]:,} subsets x {shape[2]:,} targets, need "
+            f"{needed:,} bytes, but {free:,} are free. Open it on a machine with more memory."
+        )
 
 
 _MEANINGS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets, removals
+from lightning_attr.sealed import seal
 
 PLAN = random_subsets(6, num_subsets=3, alpha=0.5, repeats=2, seed=0)
 RECIPE = {"n_train": 6, "n_target": 2, "learning_rate": 0.1}
@@ -113,10 +113,10 @@ def test_masks_that_a_killed_process_has_not_written_are_written(records: Record
     [
         ("{", "manifest.json is damaged: Expecting"),
         ("[]", "has the format None"),
-        (json.dumps({"format": 1, "plan": {}}), "manifest.json is damaged: plan or recipe is missing"),
+        (seal({"format": 2, "plan": {}}), "manifest.json is damaged: plan or recipe is missing"),
     ],
 )
-def test_damaged_manifests(records: Records, text: str, message: str) -> None:
-    (records.dirpath / "manifest.json").write_text(text)
+def test_damaged_manifests(records: Records, text: str | bytes, message: str) -> None:
+    (records.dirpath / "manifest.json").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(CorruptedStoreError, match=message):
         GroundTruth.open(records.dirpath)

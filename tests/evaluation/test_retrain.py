@@ -577,7 +577,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptedStoreError, match=r"repeat=1.safetensors is damaged.*Delete it and run again"):
         GroundTruth.open(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 9}))
-    with pytest.raises(CorruptedStoreError, match="has the format 9, but this version of lightning_attr reads 1"):
+    with pytest.raises(CorruptedStoreError, match="has the format 9, but this version of lightning_attr reads 2"):
         GroundTruth.open(tmp_path)
 
 

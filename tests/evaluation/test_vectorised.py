@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -52,7 +53,7 @@ def details(folder: Path) -> list[dict[str, str]]:
     found = []
     for retraining in Records(folder).plan:
         with safe_open(folder / "runs" / f"{retraining.name}.safetensors", "pt") as file:
-            found.append(file.metadata())
+            found.append(json.loads(file.metadata()["lightning_attr"]))
     return found
 
 
