@@ -12,7 +12,19 @@ from typing import Any
 
 from lightning_attr.encoding import check_feature_dtype
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
-from lightning_attr.fields import checked, integer, items, optional, pairs, plain, read_fields, real, sha256, text
+from lightning_attr.fields import (
+    checked,
+    integer,
+    items,
+    one_of,
+    optional,
+    pairs,
+    plain,
+    read_fields,
+    real,
+    sha256,
+    text,
+)
 from lightning_attr.files import RESTORE
 from lightning_attr.paths import check_key
 from lightning_attr.sealed import read_record, write_record
@@ -154,6 +166,7 @@ _FINGERPRINT = {
     "layout": pairs(text(), items(integer(0))),
     "projector": optional(plain),
     "output": optional(text()),
+    "mode": optional(one_of("eval", "train", "auto")),
 }
 
 

@@ -224,6 +224,7 @@ class FeatureStore(SnapshotStore):
         """All that the values of a shard depend on, beside the code."""
         rows, written = self.rows(shard), self.fingerprint
         known = {"data": written.data, "output": written.output, "optimizer": self.snapshot(key).optimizer}
+        known["mode"] = None if written.mode == "auto" else written.mode
         known["projection"] = None if written.projector is None else config_digest(dict(written.projector))
         place = {**self.place(key, "features"), "rows": f"{rows.start}-{rows.stop - 1}"}
         return {**place, **{name: value for name, value in known.items() if value is not None}}
