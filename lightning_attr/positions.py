@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.batch import select_rows
+from lightning_attr.batch import map_tensors, select_rows
 from lightning_attr.featurizer import PROBE_SIZE, plan
 from lightning_attr.gradients import (
     GatherSum,
@@ -119,8 +119,8 @@ def position_products(
                 f"Expected argument `directions` to hold tensors (q, *shape) of trainable parameters, but got "
                 f"{name!r} of shape {tuple(direction.shape)}."
             )
-    with torch.no_grad():
-        outputs, labels = module.attribution_step(batch)
+    with torch.enable_grad():  # some steps differentiate
+        outputs, labels = map_tensors(module.attribution_step(batch), Tensor.detach)
         output = module.model_output.output(outputs, labels)
     if length is None:
         if not isinstance(labels, Tensor) or labels.ndim != 2:

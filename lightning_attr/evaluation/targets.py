@@ -17,6 +17,8 @@ from lightning_attr.featurizer import PROBE_SIZE
 from lightning_attr.files import digest
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource, OrderedLoader
+from lightning_attr.mode_choice import choose_mode
+from lightning_attr.modes import set_mode
 from lightning_attr.transfer import samples_on_device, to_device
 
 __all__ = ["digest_of_all", "outputs_at", "target_outputs"]
@@ -111,7 +113,9 @@ def outputs_at(
         if train is not None:
             set_up(module, samples_on_device(trainer, module, datamodule, train), "")
         with torch.autocast(device.type, enabled=False), named_samples(rows):
-            what = attributed(module, completed(module, prepared(batch), Draw(rows, device=device)), len(rows))
+            first = completed(module, prepared(batch), Draw(rows, device=device))
+            set_mode(module, choose_mode(module, first), dropout=False)
+            what = attributed(module, first, len(rows))
         found: list[list[Tensor]] = [[] for _ in loads]
         for rows, given in OrderedLoader(targets, targets.batches(range(len(targets)))):
             batch = prepared(given)
@@ -122,13 +126,13 @@ def outputs_at(
     return torch.stack([torch.cat(own) for own in found])
 
 
-@torch.no_grad()
+@torch.enable_grad()  # some steps differentiate
 def _mean_output(what: Attributed, module: Any, batch: Any, rows: Sequence[int], device: torch.device) -> Tensor:
     """Average the outputs over the module's draws, the same for every set of weights."""
     count = draws_of(module)
     batches = (completed(module, batch, Draw(rows, number=number, device=device)) for number in range(count))
     with named_samples(rows):
-        outputs = [what.sample_outputs(module, given, len(rows)) for given in batches]
+        outputs = [what.sample_outputs(module, given, len(rows)).detach() for given in batches]
     return torch.stack(outputs).mean(0).cpu()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,10 @@ __all__ = [
     "check_method",
     "compute_precision",
     "in_step",
+    "tell_zero",
 ]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -200,6 +204,27 @@ def balanced_weights(sizes: Sequence[float]) -> list[float]:
     least = min((abs(size) for size in sizes if size), default=1.0)
     inverse = [1 / (abs(size) or least) for size in sizes]
     return [value / sum(inverse) for value in inverse]
+
+
+def tell_zero(snapshot: SnapshotFeatures) -> None:
+    """Say once that gradients are zero at a snapshot, which has scores of zero then.
+
+    Args:
+        snapshot: with zero gradients of all training samples, in all layers or in one.
+
+    Example:
+        >>> snapshot = SnapshotFeatures.of({}, {})
+        >>> tell_zero(snapshot)
+        >>> snapshot.memo["told zero"]
+        True
+    """
+    if not snapshot.memo.get("told zero"):
+        snapshot.memo["told zero"] = True
+        log.warning(
+            "At snapshot %s the gradients of all training samples are zero (of a layer, or of all): every loss is at "
+            "its least there, as hinge losses are. The scores of this part are zero.",
+            snapshot.key,
+        )
 
 
 def compute_precision(features: Tensor) -> Tensor:

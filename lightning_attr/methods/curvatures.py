@@ -13,6 +13,7 @@ from lightning_attr.attributed import MixinOutput
 from lightning_attr.batch import float_tensors, join_batches, map_tensors, select_rows
 from lightning_attr.curvature.products import ggn_product, hessian_product
 from lightning_attr.curvature.rows import Product
+from lightning_attr.errors import AttributionError
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.memory import peak_bytes
 from lightning_attr.projectors import IdentityProjector, NoProjection
@@ -48,6 +49,15 @@ def check_outputs(model: SnapshotModel) -> None:
         )
 
 
+def _check_derivatives(model: SnapshotModel) -> None:
+    if model.plan.inner:
+        raise AttributionError(
+            f"{type(model.module).__name__} differentiates inside its step, and products with the curvature of its "
+            "loss cannot be taken through that. Take a method without a curvature of the module: TRAK, TracIn, "
+            "GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS."
+        )
+
+
 class TrainingCurvature:
     r"""Products with the mean curvature of the training loss, :math:`C = \frac1n \sum_i C_i`, and with gradients.
 
@@ -78,6 +88,7 @@ class TrainingCurvature:
 
     def __init__(self, model: SnapshotModel, curvature: str, weight_decay: float = 0.0) -> None:
         check_choice(self, "curvature", curvature, get_args(Curvature))
+        _check_derivatives(model)
         if curvature == "ggn":
             check_outputs(model)
         self.model = model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.memory import free_bytes
-from lightning_attr.methods.base import SnapshotFeatures
+from lightning_attr.methods.base import SnapshotFeatures, tell_zero
 from lightning_attr.methods.kernel import triangular_inverse
 from lightning_attr.methods.model import model_of
 from lightning_attr.projectors import GradientFactors
@@ -144,6 +144,11 @@ class DualKernel:
             ValueError: if the kernel is singular.
         """
         targets = model_of(snapshot).targets(self.factors, snapshot.target_rows)["features"]
+        if not self.kernel.any():
+            tell_zero(snapshot)
+            return SolvedSamples(
+                targets.new_zeros(len(self.kernel), len(targets)), targets.new_zeros(len(self.kernel)), 0
+            )
         damped = self.kernel.clone()
         damped.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(damped)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_flag
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision
+from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision, tell_zero
 from lightning_attr.methods.damping import DampedMethod, check_damping
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projection, Projector
@@ -167,6 +167,9 @@ class KernelMethod(DampedMethod):
         inverses, dimension = [], 0.0
         for columns, kernel in kernels:
             ridge = damping * kernel.diagonal().mean()
+            if not kernel.any():  # of gradients that are zero, any ridge makes scores of zero
+                ridge = torch.ones_like(ridge)
+                tell_zero(snapshot)
             factor = _factor(kernel, ridge, damping)
             for start in range(0, len(targets), _SOLVE):
                 part = slice(start, start + _SOLVE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_attr.arguments import check_instance
 from lightning_attr.attributed import MeasuredOutput, MixinOutput
+from lightning_attr.batch import map_tensors
 from lightning_attr.errors import AttributionError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.snapshot_model import Batches, SnapshotModel
@@ -81,10 +82,11 @@ def observe(model: SnapshotModel, batch: Any, batch_size: int, layer: str | None
         for name, inner in watched.items():
             stack.callback(inner.register_forward_hook(record(name), with_kwargs=True).remove)
         stack.enter_context(plain_execution())
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(model.plan.inner))
         outputs, targets = None, None
         if isinstance(model.plan.attributed, MixinOutput):
-            outputs, targets = model.module.attribution_step(batch)  # type: ignore[operator]  # of the mixin
+            found = model.module.attribution_step(batch)  # type: ignore[operator]  # of the mixin
+            outputs, targets = map_tensors(found, Tensor.detach)
         else:
             training_loss(model.module, batch)  # type: ignore[arg-type]  # a LightningModule: its plan says so
     name, given, output = _only_call(model.module, calls, layer)

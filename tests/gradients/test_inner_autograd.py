@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cases import loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
+from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.gradients.inner import watch_autograd
 from lightning_attr.layout import ParameterLayout
+from lightning_attr.methods import ConjugateGradient, Influence
 from lightning_attr.outputs import NegativeLoss
 from lightning_attr.projectors import IdentityProjector, NoProjection
 
@@ -156,3 +159,14 @@ def test_backward_is_seen_too() -> None:
     with watch_autograd() as inner:
         pass
     assert not inner.seen
+
+
+def test_curvatures_are_refused_by_name() -> None:
+    data = loader_of(torch.utils.data.TensorDataset(*_batch()))
+    with pytest.raises(AttributionError, match="Penalty differentiates inside its step, and products with"):
+        quiet_trainer().attribute(
+            model=Penalty().double(),
+            train_dataloaders=data,
+            targets="train",
+            method=Influence("hessian", solver=ConjugateGradient()),
+        )
