@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,8 +19,9 @@ from lightning_attr.arguments import check_flag, check_int, check_numbers, check
 from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.divergence import check_weights
+from lightning_attr.callbacks.featurizing import featurize, self_influence_at
 from lightning_attr.callbacks.guard import Guard, describe
-from lightning_attr.callbacks.progress import progress
+from lightning_attr.callbacks.rates import LearningRates
 from lightning_attr.callbacks.recording import Recording, announce, give_up, stopped_warning
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
@@ -32,19 +32,19 @@ from lightning_attr.featurizer import Featurizer
 from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.loader import OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.memory import MemoryBudget, check_memory_budget
-from lightning_attr.methods import TRAK, AttributionMethod, SnapshotFeatures
+from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
 from lightning_attr.modes import check_mode, set_mode
 from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.plans import Plans
 from lightning_attr.projectors import Projection
-from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
+from lightning_attr.trainable import parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
-from lightning_attr.transfer import probe, set_up_at, to_device
+from lightning_attr.transfer import set_up_at
 from lightning_attr.worlds import AnyCallback
 
 __all__ = ["AttributionCallback"]
@@ -154,8 +154,8 @@ class AttributionCallback(AnyCallback):
         self._forget()
 
     def _forget(self) -> None:
-        self._learning_rate = 0.0
-        self._integrated_step = -1
+        self._rates = LearningRates()
+        self._failures: list[Exception] = []
         self._recorded = Recording()
         self._incomplete: str | None = None
         self.stopped: Stopped | None = None
@@ -213,8 +213,7 @@ class AttributionCallback(AnyCallback):
         self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
         self.noise_mask = check_noise_mask(self.noise_mask, len(self.source), self)
         self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
-        self.layout = ParameterLayout.of(pl_module)
-        self._sizes = {id(p): p.numel() for name, p in pl_module.named_parameters() if name in self.layout.shapes}
+        self._plans = Plans(trainer, pl_module, getattr(trainer, "datamodule", None), self.source, self.mode)
         with self._beside_training(trainer, pl_module):
             bytes_a_row = self._probe(trainer, pl_module)
         if self.batch_size is None and self.source.stacks:
@@ -222,19 +221,20 @@ class AttributionCallback(AnyCallback):
         return bytes_a_row
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
-        self.plan, batch, rows = probe(trainer, pl_module, getattr(trainer, "datamodule", None), self.source, self.mode)
-        self._mode = self.plan.mode
-        projection = self._projection("", self._optimizer_state(trainer, pl_module))
+        plan, batch, rows = self._plans.probe()
+        self._mode = plan.mode
+        layout = ParameterLayout.of(pl_module)
+        projection = self._projection(layout, "", self._optimizer_state(trainer, pl_module))
         self.layers = projection.layers
-        featurizer = Featurizer(pl_module, self.plan, projection, self.memory)
+        featurizer = Featurizer(pl_module, plan, projection, self.memory)
         with trainer.precision_plugin.forward_context():
             columns = featurizer(batch, rows)
         return row_bytes(columns, self.feature_dtype) if self.featurize else 0
 
-    def _projection(self, key: str, state: OptimizerState | None) -> Projection:
-        projection = self.method.bind(self.layout, key)
+    def _projection(self, layout: ParameterLayout, key: str, state: OptimizerState | None) -> Projection:
+        projection = self.method.bind(layout, key)
         if self.method.needs_optimizer_state and state is not None:
-            return self.method.precondition(projection, self.layout, state)
+            return self.method.precondition(projection, layout, state)
         return projection
 
     def _optimizer_state(self, trainer: L.Trainer, pl_module: L.LightningModule) -> OptimizerState | None:
@@ -246,7 +246,7 @@ class AttributionCallback(AnyCallback):
         fingerprint = Fingerprint(
             len(self.source),
             self.source.digest(),
-            self.layout.shapes,
+            parameter_shapes(pl_module),
             self.method.projector_config if self.featurize else None,
             describe_output(pl_module),
             self._mode,
@@ -271,13 +271,9 @@ class AttributionCallback(AnyCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Integrate the learning rate, averaged over the attributed parameters."""
-        if trainer.global_step == self._integrated_step:
-            return  # LBFGS comes here several times a step
-        self._integrated_step = trainer.global_step
-        for group in optimizer.param_groups:
-            share = sum(self._sizes.get(id(p), 0) for p in group["params"]) / self.layout.numel
-            self._learning_rate += share * float(group.get("lr") or 0.0)
+        """Integrate the learning rates."""
+        with self._guard.training(self._failures.append):
+            self._rates.add(optimizer, pl_module, trainer.global_step)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -325,25 +321,30 @@ class AttributionCallback(AnyCallback):
             together(self.store.reload)
             self._incomplete = None
             self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
-            self._learning_rate = 0.0
+            self._rates.sums.clear()
             wanted = self._reporting and ((self._log and trainer.loggers) or self.listeners)
             if self.featurize and trainer.is_global_zero and wanted:
                 with self._guard.training(self._stop_reporting):
                     self._report(trainer, pl_module, self.store.snapshot(key))
 
     def _snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, key: str) -> None:
+        if self._failures:  # told here, where all processes listen
+            raise self._failures.pop()
         check_weights(pl_module, self.source, epoch)
         if not trainer.is_global_zero:
             return
         state = self._optimizer_state(trainer, pl_module)
+        mean, rates = self._rates.of(ParameterLayout.of(pl_module))
         self._recorded.add(
             self.store,
             key,
             weights_of(pl_module),
             epoch=epoch,
             global_step=trainer.global_step,
-            learning_rate=self._learning_rate,
+            learning_rate=mean,
             optimizer=None if state is None else state.tensors(),
+            trainable=trainable_names(pl_module),
+            rates=rates,
         )
         self._adopt(trainer, key)  # what a killed run computed of it
 
@@ -354,27 +355,18 @@ class AttributionCallback(AnyCallback):
 
     def _featurize(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
         self.store.reload()  # another process has written the snapshot
+        snapshot = self.store.snapshot(key)
+        state = self.store.optimizer_state(key) if self.method.needs_optimizer_state else None
+        layout, plan = self._plans.current()
+        projection = self._projection(layout, snapshot.projection, state)
+        self.layers = projection.layers
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]
         if not batches:
             return
-        snapshot = self.store.snapshot(key)
-        state = self.store.optimizer_state(key) if self.method.needs_optimizer_state else None
-        projection = self._projection(snapshot.projection, state)
         set_up_at(snapshot.projection, trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
-        featurizer = Featurizer(pl_module, self.plan, projection, self.memory, snapshot.projection)
-        title = f"Featurizing epoch {snapshot.epoch}" if snapshot.epoch >= 0 else "Featurizing the start"
-        with ShardWriter(self.store, key, self._spare) as writer, progress(trainer, title, len(batches)) as advance:
-            for rows, batch in OrderedLoader(self.source, batches):
-                on_device = self._to_device(trainer, pl_module, batch)
-                with trainer.precision_plugin.forward_context():
-                    columns = featurizer(on_device, rows, writer.room(rows, projection.dim, featurizer.dtype))
-                writer.add(rows, columns)
-                advance()
-
-    def _to_device(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        return to_device(batch, pl_module, getattr(trainer, "datamodule", None), trainer.strategy.root_device)
+        featurizer = Featurizer(pl_module, plan, projection, self.memory, snapshot.projection)
+        featurize(trainer, pl_module, self.source, batches, featurizer, ShardWriter(self.store, key, self._spare))
 
     @contextmanager
     def _beside_training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
@@ -391,7 +383,8 @@ class AttributionCallback(AnyCallback):
     # Logging ----------------------------------------------------------------------------------------------------
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, snapshot: Snapshot) -> None:
-        previous, self.self_influence = self.self_influence, self._self_influence(snapshot)
+        own = self_influence_at(self.store, snapshot, self.method, self.layers)
+        previous, self.self_influence = self.self_influence, own
         if self._log:
             metrics = self_influence_statistics(self.self_influence, previous, self.noise_mask)
             for logger in trainer.loggers:
@@ -406,30 +399,17 @@ class AttributionCallback(AnyCallback):
             f"AttributionCallback: logging of self-influence has stopped, recording goes on: {describe(error)}"
         )
 
-    def _self_influence(self, snapshot: Snapshot) -> Tensor:
-        dim = self.store.shard(snapshot.key, 0)["features"].shape[1]
-        no_targets = {"features": torch.zeros(0, dim)}
-        features = SnapshotFeatures(
-            lambda: self.store.blocks(snapshot.key),
-            no_targets,
-            snapshot.learning_rate,
-            layers=self.layers,
-            n_train=len(self.source),
-            key=snapshot.key,
-        )
-        return score_self_influence(self.method, features, len(self.source))
-
     # Resuming ---------------------------------------------------------------------------------------------------
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: where the store is, its last snapshot, and the learning rate integrated since."""
+        """What a checkpoint keeps: where the store is, its last snapshot, and the learning rates integrated since."""
         path = str(self._path) if self._path else None
-        return {"path": path, "learning_rate": self._learning_rate, "recorded": astuple(self._recorded)}
+        return {"path": path, "rates": dict(self._rates.sums), "recorded": astuple(self._recorded)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
-        self._learning_rate = state_dict["learning_rate"]
+        self._rates = LearningRates(state_dict["rates"])
         self._recorded = Recording(*state_dict["recorded"])

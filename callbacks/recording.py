@@ -126,6 +126,8 @@ class Recording:
         global_step: int,
         learning_rate: float,
         optimizer: Mapping[str, Tensor] | None = None,
+        trainable: tuple[str, ...] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         """Store the next snapshot, unless an earlier run through here did; see :meth:`FeatureStore.add_snapshot`.
 
@@ -137,6 +139,8 @@ class Recording:
             global_step: optimizer steps taken.
             learning_rate: its sum over the steps since the snapshot before.
             optimizer: the optimizer's state as tensors; None if it is not wanted.
+            trainable: names of the parameters that are not frozen; None for all.
+            rates: that sum for each trainable parameter, where they differ.
 
         Raises:
             AttributionError: if the store is gone.
@@ -145,13 +149,21 @@ class Recording:
             raise AttributionError(f"{store.path} is gone: something moved or deleted it while the run was recorded.")
         ahead = self.ahead(store)
         for expected in ahead[:1]:
-            same = expected.key == key and expected.learning_rate == learning_rate
+            same = expected.key == key and expected.trainable == trainable
+            same = same and (expected.learning_rate, expected.rates) == (learning_rate, rates)
             same = same and (optimizer is None or expected.optimizer == digest(optimizer))
             if same and expected.weights == digest(weights):
                 return  # this run again, after it was killed
         give_up(store, ahead)
         store.add_snapshot(
-            key, weights, epoch=epoch, global_step=global_step, learning_rate=learning_rate, optimizer=optimizer
+            key,
+            weights,
+            epoch=epoch,
+            global_step=global_step,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            trainable=trainable,
+            rates=rates,
         )
 
 

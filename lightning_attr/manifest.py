@@ -42,7 +42,7 @@ class Fingerprint:
     Args:
         length: rows of the training data set.
         data: hash of a few of its samples, None if they differ each time they are read.
-        layout: parameter name -> shape.
+        layout: parameter name -> shape, of all parameters, frozen or not.
         projector: the projector's ``config``, None as long as nothing was featurized.
         output: what of the module is attributed, in words; None if it was not recorded.
         mode: of the module, "eval" or "train"; "auto" if it is to be found on the first samples, None in older stores.
@@ -127,6 +127,9 @@ class Snapshot:
         frozen: digest of those weights that lie in a file of their own, because training does not change them; None
             without.
         origin: id of the store that its files were written in, if they were merged from another.
+        trainable: names of the parameters that were not frozen; None for all.
+        rates: parameter name -> sum of its own learning rate, where those of the trainable parameters differ; None
+            where all are ``learning_rate``, which is their mean over all entries otherwise.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -144,6 +147,8 @@ class Snapshot:
     optimizer: str | None = None
     frozen: str | None = None
     origin: str | None = field(default=None, compare=False)
+    trainable: tuple[str, ...] | None = None
+    rates: Mapping[str, float] | None = None
 
 
 _SNAPSHOT = {
@@ -158,6 +163,8 @@ _SNAPSHOT = {
     "optimizer": optional(sha256),
     "frozen": optional(sha256),
     "origin": optional(text(100)),
+    "trainable": optional(items(text())),
+    "rates": optional(pairs(text(), real(0))),
 }
 """What each field of a snapshot must be in a file."""
 _FINGERPRINT = {
@@ -257,7 +264,7 @@ class Manifest:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
             snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
-            for name in ("optimizer", "frozen", "origin"):
+            for name in ("optimizer", "frozen", "origin", "trainable", "rates"):
                 if snapshot[name] is None:
                     del snapshot[name]
         write_record(path, record)
@@ -360,8 +367,8 @@ _MANIFEST = {
 def _layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     for name, shape in stored.items():
         if name not in found:
-            return f"its parameter `{name}` is missing here, or frozen"
+            return f"its parameter `{name}` is missing here"
         if found[name] != shape:
             return f"its parameter `{name}` has the shape {shape}, here {found[name]}"
     extra = next((name for name in found if name not in stored), None)
-    return f"it has no trainable parameter `{extra}`" if extra is not None else "the order of the parameters differs"
+    return f"it has no parameter `{extra}`" if extra is not None else "the order of the parameters differs"

@@ -18,18 +18,19 @@ from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.featurizer import AttributionPlan, Featurizer
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, free_bytes
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.paths import inside
+from lightning_attr.plans import Plans
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.store import FeatureStore
-from lightning_attr.transfer import probe, samples_on_device, set_up_at, to_device
+from lightning_attr.trainable import set_trainable, trainable_names
+from lightning_attr.transfer import samples_on_device, set_up_at, to_device
 
 __all__ = ["AttributionStep"]
 
@@ -82,7 +83,6 @@ class AttributionStep(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
-        self.layout = ParameterLayout.of(module)
         self.datamodule = datamodule
         self.method = method
         self.train_data = train
@@ -126,8 +126,16 @@ class AttributionStep(nn.Module):
                 feature_dtype="float32" if self.scratch else "float16",  # the same digits in memory and on disk
             )
             step, epoch = self.trainer.global_step, max(0, self.trainer.current_epoch - 1)
+            trainable = trainable_names(self.module)
             # Nothing was recorded while these weights were trained, and so no learning rate either.
-            store.add_snapshot("current", weights_of(self.module), epoch=epoch, global_step=step, learning_rate=0.0)
+            store.add_snapshot(
+                "current",
+                weights_of(self.module),
+                epoch=epoch,
+                global_step=step,
+                learning_rate=0.0,
+                trainable=trainable,
+            )
         store = FeatureStore.open(self.store_path)
         for snapshot in store.snapshots:
             store.adopt(snapshot.key)
@@ -179,7 +187,8 @@ class AttributionStep(nn.Module):
 
     def on_predict_start(self) -> None:
         """Begin with no snapshot loaded."""
-        self.plan: AttributionPlan | None = None
+        self.plans = Plans(self.trainer, self.module, self.datamodule, self.train_data, self.mode)
+        self.layers: dict[str, Mapping[str, slice] | None] = {}
         self.current: str | None = None
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
@@ -202,27 +211,33 @@ class AttributionStep(nn.Module):
 
     def _load(self, key: str) -> None:
         self.close()
-        load_weights(self.module, self.store.weights(key))
-        if self.plan is None:  # a module fresh from its constructor may behave like no trained one
-            self.plan = probe(self.trainer, self.module, self.datamodule, self.train_data, self.mode)[0]
-            self.target_plan = self.plan
-            if self.target_function is not None:
-                self.target_plan = replace(self.plan, attributed=MeasuredOutput(self.target_function))
+        self._restore(key)
+        # Checked at a snapshot: a module fresh from its constructor may behave like no trained one.
+        layout, plan = self.plans.current()
         stream = self.store.snapshot(key).projection
         self._set_up(stream)
-        projection = self.method.bind(self.layout, stream)
+        projection = self.method.bind(layout, stream)
         if self.method.needs_optimizer_state:
-            projection = self.method.precondition(projection, self.layout, self.store.optimizer_state(key))
+            projection = self.method.precondition(projection, layout, self.store.optimizer_state(key))
         of_targets = self.method.bind_targets(projection)
-        self.featurizer = Featurizer(self.module, self.plan, projection, self.memory, stream)
+        self.featurizer = Featurizer(self.module, plan, projection, self.memory, stream)
+        target_plan = self._target_plan(plan)
         self.target_featurizer = Featurizer(
-            self.module, self.target_plan, of_targets, self.memory, stream, self.first_target
+            self.module, target_plan, of_targets, self.memory, stream, self.first_target
         )
         self.writer = ShardWriter(self.store, key, self.spare)
         if self._stays(projection.dim):
             self.kept[key] = RowTable(len(self.train_data))
-        self.layers = projection.layers  # the same at all snapshots
+        self.layers[key] = projection.layers
         self.current = key
+
+    def _restore(self, key: str) -> None:
+        """Put the module back to a snapshot: its weights, and which of them were trained."""
+        load_weights(self.module, self.store.weights(key))
+        set_trainable(self.module, self.store.snapshot(key).trainable)
+
+    def _target_plan(self, plan: AttributionPlan) -> AttributionPlan:
+        return plan if self.target_function is None else replace(plan, attributed=MeasuredOutput(self.target_function))
 
     def _stays(self, dim: int) -> bool:
         """Whether training rows stay in memory: nobody reads them later, and they fit."""
@@ -262,8 +277,8 @@ class AttributionStep(nn.Module):
             "train_data": self.fingerprint.data,
             "target_probe": self._target_digest,
         }
-        if self.plan is not None and self.plan.mode != "eval":
-            provenance["mode"] = self.plan.mode
+        if self.plans.mode not in (None, "eval"):
+            provenance["mode"] = self.plans.mode
         evidence = {used.key: own.evidence for used, own in zip(self.used, snapshots, strict=True) if own.evidence}
         if evidence:
             provenance["evidence"] = evidence
@@ -313,7 +328,8 @@ class AttributionStep(nn.Module):
             reduce=self._sum,
             target_rows=self.target_rows,
             model=self._model(snapshot, train) if self.method.projector is None else None,
-            layers=self.layers,
+            layers=self.layers[snapshot.key],
+            rates=snapshot.rates,
             n_train=len(self.train_data),
             key=snapshot.key,
         )
@@ -337,22 +353,23 @@ class AttributionStep(nn.Module):
         }
 
     def _model(self, snapshot: Snapshot, train: Replay) -> SnapshotModel:
-        assert self.plan is not None  # every snapshot went through `_load`
+        set_trainable(self.module, snapshot.trainable)
+        plan = self.plans.current()[1]  # known: every snapshot went through `_load`
         source = self.target_data or self.train_data
 
         def load() -> None:
-            load_weights(self.module, self.store.weights(snapshot.key))
+            self._restore(snapshot.key)
             self._set_up(snapshot.projection)
 
         return SnapshotModel(
             self.module,
-            self.plan,
+            plan,
             snapshot.projection,
             len(self.train_data),
             load=load,
             train_batches=train,
             target_batches=self._samples(source).batches,
-            target_plan=self.target_plan,
+            target_plan=self._target_plan(plan),
             precision=self.trainer.precision_plugin.forward_context,
             memory=self.memory,
             reduce=self._sum,

@@ -139,15 +139,18 @@ class SnapshotModel:
         """
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def gradient_factors(self) -> GradientFactors:
+    def gradient_factors(self, weights: Mapping[str, float] | None = None) -> GradientFactors:
         """Keep gradients whole, in their shortest form.
+
+        Args:
+            weights: parameter name -> weight of its gradients in products; None for ones.
 
         Returns:
             The map, for :meth:`train` and :meth:`targets`.
         """
         # The mean of outer products is none; and other functions of the module may use its layers in other ways.
         alike = draws_of(self.module) == 1 and self.target_plan in (None, self.plan)
-        return GradientFactors(self.layout, self.plan.outer if alike else ())
+        return GradientFactors(self.layout, self.plan.outer if alike else (), weights)
 
     def train(self, projection: Projection) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Featurize this process's training samples.

@@ -119,6 +119,8 @@ class SnapshotStore:
         global_step: int,
         learning_rate: float,
         optimizer: Mapping[str, Tensor] | None = None,
+        trainable: tuple[str, ...] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> Snapshot:
         """Store the weights of a moment of training.
 
@@ -129,6 +131,8 @@ class SnapshotStore:
             global_step: optimizer steps taken.
             learning_rate: its sum over the steps since the snapshot before.
             optimizer: the optimizer's state, as :meth:`OptimizerState.tensors` gives it; None for none.
+            trainable: names of the parameters that are not frozen; None for all.
+            rates: that sum for each trainable parameter, where they differ.
 
         Returns:
             The snapshot.
@@ -142,12 +146,22 @@ class SnapshotStore:
             raise StoreMismatchError(f"{self.path} already holds the snapshot {key!r}.")
         folder = f"snapshots/{key}"
         self._abandon(folder)  # remains of a killed run, whose features are not of these weights
-        own, frozen = self._write_weights(folder, key, weights)
+        own, frozen = self._write_weights(folder, key, weights, trainable)
         content = own if frozen is None else digest(weights)
         place = {"kind": "optimizer", "store": self.manifest.id, "snapshot": key, "weights": content}
         state = None if optimizer is None else write_tensors(inside(self.path, folder, OPTIMIZER), optimizer, place)
         snapshot = Snapshot(
-            key, epoch, global_step, learning_rate, folder, content, projection=key, optimizer=state, frozen=frozen
+            key,
+            epoch,
+            global_step,
+            learning_rate,
+            folder,
+            content,
+            projection=key,
+            optimizer=state,
+            frozen=frozen,
+            trainable=trainable,
+            rates=rates,
         )
         self._save(replace(self.manifest, snapshots=(*self.snapshots, snapshot)))
         return snapshot
@@ -189,7 +203,9 @@ class SnapshotStore:
         store = snapshot.origin or self.manifest.id
         return {"kind": kind, "store": store, "snapshot": snapshot.projection, "weights": snapshot.weights}
 
-    def _write_weights(self, folder: str, key: str, weights: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    def _write_weights(
+        self, folder: str, key: str, weights: Mapping[str, Tensor], trainable: tuple[str, ...] | None
+    ) -> tuple[str, str | None]:
         """Write weights; most of them are frozen under adapters, and are written once for all snapshots.
 
         Returns:
@@ -198,7 +214,8 @@ class SnapshotStore:
         place = {"kind": "weights", "store": self.manifest.id, "snapshot": key}
         shared = {"kind": "frozen", "store": self.manifest.id}
         file, beside = (inside(self.path, folder, name) for name in (WEIGHTS, FROZEN))
-        frozen = {name: tensor for name, tensor in weights.items() if name not in self.fingerprint.layout}
+        moving = frozenset(self.fingerprint.layout if trainable is None else trainable)
+        frozen = {name: tensor for name, tensor in weights.items() if name not in moving}
         trained = {name: tensor for name, tensor in weights.items() if name not in frozen}
         if sum(tensor.nbytes for tensor in frozen.values()) <= sum(tensor.nbytes for tensor in trained.values()):
             return write_tensors(file, weights, place), None

@@ -24,7 +24,6 @@ from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
 from lightning_attr.isolation import preserved_rng, undisturbed
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
 from lightning_attr.memory import MemoryBudget
@@ -35,6 +34,7 @@ from lightning_attr.projectors import projector_from_config
 from lightning_attr.result import AttributionResult
 from lightning_attr.store import FeatureStore
 from lightning_attr.top_scores import check_topk
+from lightning_attr.trainable import parameter_shapes
 from lightning_attr.worlds import as_lightning_module, both, check_one_world
 
 __all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_strategy"]
@@ -223,7 +223,7 @@ def attribute(
             fingerprint=Fingerprint(
                 len(train),
                 train.digest(),
-                ParameterLayout.of(module).shapes,
+                parameter_shapes(module),
                 method.projector_config,
                 describe_output(module),
                 mode or "auto",

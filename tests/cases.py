@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import multiprocessing
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -111,6 +113,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "what was waited for never came"
         time.sleep(0.002)
+
+
+@contextmanager
+def told(match: str) -> Iterator[None]:
+    """Expect one warning that matches; others, of Lightning, do not matter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    texts = [str(warning.message) for warning in caught]
+    assert len([text for text in texts if re.search(match, text, re.DOTALL)]) == 1, texts
 
 
 class LayersOf(nn.Module):

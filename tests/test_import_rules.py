@@ -23,6 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "texts",
         "tokens",
         "highlights",
+        "trainable",
     ),
     ("draws", "trajectories", "headers", "paths"),
     ("optimizer_state",),
@@ -36,6 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("snapshot_model", "positions"),
     ("methods",),
     ("attribute_arguments", "scoring", "transfer"),
+    ("plans",),
     ("prediction",),
     ("trainer", "evaluation", "interop"),
     ("callbacks", "__init__"),
@@ -47,7 +49,16 @@ SIDEWAYS = {("projectors", "gradients"), ("store", "snapshot_store")}
 LIGHTNING = (
     *(
         f"lightning_attr/{name}.py"
-        for name in ("attribute_arguments", "data", "prediction", "trainer", "training_step", "transfer", "worlds")
+        for name in (
+            "attribute_arguments",
+            "data",
+            "plans",
+            "prediction",
+            "trainer",
+            "training_step",
+            "transfer",
+            "worlds",
+        )
     ),
     *(
         f"lightning_attr/evaluation/{name}.py"

@@ -79,14 +79,14 @@ def test_num_shards_covers_all_rows(length: int, shards: int) -> None:
 DIFFERENCES = {
     "length": ({"length": 11}, "training data set of 10 samples, but this one has 11"),
     "samples": ({"data": "xyz"}, "another training data set: it is as long, but its samples differ"),
-    "missing": ({"layout": {"w": (2, 3), "scale": ()}}, "another model: its parameter `b` is missing here, or frozen"),
+    "missing": ({"layout": {"w": (2, 3), "scale": ()}}, "another model: its parameter `b` is missing here"),
     "shape": (
         {"layout": {"w": (2, 4), "b": (2,), "scale": ()}},
         r"another model: its parameter `w` has the shape \(2, 3\), here \(2, 4\)",
     ),
     "extra": (
         {"layout": {"w": (2, 3), "b": (2,), "scale": (), "head": (1,)}},
-        "another model: it has no trainable parameter `head`",
+        "another model: it has no parameter `head`",
     ),
     "order": (
         {"layout": {"b": (2,), "w": (2, 3), "scale": ()}},

@@ -52,6 +52,8 @@ class SnapshotFeatures:
         layers: columns of the features by layer; None where the projection mixes layers.
         n_train: training samples of all processes; 0 where that is not known.
         key: name of the snapshot in the store; snapshots of several runs differ in what is before its last slash.
+        rates: parameter name -> sum of its own learning rate, where they differ; None where all are ``learning_rate``,
+            which is their mean over all entries otherwise.
 
     Example:
         >>> import torch
@@ -69,6 +71,7 @@ class SnapshotFeatures:
     layers: Mapping[str, slice] | None = None
     n_train: int = 0
     key: str = "current"
+    rates: Mapping[str, float] | None = None
 
     @property
     def evidence(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -16,7 +16,10 @@ _SHORTEST = 1e-12
 
 
 def exact_scores(
-    snapshot: SnapshotFeatures, weight: float = 1.0, normalize: bool | str = False
+    snapshot: SnapshotFeatures,
+    weight: float = 1.0,
+    normalize: bool | str = False,
+    rates: Mapping[str, float] | None = None,
 ) -> Iterator[ScoreBlock]:
     r"""Score by :math:`-\omega \nabla\ell_i \cdot \nabla f_j` at one snapshot.
 
@@ -24,6 +27,7 @@ def exact_scores(
         snapshot: with its model.
         weight: :math:`\omega`.
         normalize: as in :class:`lightning_attr.methods.TracIn`.
+        rates: parameter name -> weight of its gradients' products beside the others'; None for ones.
 
     Yields:
         Blocks of this process's training rows.
@@ -45,8 +49,9 @@ def exact_scores(
         (tensor([ 5., 10.]), tensor([1., 4.]))
     """
     model = model_of(snapshot)
-    factors = model.gradient_factors()
+    factors = model.gradient_factors(rates)
     parts = factors.of_layers() if normalize == "layer" else [factors]
+    shares = [part.weight if normalize == "layer" else 1.0 for part in parts]
     targets = model.targets(factors, snapshot.target_rows)["features"]
     lengths = [_lengths(part.squares(targets)) for part in parts]
     for rows, columns in model.train(factors):
@@ -59,15 +64,20 @@ def exact_scores(
         push = weight * push.sign() / len(parts)
         own = [_lengths(square) for square in squares]
         cosines = sum(
-            part.products(features, targets) / (length[:, None] * of_targets)
-            for part, length, of_targets in zip(parts, own, lengths, strict=True)
+            share * part.products(features, targets) / (length[:, None] * of_targets)
+            for part, length, of_targets, share in zip(parts, own, lengths, shares, strict=True)
         )
-        norms = sum(square / length.square() for square, length in zip(squares, own, strict=True))
+        norms = sum(
+            share * square / length.square() for square, length, share in zip(squares, own, shares, strict=True)
+        )
         yield ScoreBlock(rows, push[:, None] * cosines, push * norms)
 
 
 def exact_sum(
-    snapshots: Sequence[SnapshotFeatures], weights: Sequence[float], normalize: bool | str = False
+    snapshots: Sequence[SnapshotFeatures],
+    weights: Sequence[float],
+    normalize: bool | str = False,
+    rates: Sequence[Mapping[str, float] | None] | None = None,
 ) -> Iterator[ScoreBlock]:
     """Add up the scores of several snapshots, one after the other: weights are loaded once.
 
@@ -75,16 +85,18 @@ def exact_sum(
         snapshots: with their models.
         weights: one number a snapshot.
         normalize: as in :class:`lightning_attr.methods.TracIn`.
+        rates: as in :func:`exact_scores`, one a snapshot; None for none.
 
     Yields:
         Blocks of this process's training rows: of a single snapshot as they come, of several when all are there.
     """
+    rates = rates or [None] * len(snapshots)
     if len(snapshots) == 1:
-        yield from exact_scores(snapshots[0], weights[0], normalize)
+        yield from exact_scores(snapshots[0], weights[0], normalize, rates[0])
         return
     total: list[ScoreBlock] = []
-    for snapshot, weight in zip(snapshots, weights, strict=True):
-        for place, block in enumerate(exact_scores(snapshot, weight, normalize)):
+    for snapshot, weight, own in zip(snapshots, weights, rates, strict=True):
+        for place, block in enumerate(exact_scores(snapshot, weight, normalize, own)):
             if place == len(total):
                 total.append(block)
             else:

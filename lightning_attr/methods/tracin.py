@@ -15,6 +15,7 @@ from lightning_attr.errors import AttributionError
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
 from lightning_attr.methods.exact import exact_sum
+from lightning_attr.methods.rates import column_scales, relative_rates
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection, Projector, ScaledProjection
 
@@ -31,9 +32,10 @@ class TracIn(AttributionMethod):
         \omega_c = \tfrac1n \sum_{t \in c} \eta_t,
 
     with the learning rates of the optimizer steps that snapshot ``c`` stands for: a step visits one of ``n`` samples
-    with probability ``b/n``, and weighs it ``1/b``. Of several merged runs it is the mean. To first order in the
-    learning rate, and for plain SGD, that is the change of the output by leaving a sample out; momentum multiplies all
-    scores by about the same.
+    with probability ``b/n``, and weighs it ``1/b``. Of several merged runs it is the mean. Where parameter groups have
+    learning rates of their own, the products of each parameter's gradients are weighed by its own; frozen parameters
+    do not count. To first order in the learning rate, and for plain SGD, that is the change of the output by leaving a
+    sample out; momentum multiplies all scores by about the same.
 
     Scores are in units of the model output with ``weights="integrated"`` and without ``normalize``; else rank-only.
 
@@ -133,19 +135,22 @@ class TracIn(AttributionMethod):
                 to be normalized.
         """
         omegas = self._omegas(snapshots)
+        rated = self.weights in ("integrated", "lr")
         if self.exact:
-            yield from exact_sum(snapshots, omegas, self.normalize)
+            rates = [relative_rates(snapshot) if rated else None for snapshot in snapshots]
+            yield from exact_sum(snapshots, omegas, self.normalize, rates)
             return
         layers = [self._layers(snapshot) for snapshot in snapshots]
+        scales = [column_scales(snapshot, type(self).__name__) if rated else None for snapshot in snapshots]
         targets = [
-            omega * self._scaled(compute_precision(snapshot.targets["features"]), own)
-            for snapshot, omega, own in zip(snapshots, omegas, layers, strict=True)
+            omega * self._scaled(compute_precision(snapshot.targets["features"]), own, scale)
+            for snapshot, omega, own, scale in zip(snapshots, omegas, layers, scales, strict=True)
         ]  # (m, k)
         for rows, train in in_step(snapshots):
             scores = targets[0].new_zeros(len(rows), len(targets[0]))
             self_influence = targets[0].new_zeros(len(rows))
-            for columns, target, omega, own in zip(train, targets, omegas, layers, strict=True):
-                features = self._scaled(columns["features"].to(target), own)  # (b, k)
+            for columns, target, omega, own, scale in zip(train, targets, omegas, layers, scales, strict=True):
+                features = self._scaled(columns["features"].to(target), own, scale)  # (b, k)
                 push = columns["out_to_loss"].to(target)
                 push = push.sign() if self.normalize else push
                 self_influence += omega * push * features.square().sum(1)
@@ -183,8 +188,12 @@ class TracIn(AttributionMethod):
             )
         return list(snapshot.layers.values())
 
-    def _scaled(self, features: Tensor, layers: Sequence[slice]) -> Tensor:
-        return unit_rows(features, layers) if self.normalize else features
+    def _scaled(self, features: Tensor, layers: Sequence[slice], scales: Tensor | None) -> Tensor:
+        """Weigh columns by learning rates and normalize; cosines of layers are weighed when they are cosines."""
+        if scales is not None and self.normalize != "layer":
+            features = features * scales.to(features)
+        features = unit_rows(features, layers) if self.normalize else features
+        return features * scales.to(features) if scales is not None and self.normalize == "layer" else features
 
 
 class GAS(TracIn):

@@ -33,6 +33,10 @@ class GradientFactors(Projection):
         layout: the parameters.
         outer: names whose gradient of a sample is one outer product, and of the biases of these layers; see
             :class:`lightning_attr.gradients.GradientPlan`.
+        weights: parameter name -> weight of its gradients in products; None for ones.
+
+    Attributes:
+        weight: mean of the weights, over the entries of the parameters.
 
     Example:
         >>> from lightning_attr.gradients import OuterSum
@@ -44,17 +48,22 @@ class GradientFactors(Projection):
         (7, tensor([48.]), tensor([[48.]]))
     """
 
-    def __init__(self, layout: ParameterLayout, outer: Collection[str] = ()) -> None:
+    def __init__(
+        self, layout: ParameterLayout, outer: Collection[str] = (), weights: Mapping[str, float] | None = None
+    ) -> None:
         self.shapes = layout.shapes
+        self.weights = {name: 1.0 if weights is None else weights.get(name, 0.0) for name in layout.shapes}
         self.pairs: dict[str, _Pair] = {}
         self.entries: dict[str, slice] = {}
         start = 0
         for name, shape in layout.shapes.items():
             if name in outer and len(shape) == 2 and sum(shape) < math.prod(shape):
                 rows, columns = slice(start, start + shape[0]), slice(start + shape[0], start + sum(shape))
-                self.pairs[name] = _Pair(rows, columns, layout.bias_of(name) in outer)
+                bias = layout.bias_of(name)
+                last = self.weights[bias] if bias is not None and bias in outer else None
+                self.pairs[name] = _Pair(rows, columns, last)
                 start = columns.stop
-        columns_of_ones = {layout.bias_of(name) for name, pair in self.pairs.items() if pair.bias}
+        columns_of_ones = {layout.bias_of(name) for name, pair in self.pairs.items() if pair.bias is not None}
         for name, shape in layout.shapes.items():
             if name not in self.pairs and name not in columns_of_ones:
                 self.entries[name] = slice(start, start + math.prod(shape))
@@ -83,7 +92,7 @@ class GradientFactors(Projection):
     def _add(self, features: Tensor, seen: set[str], gradients: Mapping[str, ParameterGradient]) -> None:
         for name, gradient in gradients.items():
             if name in self.entries:
-                features[:, self.entries[name]] += flat_rows(gradient, self.shapes[name])
+                features[:, self.entries[name]] += self._scale(name, flat_rows(gradient, self.shapes[name]))
                 continue
             weight = single_product(gradient)
             if name in seen or weight is None:
@@ -95,7 +104,18 @@ class GradientFactors(Projection):
             seen.add(name)
             if name in self.pairs:
                 features[:, self.pairs[name].rows] = weight.rows[:, 0]
-                features[:, self.pairs[name].columns] = weight.columns[:, 0]
+                features[:, self.pairs[name].columns] = self._scale(name, weight.columns[:, 0])
+
+    def _scale(self, name: str, values: Tensor) -> Tensor:
+        """Both sides of a product are scaled by the root of the weight."""
+        weight = self.weights[name]
+        return values if weight == 1 else values * math.sqrt(weight)
+
+    @property
+    def weight(self) -> float:
+        """Mean of the weights."""
+        sizes = {name: math.prod(self.shapes[name]) for name in self.weights}
+        return sum(self.weights[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """Multiply each gradient of one batch with each of another.
@@ -133,7 +153,12 @@ class GradientFactors(Projection):
         """
         layers: dict[str, GradientFactors] = {}
         for name in (*self.pairs, *self.entries):
-            layer = layers.setdefault(name.rpartition(".")[0], GradientFactors(ParameterLayout({})))
+            path = name.rpartition(".")[0]
+            if path not in layers:
+                shapes = {own: shape for own, shape in self.shapes.items() if own.rpartition(".")[0] == path}
+                layer = layers[path] = GradientFactors(ParameterLayout(shapes), (), self.weights)
+                layer.entries = {}
+            layer = layers[path]
             if name in self.pairs:
                 layer.pairs[name] = self.pairs[name]
             else:
@@ -152,13 +177,14 @@ class _Pair:
 
     rows: slice
     columns: slice
-    bias: bool
+    bias: float | None
+    """Weight of the bias, the last column of ones; None without."""
 
     def add_products(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         columns = left[:, self.columns] @ right[:, self.columns].T
-        columns = columns.add_(1) if self.bias else columns
+        columns = columns if self.bias is None else columns.add_(self.bias)
         total.addcmul_(left[:, self.rows] @ right[:, self.rows].T, columns)
 
     def squares(self, features: Tensor) -> Tensor:
-        columns = features[:, self.columns].square().sum(1) + self.bias
+        columns = features[:, self.columns].square().sum(1) + (self.bias or 0.0)
         return features[:, self.rows].square().sum(1) * columns

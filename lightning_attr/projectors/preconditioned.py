@@ -2,6 +2,7 @@ r"""Maps that put an optimizer's view of the gradient before a projection: :math
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -61,8 +62,9 @@ class AdamDirection(Projection):
         v' = \beta_2 v + (1 - \beta_2) (\nabla\ell_i)^2,
 
     with the moments of the snapshot and, as in the authors' code, :math:`\epsilon` inside the root and no correction of
-    the bias. It is not linear in the gradient, all of which has to be there first, whatever number of parts it arrives
-    in: a batch takes ``b * numel`` numbers, so that this is for few parameters, such as those of LoRA.
+    the bias. Where parameter groups have learning rates of their own, each parameter's part is scaled by its own over
+    their mean. The map is not linear in the gradient, all of which has to be there first, whatever number of parts it
+    arrives in: a batch takes ``b * numel`` numbers, so that this is for few parameters, such as those of LoRA.
 
     ``features`` become :math:`-P \Gamma_i`: the parameters move against :math:`\Gamma_i`. A column ``alignment``
     ``(b,)`` is the cosine between them and the projected gradient of the sample's own model output.
@@ -91,6 +93,7 @@ class AdamDirection(Projection):
         self.projection = projection
         self.moments = dict(moments)
         self.slots = flat_slots(self.whole)
+        self.rates = _relative({name: moments[name].learning_rate for name in shapes if name in moments}, self.whole)
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:  # noqa: D102 - inherited
         features[:, self.slots[name]] += flat_rows(gradient, self.whole.shapes[name])
@@ -113,4 +116,12 @@ class AdamDirection(Projection):
         beta1, beta2 = moments.betas
         mean, square = (moment.to(gradients).reshape(-1) for moment in (moments.exp_avg, moments.exp_avg_sq))
         numerator = torch.lerp(gradients, mean, beta1)
-        return numerator / (torch.lerp(gradients.square(), square, beta2) + moments.eps).sqrt()
+        return self.rates[name] * numerator / (torch.lerp(gradients.square(), square, beta2) + moments.eps).sqrt()
+
+
+def _relative(rates: Mapping[str, float], layout: ParameterLayout) -> dict[str, float]:
+    """Learning rates over their mean over all entries; ones where they are equal, or all zero."""
+    sizes = {name: math.prod(layout.shapes[name]) for name in rates}
+    mean = sum(rates[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+    equal = len(set(rates.values())) < 2 or mean == 0
+    return {name: 1.0 if equal else rate / mean for name, rate in rates.items()}

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from cases import BlobClassifier, blobs, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
 from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import Featurizer
@@ -60,16 +56,6 @@ def breaking(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -
         return original(self, batch, rows, room)
 
     monkeypatch.setattr(Featurizer, "__call__", broken)
-
-
-@contextmanager
-def told(match: str) -> Iterator[None]:
-    """Expect one warning that matches; others, of Lightning, do not matter."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    texts = [str(warning.message) for warning in caught]
-    assert len([text for text in texts if re.search(match, text, re.DOTALL)]) == 1, texts
 
 
 def fit(*callbacks: L.Callback, **settings: Any) -> tuple[Any, list[Tensor]]:

@@ -107,7 +107,8 @@ def test_adams_metric_matches_gradients_one_by_one(tmp_path: Path) -> None:
         load_weights(module, store.weights(snapshot.key))
         moments = store.optimizer_state(snapshot.key).moments
         d = torch.cat([
-            (1 / ((m.exp_avg_sq / (1 - m.betas[1] ** m.step)).sqrt() + m.eps)).flatten() for m in moments.values()
+            snapshot.rates[name] / ((m.exp_avg_sq / (1 - m.betas[1] ** m.step)).sqrt() + m.eps).flatten()
+            for name, m in moments.items()
         ])  # fmt: skip
 
         def rows(data: Any, function: Any) -> torch.Tensor:
@@ -120,9 +121,8 @@ def test_adams_metric_matches_gradients_one_by_one(tmp_path: Path) -> None:
             return torch.stack(found)
 
         losses, outputs = rows(data, module.functional_loss), rows(targets, module.functional_output)
-        weight = snapshot.learning_rate / 26
-        expected -= weight * (losses * d) @ outputs.T
-        norms -= weight * (losses * d * rows(data, module.functional_output)).sum(1)
+        expected -= (losses * d) @ outputs.T / 26
+        norms -= (losses * d * rows(data, module.functional_output)).sum(1) / 26
     scale = expected.abs().max().item()
     torch.testing.assert_close(result.scores.values, expected, rtol=1e-3, atol=1e-5 * scale)
     torch.testing.assert_close(result.self_influence, norms, rtol=1e-3, atol=1e-5 * scale)

@@ -78,7 +78,7 @@ def looped(folder: Path) -> tuple[Tensor, Tensor]:
                 own = moments[name]
                 mean = own.betas[0] * own.exp_avg + (1 - own.betas[0]) * gradient
                 square = own.betas[1] * own.exp_avg_sq + (1 - own.betas[1]) * gradient**2
-                steps.append((mean / (square + own.eps).sqrt()).flatten())
+                steps.append(own.learning_rate * (mean / (square + own.eps).sqrt()).flatten())
             step, weight = torch.cat(steps), snapshot.learning_rate / total
             for j, output in enumerate(outputs):
                 scores[i, j] -= weight * F.cosine_similarity(step, output, dim=0)

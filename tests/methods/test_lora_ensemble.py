@@ -73,9 +73,9 @@ def test_adapters_of_several_runs_are_one_ensemble(tmp_path: Path) -> None:
     torch.testing.assert_close(together.scores.values, torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
     snapshots = together.scores.provenance["snapshots"]
     assert [key.split("/")[0] for key in snapshots] == ["run0", "run0", "run1", "run1", "run2", "run2"]
-    layout = FeatureStore.open(tmp_path / "ensemble").fingerprint.layout
-    assert layout
-    assert all("lora" in name for name in layout)
+    for snapshot in FeatureStore.open(tmp_path / "ensemble").snapshots:
+        assert snapshot.trainable
+        assert all("lora" in name for name in snapshot.trainable)
 
 
 def test_before_the_first_step_half_of_the_features_are_empty() -> None:
@@ -106,7 +106,7 @@ def test_the_frozen_base_is_written_once(tmp_path: Path) -> None:
     merged = FeatureStore.merge([tmp_path / "run"], tmp_path / "merged")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in merged.weights(f"run0/{last.key}").items())
     shutil.copy(tmp_path / "run" / first.folder / "weights.safetensors", tmp_path / "run" / last.folder)
-    with pytest.raises(CorruptedStoreError, match=r"is damaged: weights.safetensors is not this snapshot's"):
+    with pytest.raises(CorruptedStoreError, match=r"is not the file that belongs here"):
         store.weights(last.key)
     frozen[0].write_bytes(frozen[0].read_bytes()[:-8])
     with pytest.raises(CorruptedStoreError, match=r"frozen.safetensors is .*damaged.*set_aside"):

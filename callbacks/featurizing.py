@@ -1,0 +1,79 @@
+"""Between two epochs: the training set goes through the module at a snapshot, and what the store then tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_attr.callbacks.progress import progress
+from lightning_attr.featurizer import Featurizer
+from lightning_attr.loader import DataSource, OrderedLoader
+from lightning_attr.manifest import Snapshot
+from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.scoring import score_self_influence
+from lightning_attr.shards import ShardWriter
+from lightning_attr.store import FeatureStore
+from lightning_attr.transfer import to_device
+
+__all__ = ["featurize", "self_influence_at"]
+
+
+def featurize(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    source: DataSource,
+    batches: Sequence[Sequence[int]],
+    featurizer: Featurizer,
+    writer: ShardWriter,
+) -> None:
+    """Featurize batches of the training set into a store.
+
+    Args:
+        trainer: in its fit.
+        pl_module: the module in training.
+        source: the training data.
+        batches: rows of each batch.
+        featurizer: of the snapshot.
+        writer: of the snapshot's shards.
+    """
+    epoch, datamodule = writer.store.snapshot(writer.key).epoch, getattr(trainer, "datamodule", None)
+    title = f"Featurizing epoch {epoch}" if epoch >= 0 else "Featurizing the start"
+    with writer, progress(trainer, title, len(batches)) as advance:
+        for rows, batch in OrderedLoader(source, batches):
+            batch = trainer.precision_plugin.convert_input(batch)
+            on_device = to_device(batch, pl_module, datamodule, trainer.strategy.root_device)
+            with trainer.precision_plugin.forward_context():
+                room = writer.room(rows, featurizer.projection.dim, featurizer.dtype)
+                columns = featurizer(on_device, rows, room)
+            writer.add(rows, columns)
+            advance()
+
+
+def self_influence_at(
+    store: FeatureStore, snapshot: Snapshot, method: AttributionMethod, layers: Mapping[str, slice] | None
+) -> Tensor:
+    """Score every training sample for its own model output at one snapshot.
+
+    Args:
+        store: with the features of all rows.
+        snapshot: which.
+        method: what scores.
+        layers: columns of the features by layer; None where the projection mixes layers.
+
+    Returns:
+        Self-influence ``(n_train,)``, float32.
+    """
+    n_train = store.fingerprint.length
+    features = SnapshotFeatures(
+        lambda: store.blocks(snapshot.key),
+        {"features": torch.zeros(0, store.shard(snapshot.key, 0)["features"].shape[1])},
+        snapshot.learning_rate,
+        layers=layers,
+        n_train=n_train,
+        key=snapshot.key,
+        rates=snapshot.rates,
+    )
+    return score_self_influence(method, features, n_train)

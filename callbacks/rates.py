@@ -1,0 +1,75 @@
+"""The learning rate of each parameter, summed over the optimizer steps since a snapshot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_attr.layout import ParameterLayout
+
+__all__ = ["LearningRates"]
+
+
+class LearningRates:
+    """Integrates learning rates by parameter: those of several groups, optimizers and schedulers differ.
+
+    Args:
+        sums: parameter name -> what was summed up so far.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> groups = [{"params": net[0].parameters(), "lr": 0.0}, {"params": net[1].parameters(), "lr": 0.5}]
+        >>> rates = LearningRates()
+        >>> for step in range(2):
+        ...     rates.add(torch.optim.SGD(groups, lr=0.1), net, step)
+        >>> rates.of(ParameterLayout.of(net))
+        (0.5, {'0.weight': 0.0, '0.bias': 0.0, '1.weight': 1.0, '1.bias': 1.0})
+        >>> _ = net[0].requires_grad_(False)
+        >>> rates.of(ParameterLayout.of(net))
+        (1.0, None)
+    """
+
+    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+        self.sums = dict(sums or {})
+        self._names: dict[int, str] = {}
+        self._step = -1
+
+    def add(self, optimizer: Optimizer, module: nn.Module, step: int) -> None:
+        """Add a step of an optimizer; frozen parameters take none.
+
+        Args:
+            optimizer: about to make its step.
+            module: whose parameters count.
+            step: number of the step; LBFGS comes here several times in each.
+        """
+        if step == self._step:
+            return
+        self._step = step
+        groups = [(float(group.get("lr") or 0.0), group["params"]) for group in optimizer.param_groups]
+        if any(id(p) not in self._names for _, own in groups for p in own):  # the first step, or new parameters
+            self._names = {id(p): name for name, p in module.named_parameters()}
+        for rate, own in groups:
+            for p in own:
+                name = self._names.get(id(p))
+                if name is not None and p.requires_grad:
+                    self.sums[name] = self.sums.get(name, 0.0) + rate
+
+    def of(self, layout: ParameterLayout) -> tuple[float, dict[str, float] | None]:
+        """Give what was summed up for some parameters.
+
+        Args:
+            layout: the parameters.
+
+        Returns:
+            The mean over their entries, and the sum of each if they differ, else None.
+        """
+        rates = {name: self.sums.get(name, 0.0) for name in layout.shapes}
+        if len(set(rates.values())) == 1:
+            return next(iter(rates.values())), None
+        sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
+        mean = sum(rates[name] * size for name, size in sizes.items()) / layout.numel
+        return mean, rates
