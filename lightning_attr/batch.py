@@ -9,7 +9,15 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-__all__ = ["batched_tensors", "float_tensors", "join_batches", "map_tensors", "replace_tensors", "select_rows"]
+__all__ = [
+    "batched_tensors",
+    "dense_parts",
+    "float_tensors",
+    "join_batches",
+    "map_tensors",
+    "replace_tensors",
+    "select_rows",
+]
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -97,7 +105,7 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int] | Tensor) -> An
 
     def select(data: Any) -> Any:
         if isinstance(data, Tensor):
-            return data[index.to(data.device)] if _is_batched(data, batch_size) else data
+            return _rows_of(data, index.to(data.device)) if _is_batched(data, batch_size) else data
         named = hasattr(data, "_fields")
         if len(data) == batch_size and not named and all(map(_is_plain, data)):
             return type(data)(data[row] for row in index.tolist())
@@ -105,6 +113,36 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int] | Tensor) -> An
         return type(data)(*items) if named else type(data)(items)
 
     return apply_to_collection(batch, (Tensor, list, tuple), select)
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Give the dense tensors that hold the numbers of a tensor.
+
+    Args:
+        tensor: of any layout.
+
+    Returns:
+        The tensor itself, or the indices and values of a sparse one.
+
+    Example:
+        >>> import torch
+        >>> [tuple(part.shape) for part in dense_parts(torch.eye(3).to_sparse())]
+        [(2, 3), (3,)]
+    """
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    return dense_parts(tensor.to_sparse_coo())
+
+
+def _rows_of(tensor: Tensor, index: Tensor) -> Tensor:
+    if tensor.layout == torch.strided:
+        return tensor[index]
+    if tensor.layout == torch.sparse_coo:
+        return tensor.index_select(0, index)
+    rows = tensor.to_sparse_coo().index_select(0, index)
+    return rows.to_sparse(layout=tensor.layout)
 
 
 def join_batches(batches: Sequence[Any], sizes: Sequence[int]) -> Any:

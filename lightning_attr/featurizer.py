@@ -91,7 +91,22 @@ def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> A
     """
     check_module(module)
     batch = completed(module, batch, Draw(range(batch_size), device=_device(module)))
-    mode = choose_mode(module, batch, mode)
+    chosen = choose_mode(module, batch, mode)
+    try:
+        return _plan_in(chosen, module, batch, batch_size)
+    except Exception as error:
+        if mode is not None or chosen == "eval":
+            raise
+        log.warning(
+            "%s cannot be attributed in train mode (%s: %s): eval mode is tried.",
+            type(module).__name__,
+            type(error).__name__,
+            error,
+        )
+    return _plan_in("eval", module, batch, batch_size)
+
+
+def _plan_in(mode: str, module: Any, batch: Any, batch_size: int) -> AttributionPlan:
     set_mode(module, mode)
     check_layers(module)
     if mode == "train" and is_random(module, batch):

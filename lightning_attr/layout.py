@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["ParameterLayout"]
 
@@ -42,8 +43,14 @@ class ParameterLayout:
             The layout of its trainable parameters.
 
         Raises:
-            ValueError: if no parameter is trainable.
+            ValueError: if no parameter is trainable, or one has no shape yet.
         """
+        lazy = next((name for name, p in module.named_parameters() if is_lazy(p)), None)
+        if lazy is not None:
+            raise ValueError(
+                f"Expected the parameters of {type(module).__name__} to have shapes, but `{lazy}` belongs to a lazy "
+                "layer that has not run yet. Run the module on one batch before `fit`, under torch.no_grad()."
+            )
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
         if not shapes:
             raise ValueError(

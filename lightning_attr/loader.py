@@ -21,6 +21,7 @@ from torch.utils.data import (
     default_convert,
 )
 
+from lightning_attr.batch import dense_parts
 from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator
 from lightning_attr.randomness import hashed_seed
 
@@ -260,7 +261,9 @@ class _Collate:
 
 def _update(update: Callable[[bytes], None], sample: Any) -> None:
     """Feed the content of a sample to a hash: bytes of arrays, pickles of anything else, where it has one."""
-    if isinstance(sample, torch.Tensor):
+    if isinstance(sample, torch.Tensor) and sample.layout != torch.strided:
+        _update(update, dense_parts(sample.detach()))
+    elif isinstance(sample, torch.Tensor):
         sample = sample.detach().cpu()
         update(str((sample.dtype, tuple(sample.shape))).encode())
         update(sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if sample.numel() else b"")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_attr.arguments import check_int
-from lightning_attr.batch import batched_tensors, select_rows
+from lightning_attr.batch import batched_tensors, dense_parts, select_rows
 from lightning_attr.errors import MemoryBudgetError
 
 __all__ = ["MemoryBudget", "check_memory_budget", "free_bytes", "peak_bytes"]
@@ -129,7 +129,7 @@ class MemoryBudget:
         """
         b = len(rows)
         tensors = batched_tensors(batch, b)
-        inputs = sum(tensor.nbytes for tensor in tensors) // b
+        inputs = sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)) // b
         if self.limit is None:
             free = free_bytes(tensors[0].device)
             self.limit = int(_SHARE * free) if free is not None else None
@@ -271,7 +271,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Those among the arguments or results of an operator, which come alone or in lists."""
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            if value.layout == torch.strided:  # the storages of a sparse one are those of its parts
+                yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
 

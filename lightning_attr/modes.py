@@ -56,9 +56,23 @@ def set_mode(module: nn.Module, mode: str, *, dropout: bool = True) -> None:
     """
     module.train(mode == "train")
     for layer in module.modules():
-        frozen = isinstance(layer, _NormBase) and layer.running_mean is not None
-        if frozen or (not dropout and isinstance(layer, (_DropoutNd, nn.RReLU))):
+        if _keeps_statistics(layer) or (not dropout and _drops(layer)):
             layer.training = False
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    kind = isinstance(layer, _NormBase) or _scripted(layer).endswith(("BatchNorm", "InstanceNorm"))
+    return kind and getattr(layer, "running_mean", None) is not None
+
+
+def _drops(layer: nn.Module) -> bool:
+    return isinstance(layer, (_DropoutNd, nn.RReLU)) or _scripted(layer).endswith(("Dropout", "RReLU"))
+
+
+def _scripted(layer: nn.Module) -> str:
+    """Give the class that a layer had before TorchScript compiled it, without its dimensions; nothing for others."""
+    name: str = layer.original_name if isinstance(layer, torch.jit.RecursiveScriptModule) else ""
+    return name.rstrip("123d")
 
 
 @contextmanager

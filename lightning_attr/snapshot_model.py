@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_attr.attributed import completed, draws_of
-from lightning_attr.batch import select_rows
+from lightning_attr.batch import dense_parts, select_rows
 from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.draws import Draw
 from lightning_attr.errors import AttributionError
@@ -297,7 +297,8 @@ class Replay:
             return
         kept, size = [], 0
         for item in self.read():
-            size += sum(leaf.nbytes for leaf in tree_leaves(item[1]) if isinstance(leaf, Tensor))
+            leaves = (leaf for leaf in tree_leaves(item[1]) if isinstance(leaf, Tensor))
+            size += sum(part.nbytes for leaf in leaves for part in dense_parts(leaf))
             if size <= _KEPT_BYTES:
                 kept.append(item)
             else:

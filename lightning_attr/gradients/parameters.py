@@ -122,6 +122,8 @@ class DirectUses(TorchFunctionMode):
         """Tell whether a value does not depend on the batch."""
         if id(tensor) not in self._free:
             return False
+        if tensor.layout != torch.strided:  # nothing is written into these
+            return True
         return not self._overwritten or tensor.untyped_storage()._cdata not in self._overwritten
 
     def is_derived(self, tensor: Tensor) -> bool:
