@@ -25,6 +25,7 @@ from lightning_attr.gradients import (
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.gradients.rules import check_layers
 from lightning_attr.isolation import preserved_rng
+from lightning_attr.layout import as_pairs, real_dtype
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.mode_choice import choose_mode, is_random
 from lightning_attr.modes import MeanNoise, in_mode, seeded, set_mode
@@ -194,7 +195,7 @@ class Featurizer:
         )
         self.gradients = HookedGradients(module, hooked, plan.direct)
         trainable = [p for p in module.parameters() if p.requires_grad]
-        self.dtype = torch.promote_types(trainable[0].dtype, torch.float32)
+        self.dtype = torch.promote_types(real_dtype(trainable[0].dtype), torch.float32)
         self.numel = sum(p.numel() for p in trainable)
         self.fallback = {name: p for name, p in module.named_parameters() if name in fallback}
 
@@ -269,7 +270,7 @@ class Featurizer:
             output = self.gradients(forward, batch_size, add)
             with seeded(seed):
                 fallback = self._fallback_gradients(batch, batch_size)
-            add({name: gradient.to(self.dtype) for name, gradient in fallback.items()})
+            add({name: as_pairs(gradient).to(self.dtype) for name, gradient in fallback.items()})
         return subject.columns(self.module, batch, output, seen[0])
 
     def _fallback_gradients(self, batch: Any, batch_size: int) -> dict[str, Tensor]:

@@ -8,15 +8,50 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ParameterLayout"]
+__all__ = ["ParameterLayout", "as_pairs", "real_dtype"]
+
+
+def as_pairs(tensor: Tensor) -> Tensor:
+    """Give a complex tensor as pairs of real numbers, so that products of gradients are those of real numbers.
+
+    Args:
+        tensor: ``(...)``.
+
+    Returns:
+        The same numbers, ``(..., 2)``, not copied; a real tensor as it is.
+
+    Example:
+        >>> as_pairs(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype of real and imaginary parts.
+
+    Args:
+        dtype: floating or complex.
+
+    Returns:
+        That of its parts; a real dtype as it is.
+
+    Example:
+        >>> real_dtype(torch.complex128), real_dtype(torch.float32)
+        (torch.float64, torch.float32)
+    """
+    return torch.empty(0, dtype=dtype).real.dtype
 
 
 @dataclass(frozen=True)
 class ParameterLayout:
     """Names and shapes of the trainable parameters, in ``named_parameters()`` order, a tied parameter once.
+
+    A complex parameter counts as pairs of real numbers: its shape has a last dimension of two more.
 
     Args:
         shapes: parameter name -> shape.
@@ -51,7 +86,7 @@ class ParameterLayout:
                 f"Expected the parameters of {type(module).__name__} to have shapes, but `{lazy}` belongs to a lazy "
                 "layer that has not run yet. Run the module on one batch before `fit`, under torch.no_grad()."
             )
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: tuple(as_pairs(p).shape) for name, p in module.named_parameters() if p.requires_grad}
         if not shapes:
             raise ValueError(
                 f"Expected {type(module).__name__} to have at least one parameter with requires_grad=True, but all are "

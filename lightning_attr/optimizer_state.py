@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_attr.errors import AttributionError
+from lightning_attr.layout import as_pairs
 
 __all__ = ["AdamMoments", "OptimizerState"]
 
@@ -157,4 +158,4 @@ def _moments(state: Mapping[str, Tensor], group: Mapping[str, Any], kind: str) -
     second = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # AMSGrad divides by the largest so far
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step, eps, rate = float(state["step"]), float(group["eps"]), float(group["lr"])
-    return AdamMoments(state["exp_avg"], second, step, (beta1, beta2), eps, rate, kind)
+    return AdamMoments(as_pairs(state["exp_avg"]), as_pairs(second), step, (beta1, beta2), eps, rate, kind)

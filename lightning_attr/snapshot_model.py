@@ -20,7 +20,7 @@ from lightning_attr.draws import Draw
 from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.files import read_tensors, write_tensors
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.layout import ParameterLayout, real_dtype
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.paths import inside
 from lightning_attr.projectors import GradientFactors, Projection
@@ -129,7 +129,7 @@ class SnapshotModel:
     def dtype(self) -> torch.dtype:
         """In which its features and gradients are: float32, or float64 for a float64 module."""
         trainable = next(p for p in self.module.parameters() if p.requires_grad)
-        return torch.promote_types(trainable.dtype, torch.float32)
+        return torch.promote_types(real_dtype(trainable.dtype), torch.float32)
 
     def parameters(self) -> dict[str, Tensor]:
         """Name the attributed parameters, in the order of the layout.

@@ -18,6 +18,7 @@ from lightning_attr.gradients.factored import ParameterGradient, materialise, si
 from lightning_attr.gradients.functional import FunctionalOutput, densely, loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import HookedGradients, hooked_layers
 from lightning_attr.gradients.inner import watch_autograd
+from lightning_attr.layout import as_pairs, real_dtype
 
 __all__ = ["GradientPlan", "check_batch_independence", "plan_gradients"]
 
@@ -211,7 +212,9 @@ class _Reference:
                         rows[name][i] = densely(row)
                 del found, row  # before the next are made
         eps = max(torch.finfo(p.dtype).eps for p in trainable.values())
-        return cls(rows, {name: row.double().norm().item() for name, row in rows.items()}, eps, unused, inner.seen)
+        return cls(
+            rows, {name: as_pairs(row).double().norm().item() for name, row in rows.items()}, eps, unused, inner.seen
+        )
 
     @property
     def total(self) -> float:
@@ -282,7 +285,7 @@ def _covered(
     Returns:
         The sets of names.
     """
-    noise, unused = _noise(first), first.unused
+    noise, unused = _noise(first), set(first.unused)
     outer: set[str] = set()
 
     def right(hooked: HookedGradients, against: _Reference) -> set[str]:
@@ -303,7 +306,10 @@ def _covered(
         agree = {name for name in seen if not against.left(name, noise)}
         return (agree | (unused - seen)) - skipped
 
-    hooked = HookedGradients(module, list(trainable))
+    # Rules are for real parameters: their products of complex ones lack the conjugation.
+    real = [name for name, p in trainable.items() if not p.is_complex()]
+    unused = unused.intersection(real)
+    hooked = HookedGradients(module, real)
     covered = right(hooked, first)
     ruled = {name for own in hooked_layers(module).values() for name in own.values()}
     direct = (hooked.used | unused) & covered & ruled
@@ -329,7 +335,7 @@ def _noise(reference: _Reference) -> float:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    return max(1e-3 if dtype == torch.float32 else 1e-8, 8 * torch.finfo(dtype).eps)
+    return max(1e-3 if real_dtype(dtype) == torch.float32 else 1e-8, 8 * torch.finfo(dtype).eps)
 
 
 def _log_fallback(
@@ -342,12 +348,16 @@ def _log_fallback(
     """Say which parameters are slower, and why."""
     share = sum(p.numel() for p in fallback.values()) / sum(p.numel() for p in trainable.values())
     ruled = {name for own in hooked_layers(module).values() for name in own.values()}
-    without, within = ([name for name in fallback if (name in ruled) == known] for known in (False, True))
-    causes = [cause] if cause is not None else []
-    if cause is None and without:
-        causes.append(f"{_some(without)} belong to no layer with a gradient rule")
-    if cause is None and within:
-        causes.append(f"{_some(within)} are used in ways that the rule of their layer does not see")
+    groups: dict[str, list[str]] = {}
+    for name, p in fallback.items():
+        if p.is_complex():
+            why = "are complex, and rules are for real parameters"
+        elif name in ruled:
+            why = "are used in ways that the rule of their layer does not see"
+        else:
+            why = "belong to no layer with a gradient rule"
+        groups.setdefault(why, []).append(name)
+    causes = [f"{_some(names)} {why}" for why, names in groups.items()] if cause is None else [cause]
     log.warning(
         "%s: %s (%.1f%% of the trainable parameters) go through %s, which is slower: %s.",
         type(module).__name__,

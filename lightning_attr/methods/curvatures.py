@@ -50,6 +50,13 @@ def check_outputs(model: SnapshotModel) -> None:
 
 
 def _check_derivatives(model: SnapshotModel) -> None:
+    pairs = [name for name, p in model.parameters().items() if p.is_complex()]
+    if pairs:
+        raise AttributionError(
+            f"Expected real parameters for a curvature of the loss, but `{pairs[0]}` of {type(model.module).__name__} "
+            "is a complex parameter. Take a method on gradients, which treats it as pairs of real numbers (TRAK, "
+            "TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS), or freeze it."
+        )
     if model.plan.inner:
         raise AttributionError(
             f"{type(model.module).__name__} differentiates inside its step, and products with the curvature of its "
