@@ -141,8 +141,8 @@ def _rows_of(tensor: Tensor, index: Tensor) -> Tensor:
         return tensor[index]
     if tensor.layout == torch.sparse_coo:
         return tensor.index_select(0, index)
-    rows = tensor.to_sparse_coo().index_select(0, index)
-    return rows.to_sparse(layout=tensor.layout)
+    rows: Tensor = tensor.to_sparse_coo().index_select(0, index).to_sparse(layout=tensor.layout)
+    return rows
 
 
 def join_batches(batches: Sequence[Any], sizes: Sequence[int]) -> Any:

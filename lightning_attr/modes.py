@@ -71,8 +71,8 @@ def _drops(layer: nn.Module) -> bool:
 
 def _scripted(layer: nn.Module) -> str:
     """Give the class that a layer had before TorchScript compiled it, without its dimensions; nothing for others."""
-    name: str = layer.original_name if isinstance(layer, torch.jit.RecursiveScriptModule) else ""
-    return name.rstrip("123d")
+    name = getattr(layer, "original_name", "") if isinstance(layer, torch.jit.ScriptModule) else ""
+    return str(name).rstrip("123d")
 
 
 @contextmanager
