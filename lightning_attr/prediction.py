@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lightning_attr.memory import MemoryBudget, free_bytes
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.paths import inside
 from lightning_attr.plans import Plans
+from lightning_attr.processes import Processes
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
@@ -62,7 +62,6 @@ class AttributionStep(nn.Module):
     """
 
     trainer: L.Trainer
-    share: tuple[int, int]
 
     def __init__(
         self,
@@ -97,6 +96,7 @@ class AttributionStep(nn.Module):
         self.mode = mode
         self.scratch = scratch
         self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.processes = Processes(0, 1, torch.device("cpu"))  # until the strategy is set up
         self.result: AttributionResult | None = None
         self.writer: ShardWriter | None = None
         self.spare: list[Tensor] = []
@@ -108,14 +108,20 @@ class AttributionStep(nn.Module):
         """Open the store, or make one of the current weights; the process group is up by now."""
         strategy = self.trainer.strategy
         self.store_path, self.folder = strategy.broadcast((self.store_path, self.folder))
-        self.share = (self.trainer.global_rank, self.trainer.world_size)
-        if self.trainer.is_global_zero:
-            self._prepare_store()
-        strategy.barrier("attribution store")
-        self.store = FeatureStore.open(self.store_path, writer=self.trainer.is_global_zero)
-        self.store.check(self.fingerprint)
-        self.used: Sequence[Snapshot] = self.method.select(self.store.manifest.usable)
-        self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
+        self.processes = Processes(self.trainer.global_rank, self.trainer.world_size, strategy.root_device)
+        with self.processes.together():
+            if self.trainer.is_global_zero:
+                self._prepare_store()
+        with self.processes.together():
+            self.store = FeatureStore.open(self.store_path, writer=self.trainer.is_global_zero)
+            self.store.check(self.fingerprint)
+            self.used: Sequence[Snapshot] = self.method.select(self.store.manifest.usable)
+            self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        return self.processes.rank, self.processes.count
 
     def _prepare_store(self) -> None:
         if not FeatureStore.exists(self.store_path):
@@ -150,10 +156,12 @@ class AttributionStep(nn.Module):
         rank, world = self.share
         jobs = []
         for snapshot in self.used:
-            shards: Sequence[int] = self.store.missing(snapshot.key)[rank::world]
+            blocks = [self.store.rows(shard) for shard in self.store.missing(snapshot.key)[rank::world]]
             if self.method.projector is None:  # only the values beside the features are wanted, for the result
-                shards = self.own_shards if snapshot is self.used[-1] else ()
-            jobs.append((snapshot.key, True, OrderedLoader(self.train_data, self._batches(shards))))
+                # A process without rows reads one that is another's, for the form of the values.
+                blocks = (self.own_blocks or [range(1)]) if snapshot is self.used[-1] else []
+            batches = [batch for block in blocks for batch in self.train_data.batches(block)]
+            jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
             source = self.target_data or self.train_data
             jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
         return _Jobs(jobs, self.close)
@@ -163,11 +171,14 @@ class AttributionStep(nn.Module):
         """Shards that this process scores."""
         return range(self.store.manifest.num_shards)[self.share[0] :: self.share[1]]
 
-    def _batches(self, shards: Sequence[int]) -> list[Sequence[int]]:
-        return list(chain.from_iterable(self.train_data.batches(self.store.rows(shard)) for shard in shards))
-
-    def _own_rows(self) -> list[int]:
-        return [row for shard in self.own_shards for row in self.store.rows(shard)]
+    @property
+    def own_blocks(self) -> list[range]:
+        """Rows that this process scores: whole shards where features are stored, else an equal part in one piece."""
+        if self.method.projector is not None:
+            return [self.store.rows(shard) for shard in self.own_shards]
+        n, size, (rank, world) = len(self.train_data), self.store.manifest.shard_rows, self.share
+        part = range(n)[n * rank // world : n * (rank + 1) // world]
+        return [part[start : start + size] for start in range(0, len(part), size)]
 
     def _own_targets(self) -> Sequence[int]:
         rank, world = self.share
@@ -205,7 +216,7 @@ class AttributionStep(nn.Module):
         return len(rows)
 
     def close(self, *failure: Any) -> None:
-        """Wait for the training features that are on their way to the disk; an ``ExitStack`` may call it."""
+        """Wait for the training features that are on their way to the disk."""
         if self.writer is not None:
             self.writer.__exit__(*failure or (None, None, None))
 
@@ -253,20 +264,27 @@ class AttributionStep(nn.Module):
 
     def on_predict_end(self) -> None:
         """Score, once every process has featurized its share."""
-        self.close()
-        self.trainer.strategy.barrier("attribution features")
-        if self.store.writer:
-            for snapshot in self.used:
-                self.store.adopt(snapshot.key)
-        self.trainer.strategy.barrier("attribution manifest")
-        self.store.reload()
-        self.result = self._score()
-        if self.trainer.is_global_zero and self.trainer.strategy.launcher is not None:
-            self.result.save(self.folder)
-        self.trainer.strategy.barrier("attribution result")
+        with self.processes.together():
+            self.close()
+        with self.processes.together():
+            if self.store.writer:
+                for snapshot in self.used:
+                    self.store.adopt(snapshot.key)
+        with self.processes.together():
+            self.store.reload()
+            self.result = self._score()
+            if self.trainer.is_global_zero and self.trainer.strategy.launcher is not None:
+                self.result.save(self.folder)
+
+    def end(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Leave the run, for an ``ExitStack``: where it failed here, the other processes hear of it."""
+        self.close(kind, error, traceback)
+        if isinstance(error, Exception):
+            self.processes.tell(error)
 
     def _score(self) -> AttributionResult:
-        train = Replay(lambda: self._samples(self.train_data).batches(self._own_rows()))
+        own = [row for block in self.own_blocks for row in block]
+        train = Replay(lambda: self._samples(self.train_data).batches(own))
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
         scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
@@ -312,7 +330,8 @@ class AttributionStep(nn.Module):
         """Loss and, if there is one, label of every training sample, at the last snapshot."""
         last = self.used[-1].key
         if last in self.kept:
-            columns = self._joined(self.kept[last].columns, self._own_rows(), len(self.train_data))
+            own = [row for block in self.own_blocks for row in block]
+            columns = self.processes.joined(self.kept[last].columns, own)
             return columns["loss"], columns.get("label")
         columns = next(self.store.blocks(last, [0]))[1]
         return self.store.column(last, "loss"), self.store.column(last, "label") if "label" in columns else None
@@ -321,11 +340,9 @@ class AttributionStep(nn.Module):
         rank, world = self.share
         return SnapshotFeatures(
             blocks=lambda: self._blocks(snapshot.key),
-            targets=self._joined(
-                self.tables[snapshot.key].columns, self.target_rows[rank::world], len(self.target_rows)
-            ),
+            targets=self.processes.joined(self.tables[snapshot.key].columns, self.target_rows[rank::world]),
             learning_rate=snapshot.learning_rate,
-            reduce=self._sum,
+            reduce=self.processes.sum,
             target_rows=self.target_rows,
             model=self._model(snapshot, train) if self.method.projector is None else None,
             layers=self.layers[snapshot.key],
@@ -338,19 +355,9 @@ class AttributionStep(nn.Module):
         if key not in self.kept:
             return self.store.blocks(key, self.own_shards)
         columns = self.kept[key].columns
-        rows = (self.store.rows(shard) for shard in self.own_shards)
-        return ((own, {name: values[own.start : own.stop] for name, values in columns.items()}) for own in rows)
-
-    def _joined(self, columns: dict[str, Tensor], own: Sequence[int], count: int) -> dict[str, Tensor]:
-        """Bring the rows of all processes together."""
-        if self.share[1] == 1:
-            return columns
-        others = torch.ones(count, dtype=torch.bool)
-        others[list(own)] = False
-        return {
-            name: self._sum(values.masked_fill(others.view(-1, *[1] * (values.ndim - 1)), 0))
-            for name, values in columns.items()
-        }
+        return (
+            (own, {name: values[own.start : own.stop] for name, values in columns.items()}) for own in self.own_blocks
+        )
 
     def _model(self, snapshot: Snapshot, train: Replay) -> SnapshotModel:
         set_trainable(self.module, snapshot.trainable)
@@ -372,7 +379,7 @@ class AttributionStep(nn.Module):
             target_plan=self._target_plan(plan),
             precision=self.trainer.precision_plugin.forward_context,
             memory=self.memory,
-            reduce=self._sum,
+            reduce=self.processes.sum,
             folder=inside(self.store.path, snapshot.folder, "computed"),
             place=self.store.place(snapshot.key, "computed"),
             writer=self.trainer.is_global_zero,
@@ -383,14 +390,6 @@ class AttributionStep(nn.Module):
 
     def _samples(self, source: DataSource) -> Samples:
         return samples_on_device(self.trainer, self.module, self.datamodule, source)
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over the processes."""
-        if self.share[1] == 1:
-            return tensor
-        on_device = tensor.to(self.trainer.strategy.root_device)
-        torch.distributed.all_reduce(on_device)
-        return on_device.to(tensor.device)
 
 
 class _Jobs:

@@ -242,7 +242,7 @@ def attribute(
         data = [source.dataset for source in (train, target) if source is not None]
         stack.enter_context(undisturbed(module, *data))
         stack.enter_context(loaded(module))
-        stack.push(step.close)
+        stack.push(step.end)
         trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above
         # A spawning strategy computed the result in other processes.
         return step.result if step.result is not None else AttributionResult.load(step.folder)

@@ -25,7 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "highlights",
         "trainable",
     ),
-    ("draws", "trajectories", "headers", "paths"),
+    ("draws", "processes", "trajectories", "headers", "paths"),
     ("optimizer_state",),
     ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
     ("curvature", "reductions", "training_step", "sealed"),

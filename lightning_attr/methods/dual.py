@@ -95,8 +95,8 @@ class DualKernel:
             )
         found = list(model.train(self.factors))
         self.own: Sequence[range] = [rows for rows, _ in found]
-        self.columns = {name: _gathered(snapshot, n, found, name) for name in ("out_to_loss", "newton_weight")}
-        self.features = _gathered(snapshot, n, found, "features")
+        self.columns = {name: _gathered(snapshot, found, name) for name in ("out_to_loss", "newton_weight")}
+        self.features = _gathered(snapshot, found, "features", self.factors.dim)
         self.roots = torch.ones(n, dtype=torch.float64, device=model.device)
         if weighted:
             weights = self.columns["newton_weight"].double()
@@ -166,11 +166,11 @@ class DualKernel:
 
 
 def _gathered(
-    snapshot: SnapshotFeatures, n: int, found: Sequence[tuple[range, dict[str, Tensor]]], name: str
+    snapshot: SnapshotFeatures, found: Sequence[tuple[range, dict[str, Tensor]]], name: str, *width: int
 ) -> Tensor:
-    """Bring the rows of all processes together."""
-    like = found[0][1][name]
-    whole = like.new_zeros(n, *like.shape[1:])
+    """Bring the rows of all processes together; one may have none."""
+    model = model_of(snapshot)
+    whole = torch.zeros(model.n_train, *width, dtype=model.dtype, device=model.device)
     for rows, columns in found:
         whole[rows.start : rows.stop] = columns[name]
     return snapshot.reduce(whole)
