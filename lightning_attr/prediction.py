@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +151,7 @@ class AttributionStep(nn.Module):
         """Rows of the target data set."""
         return range(len(self.target_data or self.train_data))
 
-    def predict_dataloader(self) -> _Jobs:
+    def predict_dataloader(self) -> Jobs:
         """List this process's share of the work, snapshot after snapshot: missing training rows, then targets."""
         rank, world = self.share
         jobs = []
@@ -164,7 +164,7 @@ class AttributionStep(nn.Module):
             jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
             source = self.target_data or self.train_data
             jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
-        return _Jobs(jobs, self.close)
+        return Jobs(jobs, self.close)
 
     @property
     def own_shards(self) -> Sequence[int]:
@@ -390,20 +390,3 @@ class AttributionStep(nn.Module):
 
     def _samples(self, source: DataSource) -> Samples:
         return samples_on_device(self.trainer, self.module, self.datamodule, source)
-
-
-class _Jobs:
-    """All batches of a process, one after the other, each with its snapshot and whether its rows are training rows."""
-
-    def __init__(self, jobs: Sequence[tuple[str, bool, OrderedLoader]], pause: Callable[[], None]) -> None:
-        self.jobs = jobs
-        self.pause = pause
-
-    def __len__(self) -> int:
-        return sum(len(loader) for _, _, loader in self.jobs)
-
-    def __iter__(self) -> Iterator[tuple[str, bool, list[int], Any]]:
-        for key, train, loader in self.jobs:
-            self.pause()  # no thread of ours runs while the loader forks its workers
-            for rows, batch in loader:
-                yield key, train, rows, batch

@@ -33,7 +33,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("manifest", "scores", "top_scores", "mixin", "loader", "testing"),
     ("snapshot_store", "store", "result", "data", "attributed", "contrastive", "diffusion"),
     ("mode_choice",),
-    ("shards", "featurizer"),
+    ("jobs", "shards", "featurizer"),
     ("snapshot_model", "positions"),
     ("methods",),
     ("attribute_arguments", "scoring", "transfer"),
