@@ -21,6 +21,7 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
+from lightning_attr.curvature.eigen import eigendecomposition
 from lightning_attr.curvature.fisher import GradientBatch
 from lightning_attr.curvature.kronecker_layout import KroneckerBlock, KroneckerLayout, WeightGradient, some
 from lightning_attr.curvature.kronecker_rotation import BatchUses, chunks, squared_gradients
@@ -208,6 +209,7 @@ class _Covariances:
         self.rows = zeros(block.rows, block.rows)
         self.columns = zeros(block.columns, block.columns)
         self.positions = zeros()
+        self.vectors = torch.zeros(2, dtype=torch.float64, device=device)  # that rows and columns are sums over
 
     def add(self, gradient: WeightGradient, labels: int) -> None:
         for samples in chunks(self.block, [gradient], labels=labels):
@@ -216,15 +218,19 @@ class _Covariances:
             self.rows += _gram(rows.unflatten(3, (labels, -1)).flatten(2, 3))
             self.columns += _gram(columns if alive.all() else columns * alive)
             self.positions += alive.sum((0, 2, 3))
+            count = rows.shape[0] * rows.shape[2]
+            self.vectors += self.vectors.new_tensor([count * labels, count])
 
     def reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
         self.rows, self.columns, self.positions = reduce(self.rows), reduce(self.columns), reduce(self.positions)
+        self.vectors = reduce(self.vectors)
 
     def decompose(self, samples: int, dtype: torch.dtype) -> BlockFactors:
         """Scaled so that their product estimates the second moment of the gradient of a sample."""
-        rows_eigenvalues, rows_basis = _eigh(self.block.weight, self.rows / samples, dtype)
+        row_vectors, column_vectors = (int(count) for count in self.vectors.tolist())
+        rows_eigenvalues, rows_basis = _eigh(self.block.weight, self.rows / samples, row_vectors, dtype)
         mean = self.columns / self.positions.clamp(min=1)[:, None, None]  # a group that no gradient reaches has none
-        columns_eigenvalues, columns_basis = _eigh(self.block.weight, mean, dtype)
+        columns_eigenvalues, columns_basis = _eigh(self.block.weight, mean, column_vectors, dtype)
         empty = self.rows.new_zeros(self.block.groups, self.block.rows, self.block.columns)
         return BlockFactors(rows_basis, rows_eigenvalues, columns_basis, columns_eigenvalues, empty)
 
@@ -300,10 +306,10 @@ def _gram(factors: Tensor) -> Tensor:
     return flat.mT @ flat
 
 
-def _eigh(name: str, covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _eigh(name: str, covariance: Tensor, vectors: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors; what rounding has left of eigenvalues that are zero becomes zero."""
     _check_finite(name, covariance)
-    eigenvalues, basis = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    eigenvalues, basis = eigendecomposition(name, (covariance + covariance.mT) / 2, vectors)
     noise = eigenvalues.shape[-1] * torch.finfo(dtype).eps * eigenvalues[..., -1:]
     return torch.where(eigenvalues > noise, eigenvalues, 0.0), basis.to(dtype)
 
