@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported with its logger set up
+    rank_zero_info,
+    rank_zero_warn,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -22,7 +25,7 @@ from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.featurizing import featurize, self_influence_at
 from lightning_attr.callbacks.guard import Guard, describe
 from lightning_attr.callbacks.rates import LearningRates
-from lightning_attr.callbacks.recording import Recording, announce, give_up, stopped_warning
+from lightning_attr.callbacks.recording import FINAL, Recording, announce, give_up, stopped_warning
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
@@ -156,6 +159,7 @@ class AttributionCallback(AnyCallback):
     def _forget(self) -> None:
         self._rates = LearningRates()
         self._failures: list[Exception] = []
+        self._training = False  # whether this fit is recorded, up to its very end
         self._recorded = Recording()
         self._incomplete: str | None = None
         self.stopped: Stopped | None = None
@@ -201,12 +205,7 @@ class AttributionCallback(AnyCallback):
             self._record(trainer, pl_module, epoch)  # the checkpoint was written just before this epoch's snapshot
         if trainer.global_step == 0 and self.schedule.due(-1):
             self._record(trainer, pl_module, -1)
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say why there was no training: Lightning passes over an empty data set in silence."""
-        if trainer.num_training_batches == 0:
-            train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
+        self._training = True
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         """Find the data and go the whole way with a few samples; return how many bytes the store keeps of each."""
@@ -295,6 +294,32 @@ class AttributionCallback(AnyCallback):
                     self._guard.together(partial(self._close_store, trainer))
                     self._guard.together(self.store.reload)
         self._spare.clear()
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take a snapshot of what the user ends with, if that is not what the last epoch gave: averaged weights."""
+        if trainer.num_training_batches == 0:  # Lightning passes over an empty data set in silence: say why
+            train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
+        training, self._training = self._training, False
+        if training and self.stopped is None:
+            epoch = trainer.current_epoch - 1
+            with self._guard.training(partial(self._stand_down, trainer, epoch)):
+                self._guard.together(partial(self._finish, trainer, pl_module, epoch))
+                self._guard.together(self.store.reload)
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        """Weights only, which the strategy has taken off the device: ``trainer.attribute`` computes the features."""
+        check_weights(pl_module, self.source, epoch)
+        if not trainer.is_global_zero:
+            return
+        state = self._optimizer_state(trainer, pl_module)
+        tensors, trainable = None if state is None else state.tensors(), trainable_names(pl_module)
+        weights = weights_of(pl_module)
+        if self._recorded.finish(self.store, weights, epoch=epoch, optimizer=tensors, trainable=trainable):
+            rank_zero_info(
+                f"The weights after `fit` are not those of the last epoch (averaged, or put back). {self.store.path} "
+                f"has them as the snapshot {FINAL!r}; `trainer.attribute` computes its features."
+            )
 
     def _close_store(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:

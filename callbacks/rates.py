@@ -24,6 +24,7 @@ class LearningRates:
         >>> net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
         >>> groups = [{"params": net[0].parameters(), "lr": 0.0}, {"params": net[1].parameters(), "lr": 0.5}]
         >>> rates = LearningRates()
+        >>> net(torch.ones(1)).backward()
         >>> for step in range(2):
         ...     rates.add(torch.optim.SGD(groups, lr=0.1), net, step)
         >>> rates.of(ParameterLayout.of(net))
@@ -39,14 +40,14 @@ class LearningRates:
         self._step = -1
 
     def add(self, optimizer: Optimizer, module: nn.Module, step: int) -> None:
-        """Add a step of an optimizer; frozen parameters take none.
+        """Add a step of an optimizer; frozen parameters take none, and without any gradient nothing moves.
 
         Args:
             optimizer: about to make its step.
             module: whose parameters count.
             step: number of the step; LBFGS comes here several times in each.
         """
-        if step == self._step:
+        if step == self._step or all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             return
         self._step = step
         groups = [(float(group.get("lr") or 0.0), group["params"]) for group in optimizer.param_groups]

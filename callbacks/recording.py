@@ -18,7 +18,10 @@ from lightning_attr.files import digest
 from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.store import FeatureStore
 
-__all__ = ["Recording", "announce", "give_up", "stopped_warning"]
+__all__ = ["FINAL", "Recording", "announce", "give_up", "stopped_warning"]
+
+FINAL = "final"
+"""Key of the snapshot of the weights that a run ends with, where those are not the last epoch's."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class Recording:
             same = same and (optimizer is None or expected.optimizer == digest(optimizer))
             if same and expected.weights == digest(weights):
                 return  # this run again, after it was killed
-        give_up(store, ahead)
+        give_up(store, [*ahead, *(end for end in store.snapshots if end.key == FINAL and end not in ahead)])
         store.add_snapshot(
             key,
             weights,
@@ -165,6 +168,45 @@ class Recording:
             trainable=trainable,
             rates=rates,
         )
+
+    def finish(
+        self,
+        store: FeatureStore,
+        weights: Mapping[str, Tensor],
+        *,
+        epoch: int,
+        optimizer: Mapping[str, Tensor] | None = None,
+        trainable: tuple[str, ...] | None = None,
+    ) -> bool:
+        """Store the weights that a run ends with, if something changed them after the last snapshot: averages do.
+
+        Args:
+            store: the run's.
+            weights: parameter or buffer name -> tensor.
+            epoch: index of the last epoch.
+            optimizer: the optimizer's state as tensors; None if it is not wanted.
+            trainable: names of the parameters that are not frozen; None for all.
+
+        Returns:
+            Whether there is such a snapshot. No optimizer step led to it, so that its learning rate is zero.
+        """
+        content = digest(weights)
+        before = [snapshot for snapshot in store.snapshots if snapshot.key == FINAL]
+        if content != self.weights and [snapshot.weights for snapshot in before] == [content]:
+            return True  # this run again
+        give_up(store, before)
+        if content == self.weights:
+            return False
+        store.add_snapshot(
+            FINAL,
+            weights,
+            epoch=epoch,
+            global_step=self.global_step,
+            learning_rate=0.0,
+            optimizer=optimizer,
+            trainable=trainable,
+        )
+        return True
 
 
 def give_up(store: FeatureStore, gone: Sequence[Snapshot]) -> None:

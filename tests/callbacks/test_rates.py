@@ -220,8 +220,11 @@ def test_lbfgs_comes_several_times_a_step(tmp_path: Path) -> None:
 
 def test_parameters_that_nobody_updates() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    rates = LearningRates()
-    rates.add(torch.optim.SGD(net[1].parameters(), lr=0.5), net, 0)
+    rates, optimizer = LearningRates(), torch.optim.SGD(net[1].parameters(), lr=0.5)
+    rates.add(optimizer, net, 0)
+    assert not rates.sums  # no gradients, no step: averaging callbacks run such epochs for BatchNorm
+    net(torch.ones(2)).sum().backward()
+    rates.add(optimizer, net, 0)
     assert rates.of(ParameterLayout.of(net))[1] == {"0.weight": 0.0, "0.bias": 0.0, "1.weight": 0.5, "1.bias": 0.5}
     assert LearningRates(rates.sums).of(ParameterLayout.of(net)) == rates.of(ParameterLayout.of(net))
 
