@@ -17,6 +17,7 @@ from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.featurizer import AttributionPlan, Featurizer
+from lightning_attr.jobs import Jobs
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, free_bytes
