@@ -216,7 +216,9 @@ def tell_zero(snapshot: SnapshotFeatures) -> None:
         snapshot: with zero gradients of all training samples, in all layers or in one.
 
     Example:
-        >>> snapshot = SnapshotFeatures.of({}, {})
+        >>> import torch
+        >>> features = {"features": torch.zeros(1, 1)}
+        >>> snapshot = SnapshotFeatures.of(features, features)
         >>> tell_zero(snapshot)
         >>> snapshot.memo["told zero"]
         True
