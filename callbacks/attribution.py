@@ -49,6 +49,7 @@ from lightning_attr.trainable import parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
 from lightning_attr.transfer import set_up_at
 from lightning_attr.worlds import AnyCallback
+from lightning_attr.writing import WriterLock
 
 __all__ = ["AttributionCallback"]
 
@@ -153,6 +154,7 @@ class AttributionCallback(AnyCallback):
         self.listeners: list[SnapshotListener] = []
         self.self_influence: Tensor | None
         self._path: Path | None = None
+        self._lock: WriterLock | None = None
         self._spare: list[Tensor] = []  # memory of shards, from one snapshot to the next
         self._forget()
 
@@ -240,7 +242,9 @@ class AttributionCallback(AnyCallback):
         return OptimizerState.of(trainer.optimizers, pl_module) if self.optimizer_state else None
 
     def _open_store(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution"
+        # Once and for all: the run may change its working directory.
+        self.dirpath = None if self.dirpath is None else self.dirpath.absolute()
+        path = (self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution").absolute()
         self._path = trainer.strategy.broadcast(path)
         fingerprint = Fingerprint(
             len(self.source),
@@ -257,20 +261,48 @@ class AttributionCallback(AnyCallback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
         if not trainer.is_global_zero:
             return
+        self._let_go()
+        self._lock = WriterLock(path)
         self._recorded.begin(
             path,
             fingerprint,
             batch_size=self.source.batch_size,
             started=digest(weights_of(pl_module)) if trainer.global_step == 0 else None,
-            step=trainer.global_step,
             feature_dtype=self.feature_dtype,
         )
+
+    def _beat(self) -> None:
+        """Show to other machines that this run lives, every so many seconds."""
+        if self._lock is not None:
+            self._lock.beat()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @override
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Give a sign of life in long validations, too."""
+        self._beat()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let others write the store."""
+        self._let_go()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let others write the store."""
+        if stage == "fit":
+            self._let_go()
 
     # While training ---------------------------------------------------------------------------------------------
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Integrate the learning rates."""
+        self._beat()
         with self._guard.training(self._failures.append):
             self._rates.add(optimizer, pl_module, trainer.global_step)
 

@@ -39,7 +39,7 @@ class Recording:
         >>> import tempfile, torch
         >>> fingerprint = Fingerprint(3, None, {"w": (2,)}, None)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     begun = {"batch_size": 1, "started": "ab", "step": 0, "feature_dtype": "float16"}
+        ...     begun = {"batch_size": 1, "started": "ab", "feature_dtype": "float16"}
         ...     Recording().begin(Path(folder), fingerprint, **begun)
         ...     store = FeatureStore.open(folder)
         ...     Recording().add(store, "epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=1, learning_rate=0.1)
@@ -58,7 +58,6 @@ class Recording:
         *,
         batch_size: int,
         started: str | None,
-        step: int,
         feature_dtype: str,
     ) -> None:
         """Make the store, or see to it that the one that is there is of this run.
@@ -68,7 +67,6 @@ class Recording:
             fingerprint: what is attributed.
             batch_size: samples a batch while featurizing.
             started: digest of the weights that the run starts from; None if it goes on from a checkpoint.
-            step: optimizer steps taken.
             feature_dtype: how features are stored.
 
         Raises:
@@ -83,12 +81,13 @@ class Recording:
                     f"{path} keeps features in {stored}, but here `feature_dtype` is {feature_dtype!r}. Pass "
                     f"feature_dtype={stored!r} to go on, or choose another `dirpath`; nothing in it was changed."
                 )
-            self._continue(store, started, step)
+            self._check_run(store, started)
             store.mark_stopped(None)
         else:
             FeatureStore.create(path, fingerprint, batch_size=batch_size, run=started, feature_dtype=feature_dtype)
 
-    def _continue(self, store: FeatureStore, started: str | None, step: int) -> None:
+    def _check_run(self, store: FeatureStore, started: str | None) -> None:
+        """See that a store is of this run; its snapshots are compared one by one when training comes to them."""
         remedy = (
             "Choose another `dirpath` (one for each run; FeatureStore.merge joins them), or delete this one; nothing "
             "in it was changed."
@@ -99,14 +98,11 @@ class Recording:
                     f"{store.path} holds another training run: it started from other weights. To run the same one "
                     f"again, seed it. {remedy}"
                 )
-            return  # its snapshots are compared one by one when training comes to them
-        if self.weights and all(snapshot.weights != self.weights for snapshot in store.snapshots):
+        elif self.weights and all(snapshot.weights != self.weights for snapshot in store.snapshots):
             raise StoreMismatchError(
                 f"{store.path} holds another training run: the snapshot of step {self.global_step}, after which this "
                 f"checkpoint was written, is not in it. {remedy}"
             )
-        # That of this very step is compared before training goes on.
-        give_up(store, [snapshot for snapshot in self.ahead(store) if snapshot.global_step != step])
 
     def ahead(self, store: FeatureStore) -> list[Snapshot]:
         """List the snapshots of an earlier run through here that this one has not come to.

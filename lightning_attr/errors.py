@@ -16,6 +16,7 @@ __all__ = [
     "MissingDependencyError",
     "NegativeCurvatureError",
     "NonFiniteGradientError",
+    "StoreInUseError",
     "StoreMismatchError",
     "UnsupportedLayerError",
     "named_samples",
@@ -34,6 +35,10 @@ class AttributionError(RuntimeError):
 
 class StoreMismatchError(AttributionError):
     """A store was written for another model, data set, projection or run than the one at hand."""
+
+
+class StoreInUseError(AttributionError):
+    """Another process writes a store, which has one writer at a time; the message says which."""
 
 
 class IncompleteFeaturesError(AttributionError):

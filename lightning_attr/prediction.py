@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.access import open_store, take, usable_snapshots
 from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.data import named_targets
@@ -32,6 +33,7 @@ from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import set_trainable, trainable_names
 from lightning_attr.transfer import samples_on_device, set_up_at, to_device
+from lightning_attr.writing import WriterLock
 
 __all__ = ["AttributionStep"]
 
@@ -87,7 +89,7 @@ class AttributionStep(nn.Module):
         self.method = method
         self.train_data = train
         self.target_data = targets
-        self.store_path = store_path
+        self.store_path = store_path.absolute()  # what is run may change the working directory
         self.fingerprint = fingerprint
         self.noise_mask = noise_mask
         self.topk = topk
@@ -100,6 +102,7 @@ class AttributionStep(nn.Module):
         self.processes = Processes(0, 1, torch.device("cpu"))  # until the strategy is set up
         self.result: AttributionResult | None = None
         self.writer: ShardWriter | None = None
+        self.lock: WriterLock | None = None
         self.spare: list[Tensor] = []
         self.kept: dict[str, RowTable] = {}  # columns of this process's training rows, of snapshots without shards
 
@@ -110,13 +113,18 @@ class AttributionStep(nn.Module):
         strategy = self.trainer.strategy
         self.store_path, self.folder = strategy.broadcast((self.store_path, self.folder))
         self.processes = Processes(self.trainer.global_rank, self.trainer.world_size, strategy.root_device)
+        only_read: str | None = None
         with self.processes.together():
             if self.trainer.is_global_zero:
-                self._prepare_store()
+                self.lock, only_read = take(self.store_path)
+                if only_read is None:
+                    self._prepare_store()
+        self.only_read: str | None = strategy.broadcast(only_read)
         with self.processes.together():
-            self.store = FeatureStore.open(self.store_path, writer=self.trainer.is_global_zero)
+            self.store = open_store(self.store_path, self.trainer.is_global_zero, self.only_read)
             self.store.check(self.fingerprint)
-            self.used: Sequence[Snapshot] = self.method.select(self.store.manifest.usable)
+            usable = usable_snapshots(self.store, self.only_read, self.method.projector is not None)
+            self.used: Sequence[Snapshot] = self.method.select(usable)
             self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
 
     @property
@@ -272,14 +280,19 @@ class AttributionStep(nn.Module):
                 for snapshot in self.used:
                     self.store.adopt(snapshot.key)
         with self.processes.together():
-            self.store.reload()
+            if self.only_read is None:
+                self.store.reload()
             self.result = self._score()
             if self.trainer.is_global_zero and self.trainer.strategy.launcher is not None:
                 self.result.save(self.folder)
+        if self.lock is not None:
+            self.lock.release()
 
     def end(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Leave the run, for an ``ExitStack``: where it failed here, the other processes hear of it."""
         self.close(kind, error, traceback)
+        if self.lock is not None:
+            self.lock.release()
         if isinstance(error, Exception):
             self.processes.tell(error)
 

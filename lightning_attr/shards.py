@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_attr.store import FeatureStore
+from lightning_attr.writing import beat
 
 __all__ = ["RowTable", "ShardWriter"]
 
@@ -63,6 +64,7 @@ class ShardWriter:
         Raises:
             AttributionError: if the shard before could not be written.
         """
+        beat(self.store.path)
         own = {name: values.detach().cpu() for name, values in columns.items()}
         if self.features is not None:
             _put(own.pop("features"), self.features[len(self.rows) :][: len(rows)])

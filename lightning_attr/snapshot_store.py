@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 from typing_extensions import Self
@@ -14,11 +16,31 @@ from lightning_attr.files import digest, link_file, move_aside, read_tensors, wr
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot, Stopped
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.paths import check_key, inside, regular_files
+from lightning_attr.writing import WriterLock
 
-__all__ = ["OPTIMIZER", "SnapshotStore"]
+__all__ = ["OPTIMIZER", "SnapshotStore", "one_writer"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="SnapshotStore")
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
 WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
+
+
+def one_writer(change: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a method change the store while no other process does, and begin with what the store is by now."""
+
+    @wraps(change)
+    def changed(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self.writer:
+            return change(self, *args, **kwargs)
+        self.check_there()
+        with WriterLock(self.path):
+            self.refresh()
+            return change(self, *args, **kwargs)
+
+    return changed
 
 
 class SnapshotStore:
@@ -43,6 +65,7 @@ class SnapshotStore:
         self.path = Path(path).absolute()  # a run may change its working directory
         self.manifest = manifest
         self.writer = writer
+        self._state = self._on_disk()
 
     @classmethod
     def open(cls, path: str | Path, writer: bool = True) -> Self:
@@ -58,8 +81,44 @@ class SnapshotStore:
         return cls(path, Manifest.read(Path(path).absolute() / MANIFEST), writer)
 
     def reload(self) -> None:
-        """Read the manifest again, to see what another process entered."""
-        self.manifest = Manifest.read(self.path / MANIFEST)
+        """Read the manifest again, to see what another process entered.
+
+        Raises:
+            StoreMismatchError: if the store was deleted, or is another one by now.
+        """
+        self.check_there()
+        state, manifest = self._on_disk(), Manifest.read(self.path / MANIFEST)
+        if manifest.id != self.manifest.id:
+            raise StoreMismatchError(
+                f"{self.path} holds another store than the one that was opened here: it was deleted and made anew. "
+                "Open it again, or use another directory."
+            )
+        self.manifest, self._state = manifest, state
+
+    def refresh(self) -> None:
+        """Read the manifest again if it is not as this object left it."""
+        if self._state is not None and self._state != self._on_disk():
+            self.reload()
+
+    def check_there(self) -> None:
+        """See that the store is still there.
+
+        Raises:
+            StoreMismatchError: if it was deleted.
+        """
+        if self._state is not None and self._on_disk() is None:
+            raise StoreMismatchError(
+                f"{self.path} was deleted while it was in use: its {MANIFEST} is gone, and what was recorded. Let "
+                "nothing clean that directory up, or choose another one."
+            )
+
+    def _on_disk(self) -> tuple[int, int, int] | None:
+        """What tells one written manifest from another; None if there is none."""
+        try:
+            info = (self.path / MANIFEST).stat()
+        except OSError:
+            return None
+        return info.st_ino, info.st_mtime_ns, info.st_size
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -108,8 +167,13 @@ class SnapshotStore:
         """
         self.fingerprint.check(fingerprint, str(self.path))
         if self.fingerprint.projector is None and fingerprint.projector is not None:
-            self._save(replace(self.manifest, fingerprint=replace(self.fingerprint, projector=fingerprint.projector)))
+            self._adopt_projector(fingerprint.projector)
 
+    @one_writer
+    def _adopt_projector(self, config: Mapping[str, Any]) -> None:
+        self._save(replace(self.manifest, fingerprint=replace(self.fingerprint, projector=config)))
+
+    @one_writer
     def add_snapshot(
         self,
         key: str,
@@ -262,6 +326,7 @@ class SnapshotStore:
     def _remedy(self, key: str) -> str:
         return f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
 
+    @one_writer
     def mark_stopped(self, stopped: Stopped | None) -> None:
         """Note that the recording ended before the run did, or that it goes on after all.
 
@@ -271,6 +336,7 @@ class SnapshotStore:
         if self.manifest.stopped != stopped:
             self._save(replace(self.manifest, stopped=stopped))
 
+    @one_writer
     def set_aside(self, keys: Iterable[str]) -> None:
         """Take snapshots out of the store; their files move to ``abandoned/``, nothing is deleted.
 
@@ -307,15 +373,17 @@ class SnapshotStore:
             raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
         folders = [(source.path, snapshot.folder) for source in sources for snapshot in source.manifest.usable]
         files = [(root / folder, regular_files(root, folder)) for root, folder in folders]
-        for (folder, own), snapshot in zip(files, merged.snapshots, strict=True):
-            for file in own:
-                target = merged.path / snapshot.folder / file.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                link_file(file, target)
-        merged._save(merged.manifest)
+        with WriterLock(merged.path):
+            for (folder, own), snapshot in zip(files, merged.snapshots, strict=True):
+                for file in own:
+                    target = merged.path / snapshot.folder / file.relative_to(folder)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    link_file(file, target)
+            merged._save(merged.manifest)
         return merged
 
     def _save(self, manifest: Manifest) -> None:
         if self.writer:
             manifest.write(inside(self.path, MANIFEST))
+            self._state = self._on_disk()
         self.manifest = manifest

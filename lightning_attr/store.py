@@ -4,6 +4,7 @@
 
     attribution/
       manifest.json                                 what, how, which rows; checksums
+      claims/writer.0                               who writes, while somebody does
       snapshots/epoch=0003-step=000092/
         weights.safetensors                         parameters and buffers
         frozen.safetensors                          linked, where most weights are frozen, as under adapters
@@ -38,7 +39,8 @@ from lightning_attr.files import digest, read_tensors, remains, write_tensors
 from lightning_attr.headers import config_digest
 from lightning_attr.manifest import Fingerprint, Manifest
 from lightning_attr.paths import inside
-from lightning_attr.snapshot_store import OPTIMIZER, SnapshotStore
+from lightning_attr.snapshot_store import OPTIMIZER, SnapshotStore, one_writer
+from lightning_attr.writing import WriterLock
 
 __all__ = ["FeatureStore"]
 
@@ -103,7 +105,10 @@ class FeatureStore(SnapshotStore):
         rows = max(_SHARD_ROWS, -(-fingerprint.length // _MOST_SHARDS))
         shard_rows = -(-rows // batch_size) * batch_size
         store = cls(path, Manifest(fingerprint, shard_rows, run, feature_dtype=feature_dtype))
-        store._save(store.manifest)
+        with WriterLock(store.path):
+            if cls.exists(path):  # by now: another process was first
+                raise StoreMismatchError(f"{path} already holds an attribution store, made this very moment. Open it.")
+            store._save(store.manifest)
         return store
 
     # Features -------------------------------------------------------------------------------------------------------
@@ -131,6 +136,7 @@ class FeatureStore(SnapshotStore):
         """
         return [shard for shard in range(self.manifest.num_shards) if shard not in self.snapshot(key).shards]
 
+    @one_writer
     def write_shard(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
         """Store the rows of a shard.
 
@@ -147,6 +153,7 @@ class FeatureStore(SnapshotStore):
         content = write_tensors(self._shard_path(key, shard), stored, self._shard_place(key, shard))
         self._enter(key, shards={**self.snapshot(key).shards, shard: content})
 
+    @one_writer
     def adopt(self, key: str) -> None:
         """Enter the shards that other processes, or one that was killed, wrote without entering them.
 
@@ -239,6 +246,7 @@ class FeatureStore(SnapshotStore):
 
     # Upkeep ---------------------------------------------------------------------------------------------------------
 
+    @one_writer
     def repair(self) -> list[Path]:
         """Drop shards and optimizer states that are missing or damaged, and the remains of killed runs.
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.claims import STALE_AFTER, Claim, Claims, create_once
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
-from lightning_attr.evaluation.claims import STALE_AFTER, Claim, Claims, create_once
 from lightning_attr.evaluation.subsets import Retraining, RetrainingPlan
 from lightning_attr.fields import checked, integer, one_of, sha256, text
 from lightning_attr.files import RESTORE, digest, read_tensors, remains, write_tensors

@@ -283,8 +283,9 @@ def _retrain(
     if num_workers < 1:
         raise ValueError(f"Expected argument `num_workers` to be a positive integer, but got {num_workers}.")
     check_vectorise(vectorise)
+    dirpath = Path(dirpath).absolute()  # what the functions do may change the working directory
     recipe = make_train().recipe()
-    records = Records.prepare(Path(dirpath), make_plan(recipe["n_train"]), recipe)
+    records = Records.prepare(dirpath, make_plan(recipe["n_train"]), recipe)
     make = partial(_train, make_train, recipe, vectorise)
     if num_workers == 1 or not records.unfinished():
         fill(records, make(), keep_checkpoints, progress)

@@ -12,8 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_attr.claims import Claim
 from lightning_attr.errors import AttributionError
-from lightning_attr.evaluation.claims import Claim
 from lightning_attr.evaluation.ground_truth import Records
 from lightning_attr.evaluation.pilot import NotVectorisableError, Pilot
 from lightning_attr.evaluation.retraining import LightningRetraining, diverged, isolated, save_checkpoint

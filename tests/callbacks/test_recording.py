@@ -24,7 +24,7 @@ def weights(step: int) -> dict[str, torch.Tensor]:
 
 
 def begin(path: Path, recording: Recording | None = None, **changes: Any) -> FeatureStore:
-    settings = {"batch_size": 4, "started": "start", "step": 0, "feature_dtype": "float16", **changes}
+    settings = {"batch_size": 4, "started": "start", "feature_dtype": "float16", **changes}
     (recording or Recording()).begin(path, settings.pop("fingerprint", FINGERPRINT), **settings)
     return FeatureStore.open(path)
 
@@ -92,11 +92,14 @@ def test_another_course_sets_the_rest_aside(tmp_path: Path, changes: dict[str, A
     assert sorted(folder.name for folder in (tmp_path / "abandoned").iterdir()) == ["step=2", "step=3"]
 
 
-def test_resuming_gives_up_what_lies_ahead_but_for_the_step_at_hand(tmp_path: Path) -> None:
-    _, recordings = recorded(tmp_path)
-    with pytest.warns(UserWarning, match="moved step=3 to"):
-        begin(tmp_path, recordings[1], started=None, step=2)
-    assert keys(tmp_path) == ["step=1", "step=2"]
+def test_resuming_keeps_what_lies_ahead_as_long_as_it_is_what_the_run_records_again(tmp_path: Path) -> None:
+    _, recordings = recorded(tmp_path, steps=4)
+    store = begin(tmp_path, recordings[1], started=None)
+    recording = add(store, recordings[1], 2)
+    assert keys(tmp_path) == ["step=1", "step=2", "step=3", "step=4"]
+    with pytest.warns(UserWarning, match="is written anew from step 3 on; moved step=3, step=4 to"):
+        add(store, recording, 3, weights=weights(9))
+    assert keys(tmp_path) == ["step=1", "step=2", "step=3"]
 
 
 def test_nothing_is_given_up_in_silence(tmp_path: Path) -> None:

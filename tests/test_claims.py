@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lightning_attr.evaluation import claims as module
-from lightning_attr.evaluation.claims import Claims, create_once
+from lightning_attr import claims as module
+from lightning_attr.claims import Claims, create_once
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
 from lightning_attr.files import write_bytes
+from lightning_attr.paths import read_regular
 
 __all__ = ["Claim", "Claims", "create_once"]
 
@@ -91,6 +93,12 @@ class Claim:
             with suppress(FileNotFoundError):  # another took it over; both will write the same
                 os.utime(self.folder / f"{self.name}.{self.number}")
 
+    @property
+    def lost(self) -> bool:
+        """Whether another process took it over, or deleted it, for want of signs of life."""
+        own, after = (self.folder / f"{self.name}.{self.number + i}" for i in (0, 1))
+        return not own.exists() or after.exists()
+
     def release(self) -> None:
         """Give it back, with those of dead owners before."""
         for number in range(self.number + 1):  # the own one last: until then nobody takes it
@@ -111,6 +119,7 @@ class Claims:
     Args:
         folder: where; made if it is not there.
         stale_after: seconds without a sign of life after which a claim is void.
+        trusting: whether a process of this machine keeps a claim as long as it runs, with no other sign of life.
 
     Example:
         >>> import tempfile
@@ -121,8 +130,9 @@ class Claims:
         0
     """
 
-    def __init__(self, folder: Path, stale_after: float = STALE_AFTER) -> None:
-        self.folder, self.stale_after = folder, stale_after
+    def __init__(self, folder: Path, stale_after: float = STALE_AFTER, trusting: bool = False) -> None:
+        self.folder, self.stale_after, self.trusting = folder, stale_after, trusting
+        self._seen: dict[Path, tuple[float, float]] = {}  # last sign of life of each, and when it was first seen here
         folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, name: str) -> Claim | None:
@@ -134,12 +144,19 @@ class Claims:
         Returns:
             The claim; None if another has it. Whether the work is not done yet is to be checked after this, not before.
         """
-        numbers = [int(file.suffix[1:]) for file in self.folder.glob(f"{name}.*")]
-        last = max(numbers, default=-1)
+        last = self._last(name)
         before = self.folder / f"{name}.{last}"
         if last >= 0 and self._alive(before):
             return None
-        content = {"host": platform.node(), "pid": os.getpid(), "process": _TOKEN, "time": time.time()}
+        me = os.getpid()
+        content: dict[str, object] = {
+            "host": platform.node(),
+            "space": _SPACE,
+            "pid": me,
+            "started": _started(me),
+            "process": _TOKEN,
+        }
+        content["time"] = time.time()
         if not create_once(self.folder / f"{name}.{last + 1}", json.dumps(content).encode()):
             return None
         claim = Claim(self.folder, name, last + 1)
@@ -149,16 +166,71 @@ class Claims:
             return None
         return claim
 
-    def _alive(self, path: Path) -> bool:
+    def owner(self, name: str) -> str | None:
+        """Tell who has a piece of work.
+
+        Args:
+            name: of the work.
+
+        Returns:
+            Process and machine, and the age of its last sign of life; None if nobody has it.
+        """
+        path = self.folder / f"{name}.{self._last(name)}"
         try:
-            owner, beat = json.loads(path.read_bytes()), path.stat().st_mtime
+            owner, beat = _read(path), path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        age = self._now() - beat
+        when = f"{age:.0f} s ago" if age >= 0 else f"{-age:.0f} s ahead of the clock here"
+        return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown machine')} ({when})"
+
+    def last_beat(self, name: str) -> float | None:
+        """Tell when the owner of a piece of work gave a sign of life.
+
+        Args:
+            name: of the work.
+
+        Returns:
+            By the clock of the file system, in seconds; None if nobody has it.
+        """
+        try:
+            return (self.folder / f"{name}.{self._last(name)}").stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def elsewhere(self, name: str) -> bool:
+        """Whether the owner is of another machine, where only its signs of life tell that it runs.
+
+        Args:
+            name: of the work.
+
+        Returns:
+            False too if nobody has it.
+        """
+        try:
+            return not _is_here(_read(self.folder / f"{name}.{self._last(name)}"))
         except FileNotFoundError:
             return False
-        except ValueError:  # without links there is a moment between creating and writing it
-            owner, beat = {}, path.stat().st_mtime
-        if owner.get("host") == platform.node() and not _runs(owner["pid"], owner["process"]):
+
+    def _last(self, name: str) -> int:
+        numbers = [file.suffix[1:] for file in self.folder.glob(f"{name}.*")]
+        return max((int(number) for number in numbers if number.isdecimal() and len(number) < 10), default=-1)
+
+    def _alive(self, path: Path) -> bool:
+        try:
+            owner, beat = _read(path), path.stat().st_mtime
+        except FileNotFoundError:
             return False
-        return self._now() - beat < self.stale_after
+        if _is_here(owner):
+            if not _runs(owner):
+                return False
+            if self.trusting and owner.get("started") is not None:
+                return True
+        if self._seen.get(path, (None, 0.0))[0] != beat:
+            self._seen[path] = (beat, time.monotonic())
+        # Its clock may be ahead: then it is our own watch that says for how long there was no sign of life.
+        silence = max(self._now() - beat, time.monotonic() - self._seen[path][1])
+        return silence < self.stale_after
 
     def _now(self) -> float:
         """Tell the time of the file system, whose clock may differ from this machine's."""
@@ -169,10 +241,27 @@ class Claims:
         return now
 
 
-def _runs(pid: int, token: str) -> bool:
+def _read(path: Path) -> dict[str, Any]:
+    """What a claim says of its owner; nothing where it makes no sense."""
+    try:
+        owner = json.loads(read_regular(path, 10_000))
+    except (ValueError, RecursionError, PermissionError):  # without links there is a moment in which it is empty
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether an owner is of this machine, and of a container whose processes are seen from here."""
+    return owner.get("host") == platform.node() and owner.get("space", _SPACE) == _SPACE
+
+
+def _runs(owner: dict[str, Any]) -> bool:
     """Say whether a process of this machine is there, as far as one can tell."""
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or not 0 < pid < 2**31:
+        return False
     if pid == os.getpid():
-        return token == _TOKEN
+        return bool(owner.get("process") == _TOKEN)
     if os.name == "nt":  # where signal 0 is Ctrl+C
         return True
     try:
@@ -181,4 +270,23 @@ def _runs(pid: int, token: str) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    return owner.get("started") is None or owner["started"] == _started(pid)  # numbers of processes are used again
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in ticks since the machine did; None where that is not told."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _space() -> str | None:
+    """Tell containers of one machine apart, which do not see each other's processes."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
+
+
+_SPACE = _space()

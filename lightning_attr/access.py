@@ -1,0 +1,90 @@
+"""How an attribution uses a store: it adds what is missing, or only reads, where another process writes or none may."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_attr.errors import AttributionError, IncompleteFeaturesError
+from lightning_attr.manifest import Snapshot
+from lightning_attr.store import FeatureStore
+from lightning_attr.writing import WriterLock
+
+__all__ = ["open_store", "take", "usable_snapshots"]
+
+log = logging.getLogger(__name__)
+
+
+def take(path: Path) -> tuple[WriterLock | None, str | None]:
+    """Take the right to write a store, if it is to be had.
+
+    Args:
+        path: of the store, which need not be there yet.
+
+    Returns:
+        The right, or None and why the store can only be read.
+
+    Raises:
+        AttributionError: if there is no store to read, either.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lock, reason = take(Path(folder))
+        ...     lock.release()
+        >>> reason is None
+        True
+    """
+    try:
+        return WriterLock(path, patience=False), None
+    except AttributionError as error:
+        if not FeatureStore.exists(path):
+            raise
+        return None, str(error)
+
+
+def open_store(path: Path, writer: bool, only_read: str | None) -> FeatureStore:
+    """Open a store as one of the processes of an attribution.
+
+    Args:
+        path: of the store.
+        writer: whether this process writes the manifest, if any does.
+        only_read: why none does; None if one does.
+
+    Returns:
+        The store; what is complete but not on record counts, in this process's memory, where nothing can be written.
+    """
+    store = FeatureStore.open(path, writer and only_read is None)
+    if only_read is not None:
+        for snapshot in store.snapshots:
+            store.adopt(snapshot.key)
+    return store
+
+
+def usable_snapshots(store: FeatureStore, only_read: str | None, featurized: bool) -> Sequence[Snapshot]:
+    """List the snapshots that can be attributed at.
+
+    Args:
+        store: the store.
+        only_read: why nothing can be added to it; None if something can.
+        featurized: whether features of all training rows are needed.
+
+    Returns:
+        All that are usable; where features are needed and none can be added, those that are complete.
+
+    Raises:
+        IncompleteFeaturesError: if there is none of these.
+    """
+    snapshots = store.manifest.usable
+    if only_read is None or not featurized:
+        return snapshots
+    complete = [snapshot for snapshot in snapshots if not store.missing(snapshot.key)]
+    if not complete:
+        raise IncompleteFeaturesError(
+            f"No snapshot of {store.path} has the features of all training rows, and none can be added: {only_read}"
+        )
+    if len(complete) < len(snapshots):
+        left = ", ".join(snapshot.key for snapshot in snapshots if snapshot not in complete)
+        log.warning("Scores are without %s: features are missing there, and none can be added. %s", left, only_read)
+    return complete
