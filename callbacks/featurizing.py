@@ -16,7 +16,7 @@ from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
-from lightning_attr.transfer import to_device
+from lightning_attr.transfer import placed
 
 __all__ = ["featurize", "self_influence_at"]
 
@@ -44,7 +44,7 @@ def featurize(
     with writer, progress(trainer, title, len(batches)) as advance:
         for rows, batch in OrderedLoader(source, batches):
             batch = trainer.precision_plugin.convert_input(batch)
-            on_device = to_device(batch, pl_module, datamodule, trainer.strategy.root_device)
+            on_device = placed(batch, rows, pl_module, datamodule, trainer.strategy.root_device, source)
             with trainer.precision_plugin.forward_context():
                 room = writer.room(rows, featurizer.projection.dim, featurizer.dtype)
                 columns = featurizer(on_device, rows, room)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from lightning_attr.gradients.functional import call_with
 from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
 from lightning_attr.mixin import AttributionMixin
 from lightning_attr.outputs import ModelOutput
+from lightning_attr.samples_apart import SamplesApart
 from lightning_attr.testing import check_model_output
 from lightning_attr.training_step import check_training_step, has_training_step, training_loss
 
@@ -33,6 +34,7 @@ __all__ = [
     "has_mixin",
     "measured",
     "needs_setup",
+    "sample_values",
     "set_up",
 ]
 
@@ -103,7 +105,12 @@ def completed(module: Any, batch: Any, draw: Draw) -> Any:
         >>> completed(nn.Linear(1, 1), "batch", Draw([0]))
         'batch'
     """
-    return module.attribution_batch(batch, draw) if has_mixin(module) else batch
+    if not has_mixin(module):
+        return batch
+    if isinstance(batch, SamplesApart):
+        draws = (replace(draw, rows=[row]) for row in draw.rows)
+        return SamplesApart(module.attribution_batch(one, own) for one, own in zip(batch, draws, strict=True))
+    return module.attribution_batch(batch, draw)
 
 
 def set_up(module: Any, samples: Samples, snapshot: str) -> None:
@@ -256,6 +263,28 @@ def has_mixin(module: Any) -> bool:
         False
     """
     return isinstance(module, nn.Module) and hasattr(module, "attribution_step") and hasattr(module, "model_output")
+
+
+def sample_values(module: Any, batch: Any, batch_size: int) -> Tensor:
+    """Compute what is attributed of each sample, before anything about the module is known.
+
+    Args:
+        module: any that :func:`check_module` lets pass.
+        batch: a batch, :func:`completed`.
+        batch_size: number of samples in it.
+
+    Returns:
+        The model outputs, of the shape that the module gives them; else the negative loss of each sample, ``(b,)``.
+
+    Example:
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, nn.Linear): ...
+        >>> sample_values(Classifier(2, 3), (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])), 4).shape
+        torch.Size([4])
+    """
+    if has_mixin(module):
+        return _mixin_output(module, batch)[0]
+    return TrainingLoss("mean", captured=False).sample_outputs(module, batch, batch_size)
 
 
 # The mixin's model output ---------------------------------------------------------------------------------------

@@ -9,15 +9,32 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_attr.samples_apart import SamplesApart
+
 __all__ = [
     "batched_tensors",
     "dense_parts",
     "float_tensors",
+    "input_bytes",
     "join_batches",
+    "map_leaves",
     "map_tensors",
     "replace_tensors",
     "select_rows",
+    "shared_alias",
 ]
+
+_SHARED = "_shared_by_samples"
+
+
+class _SharedList(list[Any]):
+    """A list of one plain value each for something other than the samples."""
+
+
+class _SharedTuple(tuple[Any, ...]):
+    """Likewise."""
+
+    __slots__ = ()
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -38,6 +55,78 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return apply_to_collection(batch, Tensor, function)
 
 
+def shared_alias(leaf: Any) -> Any:
+    """Mark a tensor or a list of plain values as one that all samples of a batch share, however long it is.
+
+    Args:
+        leaf: tensor, list or tuple; it stays as it is.
+
+    Returns:
+        Another one of the same content, which nothing here splits.
+
+    Example:
+        >>> import torch
+        >>> scale = torch.ones(2)
+        >>> len(batched_tensors((scale, torch.zeros(2)), 2)), len(batched_tensors((shared_alias(scale),), 2))
+        (2, 0)
+    """
+    if isinstance(leaf, Tensor):
+        alias = leaf.detach()
+        setattr(alias, _SHARED, True)
+        return alias
+    return _SharedList(leaf) if isinstance(leaf, list) else _SharedTuple(leaf)
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to all of a batch that may have one entry a sample: tensors, and lists of plain values.
+
+    Args:
+        batch: any batch.
+        function: called with each tensor, and with each list or tuple of strings, numbers and the like.
+
+    Returns:
+        The same structure with the results in their places.
+
+    Example:
+        >>> import torch
+        >>> map_leaves({"x": torch.ones(2), "id": ["a", "b", "c"]}, len)
+        {'x': 2, 'id': 3}
+    """
+
+    def inner(data: Any) -> Any:
+        if isinstance(data, Tensor):
+            return function(data)
+        named = hasattr(data, "_fields")
+        if len(data) and not named and all(map(_is_plain, data)):
+            return function(data)
+        items = [apply_to_collection(item, (Tensor, list, tuple), inner) for item in data]
+        return type(data)(*items) if named else type(data)(items)
+
+    return apply_to_collection(batch, (Tensor, list, tuple), inner)
+
+
+def input_bytes(batch: Any, batch_size: int) -> tuple[int, torch.device | None]:
+    """Measure what the samples of a batch hold.
+
+    Args:
+        batch: any batch.
+        batch_size: number of samples in it.
+
+    Returns:
+        Bytes of the tensors of a sample, and their device; None where there are no tensors.
+
+    Example:
+        >>> import torch
+        >>> input_bytes((torch.ones(2, 3), "text"), 2)
+        (12, device(type='cpu'))
+    """
+    found: list[Tensor] = [] if isinstance(batch, SamplesApart) else batched_tensors(batch, batch_size)
+    if isinstance(batch, SamplesApart):
+        map_tensors(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    size = sum(part.nbytes for tensor in found for part in dense_parts(tensor))
+    return size // batch_size, found[0].device if found else None
+
+
 def batched_tensors(batch: Any, batch_size: int) -> list[Tensor]:
     """List the tensors whose first dimension is the batch, in the order of :func:`map_tensors`.
 
@@ -46,7 +135,7 @@ def batched_tensors(batch: Any, batch_size: int) -> list[Tensor]:
         batch_size: number of samples in it.
 
     Returns:
-        The tensors with ``shape[0] == batch_size``.
+        The tensors with ``shape[0] == batch_size``, but for those that are marked as shared.
 
     Example:
         >>> import torch
@@ -101,11 +190,15 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int] | Tensor) -> An
         >>> select_rows({"x": torch.arange(3), "text": ["a", "b", "c"]}, 3, [2])
         {'x': tensor([2]), 'text': ['c']}
     """
+    if isinstance(batch, SamplesApart):
+        return batch.rows(rows)
     index = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=torch.long)
 
     def select(data: Any) -> Any:
         if isinstance(data, Tensor):
             return _rows_of(data, index.to(data.device)) if _is_batched(data, batch_size) else data
+        if isinstance(data, (_SharedList, _SharedTuple)):
+            return data
         named = hasattr(data, "_fields")
         if len(data) == batch_size and not named and all(map(_is_plain, data)):
             return type(data)(data[row] for row in index.tolist())
@@ -164,6 +257,8 @@ def join_batches(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
         {'x': tensor([0., 0., 1.]), 'text': ['a', 'b', 'c']}
     """
     first = batches[0]
+    if all(isinstance(batch, SamplesApart) for batch in batches):
+        return SamplesApart(one for batch in batches for one in batch)
     if len({type(batch) for batch in batches}) > 1:
         raise ValueError(_APART)
     if isinstance(first, Tensor):
@@ -202,7 +297,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_batched(tensor: Tensor, batch_size: int) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == batch_size
+    return tensor.ndim > 0 and tensor.shape[0] == batch_size and not getattr(tensor, _SHARED, False)
 
 
 def float_tensors(batch: Any) -> list[Tensor]:

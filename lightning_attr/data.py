@@ -190,7 +190,7 @@ def _tell(say: Callable[[str], None], which: str, passed: Mapping[str, str]) -> 
 
 def _difference(targets: DataSource, train: DataSource) -> str | None:
     """Say what training samples have and targets lack, by the first of each; None where that is nothing."""
-    batch, model = targets.first(1)[1], train.first(1)[1]
+    batch, model = targets.wrapped_as(train).example(), train.example()
     if same_form(batch, model):
         return None
     return f"a batch of targets is {form(batch)} and one of training samples {form(model)}"

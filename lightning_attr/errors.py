@@ -8,6 +8,7 @@ from contextlib import contextmanager
 __all__ = [
     "AttributionError",
     "BatchDependenceError",
+    "BatchRowsError",
     "CorruptedStoreError",
     "DivergenceError",
     "IncompleteFeaturesError",
@@ -57,8 +58,23 @@ class BatchDependenceError(AttributionError):
     """The model output of a sample changes with the samples beside it in the batch."""
 
 
+class BatchRowsError(AttributionError):
+    """A batch does not hold the samples that were asked for; the message names what made it, and the samples."""
+
+
 class NonFiniteGradientError(AttributionError):
-    """A per-sample gradient holds NaN or Inf; the message names the samples."""
+    """A per-sample gradient holds NaN or Inf; the message names the samples.
+
+    Args:
+        message: what is wrong, and what to do.
+        positions: where in their batch the samples are, where the message does not name them.
+        batch_size: number of samples in it.
+    """
+
+    def __init__(self, message: str, positions: Sequence[int] = (), batch_size: int = 0) -> None:
+        super().__init__(message)
+        self.positions = positions
+        self.batch_size = batch_size
 
 
 class MemoryBudgetError(AttributionError):
@@ -117,6 +133,7 @@ def named_samples(rows: Sequence[int]) -> Iterator[None]:
 
     Raises:
         InvalidLabelError: if one is raised inside; of a batch of as many samples, with ``dataset[i]`` in its message.
+        NonFiniteGradientError: likewise.
 
     Example:
         >>> with named_samples([7, 4, 9]):
@@ -127,9 +144,9 @@ def named_samples(rows: Sequence[int]) -> Iterator[None]:
     """
     try:
         yield
-    except InvalidLabelError as error:
-        if error.batch_size != len(rows):  # a part of the batch, or what a module made of it
+    except (InvalidLabelError, NonFiniteGradientError) as error:
+        if not error.positions or error.batch_size != len(rows):  # a part of the batch, or what a module made of it
             raise
         named = ", ".join(f"dataset[{rows[position]}]" for position in error.positions[:8])
         more = f" and {len(error.positions) - 8} more" if len(error.positions) > 8 else ""
-        raise InvalidLabelError(f"{error} Look at {named}{more}.", error.positions, len(rows)) from error
+        raise type(error)(f"{error} Look at {named}{more}.", error.positions, len(rows)) from error

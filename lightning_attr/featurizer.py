@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.attributed import Attributed, attributed, check_module, completed, draws_of
+from lightning_attr.attributed_apart import OutputApart, attributed_apart
 from lightning_attr.batch import select_rows
 from lightning_attr.draws import Draw
 from lightning_attr.errors import NonFiniteGradientError, named_samples
@@ -24,6 +26,7 @@ from lightning_attr.gradients import (
 )
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.gradients.rules import check_layers
+from lightning_attr.gradients.whole import whole_gradients
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.layout import as_pairs, real_dtype
 from lightning_attr.memory import MemoryBudget
@@ -31,8 +34,9 @@ from lightning_attr.mode_choice import choose_mode, is_random
 from lightning_attr.modes import MeanNoise, in_mode, seeded, set_mode
 from lightning_attr.projectors import Projection
 from lightning_attr.randomness import hashed_seed
+from lightning_attr.samples_apart import SamplesApart
 
-__all__ = ["AttributionPlan", "Featurizer", "plan"]
+__all__ = ["AttributionPlan", "Featurizer", "apart_plan", "plan"]
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +96,7 @@ def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> A
     """
     check_module(module)
     batch = completed(module, batch, Draw(range(batch_size), device=_device(module)))
-    chosen = choose_mode(module, batch, mode)
+    chosen = choose_mode(module, batch[0] if isinstance(batch, SamplesApart) else batch, mode)
     try:
         return _plan_in(chosen, module, batch, batch_size)
     except Exception as error:
@@ -108,9 +112,13 @@ def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> A
 
 
 def _plan_in(mode: str, module: Any, batch: Any, batch_size: int) -> AttributionPlan:
+    one = batch[0] if isinstance(batch, SamplesApart) else batch
     set_mode(module, mode)
     check_layers(module)
-    if mode == "train" and is_random(module, batch):
+    noisy = mode == "train" and is_random(module, one)
+    if isinstance(batch, SamplesApart):
+        return _plan_apart(module, batch, mode, noisy)
+    if noisy:
         return _plan_of_one(module, batch, batch_size)
     subject = attributed(module, batch, batch_size)
     gradients = plan_gradients(
@@ -122,6 +130,35 @@ def _plan_in(mode: str, module: Any, batch: Any, batch_size: int) -> Attribution
         lambda batch: subject.sample_outputs(module, batch, batch_size),
     )
     return AttributionPlan(**vars(gradients), attributed=subject, mode=mode)
+
+
+def apart_plan(plan: AttributionPlan) -> AttributionPlan:
+    """Turn a plan into one of samples that are apart.
+
+    Args:
+        plan: of samples in batches, or already apart.
+
+    Returns:
+        The plan: every parameter by plain autograd, one sample after the other.
+
+    Example:
+        >>> from lightning_attr.attributed import TrainingLoss
+        >>> apart_plan(AttributionPlan(("weight",), (), True, TrainingLoss("mean", captured=True))).fallback
+        ('weight',)
+    """
+    subject = plan.attributed if isinstance(plan.attributed, OutputApart) else OutputApart(plan.attributed)
+    names = (*plan.hooked, *plan.fallback)
+    return AttributionPlan(
+        (), names, vectorised=False, inner=True, attributed=subject, mode=plan.mode, seeded=plan.seeded
+    )
+
+
+def _plan_apart(module: Any, batch: SamplesApart, mode: str, noisy: bool) -> AttributionPlan:
+    """Plan for samples that are batches of their own: plain autograd, one after the other."""
+    with preserved_rng(), in_mode(module, mode, dropout=not noisy), MeanNoise() if noisy else nullcontext():
+        subject = attributed_apart(module, batch)
+    names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
+    return AttributionPlan((), names, vectorised=False, inner=True, attributed=subject, mode=mode, seeded=noisy)
 
 
 def _plan_of_one(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
@@ -218,7 +255,8 @@ class Featurizer:
             NonFiniteGradientError: if a row holds NaN or Inf.
         """
         # Without gradients, a batch takes less than in training.
-        featurize = self._one_by_one if self.plan.seeded else self._featurize
+        apart = self.plan.seeded or isinstance(batch, SamplesApart)
+        featurize = self._one_by_one if apart else self._featurize
         if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
             return featurize(batch, rows, room)
         kind = f"{type(self.projection).__name__} {self.projection.dim}"
@@ -226,9 +264,15 @@ class Featurizer:
         return self.memory.run(run, batch, rows, kind, self.projection.dim + self.numel)
 
     def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
-        """Featurize samples apart, so that the random numbers of each are its own."""
-        parts = [self._featurize(select_rows(batch, len(rows), [i]), [row], None) for i, row in enumerate(rows)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        """Featurize samples apart, where they come so, or so that the random numbers of each are its own."""
+        if room is None or len(room) != len(rows) or room.device != _device(self.module):
+            room = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=_device(self.module))
+        parts = [
+            self._featurize(select_rows(batch, len(rows), [i]), [row], room[i : i + 1]) for i, row in enumerate(rows)
+        ]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "features"}
+        in_place = all(part["features"].data_ptr() == room[i].data_ptr() for i, part in enumerate(parts))
+        return {"features": room if in_place else torch.cat([part["features"] for part in parts]), **columns}
 
     def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)
@@ -266,6 +310,9 @@ class Featurizer:
         if self.projection.dim == 0:  # only the values beside the features are wanted
             with torch.set_grad_enabled(self.plan.inner):
                 output = forward().detach()
+        elif isinstance(subject, OutputApart):  # of one sample: its gradient is that of the batch
+            output, gradients = whole_gradients(forward, self.fallback)
+            add({name: gradient.to(self.dtype) for name, gradient in gradients.items()})
         else:
             output = self.gradients(forward, batch_size, add)
             with seeded(seed):

@@ -15,25 +15,27 @@ class Jobs:
 
     Args:
         jobs: key of a snapshot, whether of training rows, and their batches.
-        pause: called before each loader starts: no thread may run while it forks its workers.
+        before: called with the snapshot before each loader starts: no thread may run while it forks its workers, and
+            how samples are read may have to be found.
 
     Example:
         >>> from torch.utils.data import DataLoader
         >>> from lightning_attr.loader import DataSource
         >>> source = DataSource.of(DataLoader([3.0, 4.0]), "training")
-        >>> [(key, rows) for key, train, rows, batch in Jobs([("final", True, OrderedLoader(source, [[1]]))], list)]
+        >>> [(key, rows) for key, train, rows, batch in Jobs([("final", True, OrderedLoader(source, [[1]]))], print)]
+        final
         [('final', [1])]
     """
 
-    def __init__(self, jobs: Sequence[tuple[str, bool, OrderedLoader]], pause: Callable[[], object]) -> None:
+    def __init__(self, jobs: Sequence[tuple[str, bool, OrderedLoader]], before: Callable[[str], object]) -> None:
         self.jobs = jobs
-        self.pause = pause
+        self.before = before
 
     def __len__(self) -> int:
         return sum(len(loader) for _, _, loader in self.jobs)
 
     def __iter__(self) -> Iterator[tuple[str, bool, list[int], Any]]:
         for key, train, loader in self.jobs:
-            self.pause()
+            self.before(key)
             for rows, batch in loader:
                 yield key, train, rows, batch

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import random
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -21,11 +21,20 @@ from torch.utils.data import (
     default_convert,
 )
 
-from lightning_attr.batch import dense_parts
-from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator
-from lightning_attr.randomness import hashed_seed
+from lightning_attr.batch_form import BatchForm
+from lightning_attr.isolation import preserved_rng
+from lightning_attr.loader_forms import OnePass, batch_size_of, fetches_lists, single_loader
+from lightning_attr.reading import Collation, SampleReader, SeededSamples, batched_reading
+from lightning_attr.sample_digest import sample_digest
+from lightning_attr.samples_apart import SamplesApart
 
 __all__ = ["DataSource", "OrderedLoader"]
+
+log = logging.getLogger(__name__)
+
+_PLAIN = tree_flatten(0)[1]
+_ITEMS = 16
+"""Items of a loader that does not batch that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,10 @@ class DataSource:
         batch_size: samples a batch.
         loader: the user's loader, for its ``collate_fn``, workers and pinning.
         role: what it is called in messages, "training" or "target".
+        structure: what a batch comes in where the loader came in a collection; see :func:`single_loader`.
+        reading: "rows" where the data set is asked for one row after the other, "lists" where it gives whole batches,
+            "items" where the loader does not batch, so that each row is the whole batch of a step.
+        form: how samples lie in a batch, as the first look at it has found.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -49,6 +62,9 @@ class DataSource:
     batch_size: int
     loader: DataLoader[Any]
     role: str
+    structure: TreeSpec = _PLAIN
+    reading: str = "rows"
+    form: BatchForm = field(default_factory=BatchForm, compare=False)
 
     @classmethod
     def of(cls, loaders: Any, role: str, batch_size: int | None = None) -> DataSource:
@@ -66,37 +82,56 @@ class DataSource:
             TypeError: if it is no DataLoader, holds several, or its data set is iterable-style.
             ValueError: if the data set is empty, or the loader does not batch.
         """
-        found = list(loaders.values()) if isinstance(loaders, dict) else loaders
-        if isinstance(found, (list, tuple)) and len(found) == 1:
-            found = found[0]
-        if not isinstance(found, DataLoader):
-            what = f"{len(found)} loaders" if isinstance(found, (list, tuple)) else type(found).__name__
-            raise TypeError(
-                f"Expected one torch DataLoader for the {role} data, but got {what}. Scores have one row for each "
-                "dataset[i]: pass one DataLoader over one map-style data set (torch.utils.data.ConcatDataset joins "
-                "several)."
+        found, structure = single_loader(loaders, role)
+        dataset: Any = OnePass(found.dataset, role) if isinstance(found.dataset, IterableDataset) else found.dataset
+        name = type(found.dataset).__name__
+        if len(dataset) == 0:
+            raise ValueError(f"Expected the {role} data set to have samples, but {name} is empty.")
+        reading = "rows"
+        if found.batch_size is None and found.batch_sampler is None:
+            streams = isinstance(found.dataset, IterableDataset)
+            reading = "lists" if not streams and fetches_lists(found) else "items"
+        if reading == "items":
+            if batch_size is not None:
+                raise ValueError(
+                    f"Expected argument `batch_size` to be None, because the {role} DataLoader does not batch "
+                    f"(batch_size=None): each dataset[i] of {name} is what one step takes, and so is one row, but got "
+                    f"{batch_size}. To have a row for each sample inside, let the data set give one sample for each i, "
+                    "and the DataLoader batch them (`DataLoader(dataset, batch_size=...)`)."
+                )
+            log.warning(
+                "The %s DataLoader does not batch (batch_size=None): each of the %d items of %s is what one step "
+                "takes, and so each is one row of the scores, run on its own.",
+                role,
+                len(dataset),
+                name,
             )
-        if isinstance(found.dataset, IterableDataset):
-            raise TypeError(
-                f"Expected a map-style data set for the {role} data, but {type(found.dataset).__name__} is an "
-                "IterableDataset: its samples have no index, so that no score could be traced back to them. Wrap it in "
-                "a Dataset with __getitem__(i) and __len__()."
-            )
-        if len(found.dataset) == 0:  # type: ignore[arg-type]  # map-style data sets are sized
-            raise ValueError(
-                f"Expected the {role} data set to have samples, but {type(found.dataset).__name__} is empty."
-            )
-        size = batch_size or found.batch_size or getattr(found.batch_sampler, "batch_size", None)
+            return cls(dataset, _ITEMS, found, role, structure, reading, BatchForm(apart=True))
+        size = batch_size or batch_size_of(found, len(dataset))
         if size is None:
+            sampler = type(found.batch_sampler).__name__
             raise ValueError(
-                f"Expected the {role} DataLoader to have a batch size, but it has none (batch_size=None, or a batch "
-                "sampler without the attribute `batch_size`). Pass `batch_size` to AttributionCallback, or give the "
-                "loader one."
+                f"Expected the {role} DataLoader to have a batch size, but its batch sampler, {sampler}, has neither "
+                "the attribute `batch_size` nor a length. Give it one of them."
             )
-        return cls(found.dataset, size, found, role)
+        if reading == "rows" and batched_reading(dataset):
+            reading = "lists"
+        return cls(dataset, size, found, role, structure, reading)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # checked in `of`
+
+    def wrapped_as(self, train: DataSource) -> DataSource:
+        """Give targets the form of training batches, for the step that takes them is that of training.
+
+        Args:
+            train: the training data.
+
+        Returns:
+            The targets; their batches come in a collection such as ``{"a": batch}`` where those of training do, and
+            only there: Lightning evaluates one loader after the other, in whatever collection they came.
+        """
+        return replace(self, structure=train.structure)
 
     def batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
         """Cut rows into batches.
@@ -109,30 +144,90 @@ class DataSource:
         """
         return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
-    def first(self, count: int) -> tuple[list[int], Any]:
-        """Collate the first samples, with the random view that featurizing will see.
+    def collated(self, rows: Sequence[int], stream: str = "sample") -> Any:
+        """Read samples and collate them, in this process, with the random view that featurizing will see.
 
         Args:
-            count: how many at most.
+            rows: row numbers.
+            stream: of random numbers; another one tells whether there are any.
 
         Returns:
-            ``(rows, batch)``.
+            The batch.
         """
-        rows = list(range(min(count, len(self))))
-        with preserved_rng(self.dataset):
-            return self.collate([_Rows(self.dataset)[row] for row in rows])
+        with preserved_rng(self.dataset, self.loader.collate_fn):
+            return self.collate(SampleReader(self.dataset, stream), list(rows))
+
+    def example(self) -> Any:
+        """Collate the first sample.
+
+        Returns:
+            A batch of one, as training has it.
+        """
+        batch = self.collated([0])
+        return batch[0] if isinstance(batch, SamplesApart) else batch
+
+    def iterated(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any]]:
+        """Read batches through the ``__iter__`` of the loader's own class, which may change them.
+
+        Args:
+            batches: the rows of each batch.
+
+        Yields:
+            ``(rows, batch)``.
+
+        Raises:
+            TypeError: if it gives another number of batches.
+        """
+        singly = [[row] for rows in batches for row in rows] if self.form.apart else [list(rows) for rows in batches]
+        own = copy.copy(self.loader)
+        # A DataLoader that was made refuses to have these set.
+        vars(own).update(
+            dataset=SeededSamples(self.dataset),
+            batch_sampler=singly,
+            num_workers=0,
+            persistent_workers=False,
+            _iterator=None,
+        )
+        vars(own).update(generator=torch.Generator(), prefetch_factor=None)
+        found = iter(own)
+        for rows in batches:
+            parts = list(islice(found, len(rows) if self.form.apart else 1))
+            if len(parts) != (len(rows) if self.form.apart else 1):
+                break
+            batch = [tree_unflatten([part], self.structure) for part in parts]
+            yield list(rows), SamplesApart(batch) if self.form.apart else batch[0]
+        else:
+            if next(found, None) is None:
+                return
+        raise TypeError(
+            f"Expected `__iter__` of {type(self.loader).__name__} to give one batch for each of its batch sampler, but "
+            f"it gives another number for {len(singly)}: no batch tells which rows it holds. Let `collate_fn` or "
+            "`on_after_batch_transfer` do what it does."
+        )
 
     @property
-    def collate(self) -> _Collate:
-        """The user's collation, for samples with their rows."""
+    def own_iteration(self) -> bool:
+        """Whether the loader's class iterates in its own way, in which it may change batches."""
+        kind = type(self.loader)
+        known = kind.__module__.split(".")[0] in {"torch", "torchdata"}
+        return not known and kind.__iter__ is not DataLoader.__iter__
+
+    @property
+    def collate(self) -> Collation:
+        """The user's collation of samples."""
+        return Collation(self.loader.collate_fn, self.structure, self.reading, self.form.apart)
+
+    @property
+    def description(self) -> str:
+        """What makes the batches, in the user's own names."""
         own = self.loader.collate_fn
-        # A loader with batch_size=None converts samples and joins none.
-        return _Collate(default_collate if own is default_convert else own)
+        name = getattr(own, "__qualname__", type(own).__qualname__)
+        return f"`collate_fn` of the {self.role} DataLoader ({name})"
 
     @property
     def stacks(self) -> bool:
         """Whether samples are only stacked to a batch, so that any batch size costs the same padding: none."""
-        return self.loader.collate_fn in {default_collate, default_convert}
+        return self.loader.collate_fn in {default_collate, default_convert} and self.reading == "rows"
 
     @property
     def indexes(self) -> bool:
@@ -141,7 +236,7 @@ class DataSource:
         while type(dataset) is Subset:
             dataset = dataset.dataset
         dense = type(dataset) is TensorDataset and all(values.layout is torch.strided for values in dataset.tensors)
-        return dense and self.stacks
+        return dense and self.stacks and self.structure == _PLAIN and not self.form.apart
 
     def digest(self) -> str | None:
         """Hash a few samples across the data set, to tell another data set of equal length.
@@ -151,15 +246,17 @@ class DataSource:
         """
         rows = sorted({0, len(self) // 3, 2 * len(self) // 3, len(self) - 1})
         with preserved_rng(self.dataset):
-            once, twice = (self._hash(rows) for _ in range(2))
+            once, twice = (sample_digest(map(self.reader(), rows)) for _ in range(2))
         return once if once == twice else None
 
-    def _hash(self, rows: Sequence[int]) -> str:
-        view = _Rows(self.dataset)
-        digest = hashlib.sha256()
-        for row in rows:
-            _update(digest.update, view[row][1])
-        return digest.hexdigest()[:16]
+    def reader(self) -> Callable[[int], Any]:
+        """Give what reads single samples, as the collate function gets them.
+
+        Returns:
+            ``row -> sample``; it draws from all random streams.
+        """
+        view = SampleReader(self.dataset)
+        return (lambda row: view.fetched([row])) if self.reading == "lists" else view.one
 
 
 class OrderedLoader:
@@ -190,13 +287,15 @@ class OrderedLoader:
 
     def __iter__(self) -> Iterator[tuple[list[int], Any]]:
         given = self.source.loader
+        if self.source.form.iterates:
+            return self.source.iterated(self.batches)
         # Workers are worth their start-up only when each has several batches to prepare.
         workers = given.num_workers if len(self) > 2 * given.num_workers else 0
         indexes = self.source.indexes
         loader = DataLoader(
-            _Indexed(self.source.dataset) if indexes else _Rows(self.source.dataset),
+            _Indexed(self.source.dataset) if indexes else _Batches(self.source),
             batch_sampler=self.batches,
-            collate_fn=_same if indexes else self.source.collate,
+            collate_fn=_same,
             num_workers=workers,
             pin_memory=given.pin_memory,
             timeout=given.timeout if workers else 0,
@@ -208,26 +307,15 @@ class OrderedLoader:
         return iter(loader)
 
 
-class _Rows(Dataset[Any]):
-    """The data set with each sample's row beside it, read under seeds of its own."""
+class _Batches(Dataset[Any]):
+    """The batches of rows, collated, with the rows beside them."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-        self.generators: list[Any] | None = None
+    def __init__(self, source: DataSource) -> None:
+        self.rows = SampleReader(source.dataset)
+        self.collate = source.collate
 
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # checked by DataSource.of
-
-    def __getitem__(self, row: int) -> tuple[int, Any]:
-        if self.generators is None:  # found in the process that uses them, which may be a worker
-            self.generators = find_generators(self.dataset)
-        seed = hashed_seed("sample", row)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy stream is what augmentations draw from
-        torch.default_generator.manual_seed(seed)
-        for generator in self.generators:
-            reseed_generator(generator, seed)
-        return row, self.dataset[row]
+    def __getitems__(self, rows: list[int]) -> tuple[list[int], Any]:
+        return rows, self.collate(self.rows, rows)
 
 
 class _Indexed(Dataset[Any]):
@@ -247,38 +335,3 @@ class _Indexed(Dataset[Any]):
 
 def _same(batch: Any) -> Any:
     return batch
-
-
-class _Collate:
-    """The user's collation, with the rows beside it."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: list[tuple[int, Any]]) -> tuple[list[int], Any]:
-        return [row for row, _ in items], self.collate_fn([sample for _, sample in items])
-
-
-def _update(update: Callable[[bytes], None], sample: Any) -> None:
-    """Feed the content of a sample to a hash: bytes of arrays, pickles of anything else, where it has one."""
-    if isinstance(sample, torch.Tensor) and sample.layout != torch.strided:
-        _update(update, dense_parts(sample.detach()))
-    elif isinstance(sample, torch.Tensor):
-        sample = sample.detach().cpu()
-        update(str((sample.dtype, tuple(sample.shape))).encode())
-        update(sample.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
-    elif isinstance(sample, dict):
-        for key, value in sample.items():
-            update(str(key).encode())
-            _update(update, value)
-    elif isinstance(sample, (list, tuple)):
-        for value in sample:
-            _update(update, value)
-    elif isinstance(sample, (np.ndarray, np.generic)) and not sample.dtype.hasobject:
-        update(str((sample.dtype.str, sample.shape)).encode())
-        update(sample.tobytes())
-    else:
-        try:
-            update(pickle.dumps(sample, protocol=4))
-        except Exception:  # whatever its own hooks raise; samples need not be picklable
-            update(type(sample).__qualname__.encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from lightning_attr.batch import batched_tensors, select_rows
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.functional import call_with
-from lightning_attr.reductions import Reductions, shares
+from lightning_attr.reductions import Reductions, weighted_shares
+from lightning_attr.remedies import mixin_lines
 from lightning_attr.training_step import training_loss
 
 __all__ = ["TrainingLoss", "checked_training_loss"]
@@ -34,6 +35,8 @@ class TrainingLoss:
     Args:
         reduction: "mean" or "sum", over the samples of a batch.
         captured: whether the reduction behind the loss gives each sample's value.
+        weights: of the terms in that reduction, as :func:`lightning_attr.reductions.weighted_shares` gives them, the
+            same for every batch; where one has others, its samples are looked at one by one. None for any.
 
     Example:
         >>> import lightning as L
@@ -46,6 +49,7 @@ class TrainingLoss:
 
     reduction: str
     captured: bool
+    weights: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Negative losses, ``(b,)``; if only their gradient is right, the loss of the batch beside them, else None."""
@@ -54,18 +58,33 @@ class TrainingLoss:
         size = batch_size if self.reduction == "mean" else 1
         if batch_size == 1:
             return -loss.reshape(1), None
-        terms = shares(loss, reductions.calls, batch_size) if reductions is not None else None
-        if terms is not None and _close(terms.detach().sum(), loss.detach(), terms.detach().abs().sum()):
-            return -size * terms, None
+        if reductions is not None:
+            terms, weights = weighted_shares(loss, reductions.calls, batch_size)
+            if terms is not None and self._as_ever(weights, batch_size):
+                split = terms.detach()
+                if _close(module, split.sum(), loss.detach(), split.abs().sum()):
+                    return -size * terms, None
         return (-size / batch_size * loss).expand(batch_size), loss.detach()
+
+    def _as_ever(self, weights: Sequence[float | Tensor], batch_size: int) -> bool:
+        """Whether the terms of a batch count as those that the module was checked with."""
+        if self.weights is None:
+            return True
+        size = 1 if self.reduction == "mean" else batch_size
+        if len(weights) != len(self.weights):
+            return False
+        return all(
+            abs(float(own) / size - usual) <= 1e-3 * abs(usual)
+            for own, usual in zip(weights, self.weights, strict=True)
+        )
 
     def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Loss and its negative; the derivatives of a loss that is itself the output."""
         losses = -output
         if seen is not None:
             losses = _values_apart(module, batch, len(output))
-            if not _reduces_to(self.reduction, losses, seen):
-                raise _not_of_terms(module, losses, [(list(range(len(losses))), seen)])
+            if not _reduces_to(module, self.reduction, losses, seen):
+                raise _not_of_terms(module, batch, losses, [(list(range(len(losses))), seen)])
         ones = torch.ones_like(losses)
         return {"output": -losses, "loss": losses, "out_to_loss": ones, "newton_weight": ones}
 
@@ -114,20 +133,22 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
     """Find how the loss of a batch is made of those of its samples, on batches of several sizes."""
     name = type(module).__name__
     whole, again = _value(module, batch), _value(module, batch)
-    if not _close(whole, again, whole.abs()):
+    if not _close(module, whole, again, whole.abs()):
         raise BatchDependenceError(
             f"The loss that `training_step` of {name} returns is random: the same {batch_size} samples give "
             f"{whole.item():.6g}, then {again.item():.6g}. Attribution needs the loss of a sample to be one number: "
             f'look for noise or dropout that does not heed eval mode (`self.training`), or pass mode="train", in which '
-            f"each sample has random numbers of its own. {_mixin_lines(name)}"
+            f"each sample has random numbers of its own. {mixin_lines(module, batch)}"
         )
     _check_splits(name, batch, batch_size)
     losses = _losses_of_samples(module, batch, batch_size)
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteGradientError(
-            f"The training loss of the first samples is NaN or Inf (positions {bad} of the first batch). Check the "
-            "inputs and the weights."
+            f"The training loss is NaN or Inf (positions {bad} of the {batch_size} samples that were tried). Check the "
+            "inputs and the weights.",
+            bad,
+            batch_size,
         )
     if batch_size == 1:
         return TrainingLoss("mean", captured=False)  # in a data set of one sample, mean and sum are the same
@@ -137,15 +158,16 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
     batches = [select_rows(batch, batch_size, part) for part in parts]
     found = [_value(module, part) for part in batches]
     for reduction in ("mean", "sum"):
-        if all(_reduces_to(reduction, losses[part], loss) for part, loss in zip(parts, found, strict=True)):
+        if all(_reduces_to(module, reduction, losses[part], loss) for part, loss in zip(parts, found, strict=True)):
             break
     else:
-        raise _not_of_terms(module, losses, list(zip(parts, found, strict=True)))
-    captured = TrainingLoss(reduction, captured=True)
+        raise _not_of_terms(module, batch, losses, list(zip(parts, found, strict=True)))
+    captured = TrainingLoss(reduction, captured=True, weights=_weights(module, batch, batch_size, reduction))
     with torch.enable_grad(), plain_execution():
         runs = [_detached(captured, module, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
     if all(
-        seen is None and all(_close(-out, loss, loss.abs()) for out, loss in zip(output, losses[rows], strict=True))
+        seen is None
+        and all(_close(module, -out, loss, loss.abs()) for out, loss in zip(output, losses[rows], strict=True))
         for (output, seen), rows in zip(runs, parts, strict=True)
     ):
         return captured
@@ -155,6 +177,14 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
         name,
     )
     return TrainingLoss(reduction, captured=False)
+
+
+def _weights(module: Any, batch: Any, batch_size: int, reduction: str) -> tuple[float, ...]:
+    """How the samples count that the module is checked with."""
+    with torch.enable_grad(), plain_execution(), Reductions() as reductions:
+        loss = training_loss(module, batch)
+    found = weighted_shares(loss, reductions.calls, batch_size)[1]
+    return tuple(float(weight) / (1 if reduction == "mean" else batch_size) for weight in found)
 
 
 def _detached(subject: TrainingLoss, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
@@ -194,33 +224,37 @@ def _losses_of_samples(module: Any, batch: Any, batch_size: int) -> Tensor:
         raise BatchDependenceError(
             f"`training_step` of {name} runs on {batch_size} samples, but not on one alone "
             f"({type(error).__name__}: {error}). Look for `squeeze()` without a dimension, and for comparisons within "
-            f"the batch. {_mixin_lines(name)}"
+            f"the batch. {mixin_lines(module, batch)}"
         ) from error
 
 
-def _reduces_to(reduction: str, losses: Tensor, loss: Tensor) -> bool:
+def _reduces_to(module: Any, reduction: str, losses: Tensor, loss: Tensor) -> bool:
     if reduction == "mean":
-        return _close(losses.mean(), loss, losses.abs().mean())
-    return _close(losses.sum(), loss, losses.abs().sum())
+        return _close(module, losses.mean(), loss, losses.abs().mean())
+    return _close(module, losses.sum(), loss, losses.abs().sum())
 
 
-def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
+def _close(module: Any, found: Tensor, expected: Tensor, scale: Tensor) -> bool:
     # NaN passes: whoever checks that values are finite names the sample.
-    return not (found - expected).abs() > _tolerance(expected) * (scale + 0.01)
+    return not (found - expected).abs() > _tolerance(module, expected) * (scale + 0.01)
 
 
-def _tolerance(loss: Tensor) -> float:
+def _tolerance(module: Any, loss: Tensor) -> float:
     """Give the share by which a loss may change with the size of its batch, by rounding alone."""
-    eps = torch.finfo(loss.dtype).eps
+    # A loss that is added up in float64 has the digits of the module that computed it.
+    dtypes = {loss.dtype, *(p.dtype for p in module.parameters() if p.is_floating_point())}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     device = loss.device.type
     if torch.is_autocast_enabled(device):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
-    if device == "cuda" and loss.dtype == torch.float32:
+    if device == "cuda" and torch.float32 in dtypes:
         eps = max(eps, 2.0**-10)  # TF32, which cuDNN uses unasked
     return max(4 * eps, min(1e-4, 1e6 * eps))
 
 
-def _not_of_terms(module: Any, losses: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]) -> BatchDependenceError:
+def _not_of_terms(
+    module: Any, batch: Any, losses: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]
+) -> BatchDependenceError:
     """Say of which samples the loss is not made of terms: the part where it is farthest from their mean."""
     rows, loss = max(parts, key=lambda part: (losses[list(part[0])].mean() - part[1]).abs().item())
     apart = losses[list(rows)]
@@ -230,20 +264,5 @@ def _not_of_terms(module: Any, losses: Tensor, parts: Sequence[tuple[Sequence[in
         f"The loss that `training_step` of {name} returns is neither the mean nor the sum of one term a sample: "
         f"{len(rows)} samples have the losses {shown} one by one (mean {apart.mean().item():.6g}, sum "
         f"{apart.sum().item():.6g}), but {loss.item():.6g} together. Such are means weighted by class, means over the "
-        f"tokens of padded sequences, and losses that compare samples. {_mixin_lines(name)}"
+        f"tokens of padded sequences, and losses that compare samples. {mixin_lines(module, batch)}"
     )
-
-
-def _mixin_lines(name: str) -> str:
-    return f"""Say with the mixin what the loss of a sample is:
-
-    from lightning_attr import AttributionMixin
-    from lightning_attr.outputs import NegativeLoss
-
-    class {name}(AttributionMixin, LightningModule):
-        model_output = NegativeLoss(lambda outputs, targets: ...)  # shape (b,), without reduction over the samples
-
-        def attribution_step(self, batch):
-            x, y = batch
-            return self(x), y  # outputs, targets
-"""

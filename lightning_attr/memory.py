@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_attr.arguments import check_int
-from lightning_attr.batch import batched_tensors, dense_parts, select_rows
+from lightning_attr.batch import input_bytes, select_rows
 from lightning_attr.errors import MemoryBudgetError
 
 __all__ = ["MemoryBudget", "check_memory_budget", "free_bytes", "peak_bytes"]
@@ -128,10 +128,9 @@ class MemoryBudget:
             MemoryBudgetError: if not even one sample fits.
         """
         b = len(rows)
-        tensors = batched_tensors(batch, b)
-        inputs = sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)) // b
-        if self.limit is None:
-            free = free_bytes(tensors[0].device)
+        inputs, device = input_bytes(batch, b)
+        if self.limit is None and device is not None:
+            free = free_bytes(device)
             self.limit = int(_SHARE * free) if free is not None else None
         if numbers is not None and not (self.demanded or self._careful):
             ample = b * (_OF_INPUTS * inputs + _OF_NUMBERS * numbers)

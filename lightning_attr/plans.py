@@ -9,7 +9,7 @@ import lightning as L
 from lightning_attr.featurizer import AttributionPlan
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource
-from lightning_attr.transfer import probe
+from lightning_attr.probe import probe
 
 __all__ = ["Plans"]
 

@@ -17,7 +17,7 @@ from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
-from lightning_attr.featurizer import AttributionPlan, Featurizer
+from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
 from lightning_attr.jobs import Jobs
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
@@ -25,6 +25,7 @@ from lightning_attr.memory import MemoryBudget, free_bytes
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.paths import inside
 from lightning_attr.plans import Plans
+from lightning_attr.probe import look_at
 from lightning_attr.processes import Processes
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
@@ -32,7 +33,7 @@ from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import set_trainable, trainable_names
-from lightning_attr.transfer import samples_on_device, set_up_at, to_device
+from lightning_attr.transfer import placed, samples_on_device, set_up_at
 from lightning_attr.writing import WriterLock
 
 __all__ = ["AttributionStep"]
@@ -173,7 +174,7 @@ class AttributionStep(nn.Module):
             jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
             source = self.target_data or self.train_data
             jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
-        return Jobs(jobs, self.close)
+        return Jobs(jobs, self._before_reading)
 
     @property
     def own_shards(self) -> Sequence[int]:
@@ -203,12 +204,14 @@ class AttributionStep(nn.Module):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the user's batch by the user's hooks; key and rows stay."""
         key, train, rows, inner = batch
-        return key, train, rows, to_device(inner, self.module, self.datamodule, device)
+        source = self.train_data if train else self.target_data or self.train_data
+        return key, train, rows, placed(inner, rows, self.module, self.datamodule, device, source)
 
     def on_predict_start(self) -> None:
         """Begin with no snapshot loaded."""
         self.plans = Plans(self.trainer, self.module, self.datamodule, self.train_data, self.mode)
         self.layers: dict[str, Mapping[str, slice] | None] = {}
+        self.looked = False
         self.current: str | None = None
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
@@ -228,6 +231,18 @@ class AttributionStep(nn.Module):
         """Wait for the training features that are on their way to the disk."""
         if self.writer is not None:
             self.writer.__exit__(*failure or (None, None, None))
+
+    def _before_reading(self, key: str) -> None:
+        """Look at module and data at their first snapshot: how samples are read depends on what is found."""
+        self.close()  # no thread of ours runs while a loader forks its workers
+        if self.looked:
+            return
+        self._restore(key)
+        self.plans.current()  # a module fresh from its constructor may behave like no trained one
+        if self.target_data is not None:
+            self.target_data.form.apart |= self.train_data.form.apart
+            look_at(self.trainer, self.module, self.datamodule, self.target_data, self.train_data)
+        self.looked = True
 
     def _load(self, key: str) -> None:
         self.close()
@@ -257,7 +272,9 @@ class AttributionStep(nn.Module):
         set_trainable(self.module, self.store.snapshot(key).trainable)
 
     def _target_plan(self, plan: AttributionPlan) -> AttributionPlan:
-        return plan if self.target_function is None else replace(plan, attributed=MeasuredOutput(self.target_function))
+        if self.target_function is not None:
+            plan = replace(plan, attributed=MeasuredOutput(self.target_function))
+        return apart_plan(plan) if (self.target_data or self.train_data).form.apart else plan
 
     def _stays(self, dim: int) -> bool:
         """Whether training rows stay in memory: nobody reads them later, and they fit."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Reduction", "Reductions", "shares"]
+__all__ = ["Reduction", "Reductions", "shares", "weighted_shares"]
 
 _PLAIN: dict[Callable[..., Any], str] = {
     torch.mean: "mean",
@@ -42,6 +42,21 @@ class Reduction:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Tensor
+
+    def weight(self, batch_size: int) -> float:
+        """Compute how much the mean term of each sample counts, times the number of samples.
+
+        Args:
+            batch_size: number of samples ``b``.
+
+        Returns:
+            1 for a mean over them, ``b`` for a sum; where samples have several rows, or rows are not theirs, it changes
+            with the number of rows as well.
+        """
+        kind, terms = self._terms()
+        rows = terms.shape[0] if terms.ndim else 1
+        of_one = {"mean": 1.0, "sum": float(batch_size), "batchmean": terms.numel() / max(rows, 1)}.get(kind, 0.0)
+        return of_one if rows == batch_size else of_one + 1e6 * rows / batch_size
 
     def shares(self, batch_size: int) -> Tensor | None:
         """Compute what each sample puts in.
@@ -118,20 +133,46 @@ def shares(scalar: Tensor, calls: Sequence[Reduction], batch_size: int) -> Tenso
         >>> shares(loss, reductions.calls, 2).detach()
         tensor([10.5000, 91.5000])
     """
+    return weighted_shares(scalar, calls, batch_size)[0]
+
+
+def weighted_shares(
+    scalar: Tensor, calls: Sequence[Reduction], batch_size: int
+) -> tuple[Tensor | None, list[float | Tensor]]:
+    """Split a scalar as :func:`shares` does, and tell the weights that samples have in it.
+
+    Args:
+        scalar: as for :func:`shares`.
+        calls: likewise.
+        batch_size: likewise.
+
+    Returns:
+        The shares, and for each reduction behind them the weight of a sample's mean term, times the number of samples:
+        the same in every batch, unless the scalar is divided by something that the batch holds, such as labels.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> with Reductions() as reductions:
+        ...     loss = x.mean()
+        >>> weighted_shares(loss, reductions.calls, 2)[1]
+        [1.0]
+    """
     for call in calls:
         if call.result is scalar:
-            return call.shares(batch_size)
+            return call.shares(batch_size), [call.weight(batch_size)]
     differentiable = [call for call in calls if call.result.requires_grad]
     if not (differentiable and scalar.requires_grad):
-        return None
+        return None, []
     results = [call.result for call in differentiable]
     with torch._C.DisableTorchFunction():  # no call of the module's, for modes around
         slopes = torch.autograd.grad(scalar, results, retain_graph=True, allow_unused=True)
     total: Tensor | None = None
+    weights: list[float | Tensor] = []
     for call, slope in zip(differentiable, slopes, strict=True):
         if slope is not None:
             part = call.shares(batch_size)
             if part is None:
-                return None
+                return None, []
             total = slope * part if total is None else total + slope * part
-    return total
+            weights.append(slope.detach() * call.weight(batch_size))
+    return total, weights

@@ -206,6 +206,7 @@ def attribute(
         train = _recorded_source(trainer, record, datamodule, train_dataloaders)
         train = train or train_source(trainer, module, datamodule, train_dataloaders)
         target = target_source(trainer, module, datamodule, target_dataloaders, targets, train)
+        target = None if target is None else target.wrapped_as(train)
         noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
         noise_mask = check_noise_mask(noise_mask, len(train))
         topk = check_topk(topk, len(train))

@@ -1,4 +1,4 @@
-"""Batches on their way to the device, through the hooks of training, and a first look at a few samples."""
+"""Batches on their way to the device, through the hooks of training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from lightning_attr.attributed import set_up
 from lightning_attr.draws import Samples
-from lightning_attr.errors import named_samples
-from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, plan
 from lightning_attr.loader import DataSource, OrderedLoader
+from lightning_attr.lost_rows import refuse_lost_rows
+from lightning_attr.samples_apart import SamplesApart
 from lightning_attr.worlds import overrides
 
-__all__ = ["probe", "samples_on_device", "set_up_at", "to_device"]
+__all__ = ["own_hooks", "placed", "samples_on_device", "set_up_at", "to_device"]
 
 
 def to_device(
@@ -48,6 +48,69 @@ def to_device(
     return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
 
 
+def placed(
+    batch: Any,
+    rows: Sequence[int],
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None,
+    device: torch.device,
+    source: DataSource,
+) -> Any:
+    """Move a batch of a source to the device, and see that it holds the rows that were asked for.
+
+    Args:
+        batch: what the source's loader yields, in the trainer's precision.
+        rows: their row numbers.
+        module: the user's module.
+        datamodule: the user's datamodule, if any.
+        device: where to.
+        source: the data.
+
+    Returns:
+        The batch on the device; samples that are apart stay so, and what samples share is marked.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> loader = DataLoader([3.0, 4.0, 5.0], collate_fn=lambda items: torch.tensor(items[1:]))
+        >>> source = DataSource.of(loader, "target")
+        >>> placed(source.collated([0, 1]), [0, 1], L.LightningModule(), None, torch.device("cpu"), source)
+        Traceback (most recent call last):
+        ...
+        lightning_attr.errors.BatchRowsError: The `collate_fn` of the target DataLoader (<lambda>) returned ...
+    """
+    if isinstance(batch, SamplesApart):
+        return batch.each(lambda one: to_device(one, module, datamodule, device))
+    moved = to_device(batch, module, datamodule, device)
+    size = source.form.wrong_size(moved, len(rows))
+    if size is not None:
+        refuse_lost_rows(source, list(rows), size, own_hooks(module, datamodule))
+    return source.form.marked(moved, len(rows))
+
+
+def own_hooks(module: L.LightningModule, datamodule: L.LightningDataModule | None) -> list[str]:
+    """Name the transfer hooks that the user wrote.
+
+    Args:
+        module: the user's module.
+        datamodule: the user's datamodule, if any.
+
+    Returns:
+        Such as "`on_after_batch_transfer` of Net".
+
+    Example:
+        >>> own_hooks(L.LightningModule(), None)
+        []
+    """
+    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    found = []
+    for name in names:
+        if datamodule is not None and overrides(name, datamodule):
+            found.append(f"`{name}` of {type(datamodule).__name__}")
+        elif overrides(name, module):
+            found.append(f"`{name}` of {type(module).__name__}")
+    return found
+
+
 def samples_on_device(
     trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, source: DataSource
 ) -> Samples:
@@ -74,7 +137,7 @@ def samples_on_device(
 
     def read(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Any]]:
         for numbers, batch in OrderedLoader(source, source.batches(rows)):
-            yield numbers, to_device(precision.convert_input(batch), module, datamodule, device)
+            yield numbers, placed(precision.convert_input(batch), numbers, module, datamodule, device, source)
 
     return Samples(len(source), read)
 
@@ -101,47 +164,15 @@ def set_up_at(
         >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
         >>> set_up_at("final", trainer, L.LightningModule(), None, source)
     """
+    samples = samples_on_device(trainer, module, datamodule, source)
     with trainer.precision_plugin.forward_context():
-        set_up(module, samples_on_device(trainer, module, datamodule, source), snapshot)
+        set_up(module, Samples(len(source), lambda rows: _one_by_one(samples.batches(rows))), snapshot)
 
 
-def probe(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    datamodule: L.LightningDataModule | None,
-    source: DataSource,
-    mode: str | None = None,
-) -> tuple[AttributionPlan, Any, list[int]]:
-    """Check the module on the first samples, in the trainer's precision and on its device.
-
-    Args:
-        trainer: the trainer.
-        module: the user's module, in eval mode; it is put into that of the plan.
-        datamodule: the user's datamodule, if any.
-        source: the training data.
-        mode: "eval" or "train"; by default as :func:`lightning_attr.featurizer.plan` chooses.
-
-    Returns:
-        The gradient path of each parameter, and the samples as a batch with their rows.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(2, 2)
-        ...     def forward(self, x):
-        ...         return self.layer(x)
-        >>> source = DataSource.of(DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1]))), "training")
-        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-        >>> probe(trainer, Classifier().eval(), None, source)[0].hooked
-        ('layer.weight', 'layer.bias')
-    """
-    rows, batch = source.first(PROBE_SIZE)
-    device, precision = trainer.strategy.root_device, trainer.precision_plugin
-    batch = to_device(precision.convert_input(batch), module, datamodule, device)
-    set_up_at("", trainer, module, datamodule, source)
-    # The comparisons want all digits: the default dtype of the precision, but no autocast.
-    with precision.forward_context(), torch.autocast(device.type, enabled=False), named_samples(rows):
-        return plan(module, batch, len(rows), mode), batch, rows
+def _one_by_one(batches: Iterator[tuple[Sequence[int], Any]]) -> Iterator[tuple[Sequence[int], Any]]:
+    """Give the user's code batches as its loader makes them: one a sample where samples are apart."""
+    for rows, batch in batches:
+        if isinstance(batch, SamplesApart):
+            yield from (([row], one) for row, one in zip(rows, batch, strict=True))
+        else:
+            yield rows, batch

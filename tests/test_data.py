@@ -163,13 +163,13 @@ def test_auto_says_aloud_that_the_training_samples_are_all_it_has_found() -> Non
 def test_auto_passes_over_a_stream_and_several_loaders() -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
-            return iter(())
+            return iter(torch.rand(3))
 
     data = Mine(predict=Stream(), val=blobs(7))
     data.test_dataloader = lambda: [loader_of(blobs(6)), loader_of(blobs(6))]
     assert attribute(quiet_trainer(), data, model=BlobClassifier()).scores.shape == (20, 7)
     data.val_dataloader = data.test_dataloader
-    with pytest.raises(TypeError, match="IterableDataset: its samples have no index"):  # of the first kind
+    with pytest.raises(TypeError, match="an IterableDataset, differ: its samples have no index"):  # of the first kind
         attribute(quiet_trainer(), data, model=BlobClassifier())
 
 
@@ -218,11 +218,25 @@ def test_several_loaders(given: str, role: str, count: int) -> None:
         attribute(quiet_trainer(), model=BlobClassifier(), **arguments)
 
 
+class Wrapped(BlobClassifier):
+    """Takes batches in the collection that their loader came in, as training gives them."""
+
+    def attribution_step(self, batch: Any) -> Any:
+        (inner,) = batch.values() if isinstance(batch, dict) else batch
+        return super().attribution_step(inner)
+
+
 @pytest.mark.parametrize("wrap", [lambda loader: [loader], lambda loader: {"only": loader}])
-def test_one_loader_in_a_collection(wrap: Any) -> None:
-    train, target = wrap(loader_of(blobs(9))), wrap(loader_of(blobs(4)))
-    result = attribute(quiet_trainer(), model=BlobClassifier(), train_dataloaders=train, target_dataloaders=target)
-    assert result.scores.shape == (9, 4)
+def test_one_loader_in_a_collection_keeps_it_as_in_training(wrap: Any) -> None:
+    train, target = loader_of(blobs(9)), loader_of(blobs(4))
+    expected = attribute(quiet_trainer(), model=BlobClassifier(), train_dataloaders=train, target_dataloaders=target)
+    for given in (target, wrap(target)):
+        result = attribute(quiet_trainer(), model=Wrapped(), train_dataloaders=wrap(train), target_dataloaders=given)
+        assert torch.equal(result.scores.values, expected.scores.values)
+    result = attribute(
+        quiet_trainer(), model=BlobClassifier(), train_dataloaders=train, target_dataloaders=wrap(target)
+    )
+    assert torch.equal(result.scores.values, expected.scores.values)
 
 
 def test_loaders_win_over_the_datamodule() -> None:

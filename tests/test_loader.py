@@ -27,7 +27,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_attr import loader
+from lightning_attr import reading
 from lightning_attr.isolation import undisturbed
 from lightning_attr.loader import DataSource, OrderedLoader
 
@@ -141,7 +141,7 @@ def test_the_users_collation_makes_the_batches(num_workers: int) -> None:
         ({"batch_size": 4}, 7, 7),
         ({"batch_sampler": BatchSampler(SequentialSampler(Numbers()), 5, drop_last=False)}, None, 5),
         ({"batch_sampler": OwnBatches()}, 3, 3),
-        ({"batch_size": None}, 3, 3),
+        ({"batch_sampler": OwnBatches()}, None, 6),
     ],
 )
 def test_the_batch_size_is_the_given_one_or_the_loaders(arguments: Any, given: int | None, expected: int) -> None:
@@ -154,48 +154,53 @@ def test_the_batch_size_is_the_given_one_or_the_loaders(arguments: Any, given: i
 def test_one_loader_may_come_in_a_list_or_a_dict() -> None:
     loader = DataLoader(Numbers(), batch_size=2)
     for given in ([loader], (loader,), {"train": loader}):
-        assert DataSource.of(given, "training").loader is loader
+        source = DataSource.of(given, "training")
+        assert source.loader is loader
+        (_, batch), *_ = collected(source)
+        assert type(batch) is type(given)
+        (inner,) = batch.values() if isinstance(batch, dict) else batch
+        assert inner["x"][:, 0].tolist() == [0, 1]
 
 
-def test_the_first_samples_are_those_that_featurizing_sees() -> None:
+def test_samples_collated_here_are_those_that_featurizing_sees() -> None:
     source = DataSource.of(DataLoader(Augmented("torch"), batch_size=4, shuffle=True), "training")
     before = torch.get_rng_state()
-    rows, batch = source.first(3)
+    batch = source.collated([2, 0, 1])
     assert torch.equal(torch.get_rng_state(), before)
-    assert rows == [0, 1, 2]
-    assert torch.equal(batch, collected(source)[0][1][:3])
-    assert source.first(1000)[0] == list(range(N))
+    assert torch.equal(batch, collected(source)[0][1][[2, 0, 1]])
 
 
 # What has no rows -----------------------------------------------------------------------------------------------------
 
 
-class Stream(IterableDataset[int]):
-    def __iter__(self) -> Iterator[int]:
-        yield from range(3)
+class Stream(IterableDataset[float]):
+    def __iter__(self) -> Iterator[float]:
+        yield from torch.rand(3).tolist()
+
+
+class UnsizedBatches:
+    """A batch sampler that tells nothing."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield [5, 3]
 
 
 @pytest.mark.parametrize(
     ("loaders", "error", "message"),
     [
-        (DataLoader(Stream()), TypeError, "training data, but Stream is an IterableDataset: .* no index"),
+        (DataLoader(Stream()), TypeError, "two passes over Stream, an IterableDataset, differ: .* no index"),
         (DataLoader(Numbers(0)), ValueError, "training data set to have samples, but Numbers is empty"),
         (
             [DataLoader(Numbers())] * 2,
             TypeError,
-            "one torch DataLoader for the training data, but got 2 loaders.*Concat",
+            "one torch DataLoader for the training data, but got 2 loaders: a step that takes a batch of each.*Concat",
         ),
-        ({"a": DataLoader(Numbers()), "b": DataLoader(Numbers())}, TypeError, "but got 2 loaders"),
+        ({"a": DataLoader(Numbers()), "b": DataLoader(Numbers())}, TypeError, r"but got 2 loaders \('a', 'b'\)"),
         ([], TypeError, "but got 0 loaders"),
         (None, TypeError, "but got NoneType"),
         (iter([1]), TypeError, "but got list_iterator"),
         (Numbers(), TypeError, "but got Numbers"),
-        (
-            DataLoader(Numbers(), batch_size=None),
-            ValueError,
-            "training DataLoader to have a batch size, but it has none",
-        ),
-        (DataLoader(Numbers(), batch_sampler=OwnBatches()), ValueError, "without the attribute `batch_size`.*Pass"),
+        (DataLoader(Numbers(), batch_sampler=UnsizedBatches()), ValueError, "UnsizedBatches, has neither"),
     ],
 )
 def test_what_cannot_be_attributed_is_named(loaders: object, error: type[Exception], message: str) -> None:
@@ -271,7 +276,7 @@ def test_iterating_leaves_all_random_streams_untouched(kind: str, num_workers: i
     with undisturbed(nn.Dropout(), data):
         collected(source)
         source.digest()
-        source.first(2)
+        source.collated([0, 1])
     assert (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())) == global_streams  # noqa: NPY002
     if kind.startswith("own"):
         assert torch.equal(data[0], twin[0])
@@ -283,7 +288,7 @@ def test_looking_at_the_data_leaves_all_random_streams_untouched(kind: str) -> N
     source = DataSource.of(DataLoader(data, batch_size=2), "training")
     before = random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())  # noqa: NPY002
     source.digest()
-    source.first(2)
+    source.collated([0, 1])
     assert (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())) == before  # noqa: NPY002
     if kind.startswith("own"):
         assert torch.equal(data[0], twin[0])
@@ -399,7 +404,7 @@ IMAGES = TensorDataset(torch.randn(9, 2, 3), torch.arange(9), torch.randn(9, dty
 def test_plain_tensors_are_indexed_without_seeds(
     dataset: Any, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "hashed_seed", lambda *key: pytest.fail("seeded"))
+    monkeypatch.setattr(reading, "hashed_seed", lambda *key: pytest.fail("seeded"))
     source = DataSource.of(DataLoader(dataset, batch_size=2, num_workers=num_workers), "training")
     rows = [0, 1, 2, 1, 0]
     batches = list(OrderedLoader(source, source.batches(rows)))

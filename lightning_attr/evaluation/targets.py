@@ -9,7 +9,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_attr.attributed import Attributed, attributed, completed, draws_of, needs_setup, set_up
+from lightning_attr.attributed import Attributed, completed, draws_of, needs_setup
+from lightning_attr.attributed_apart import subject_of
 from lightning_attr.batch import map_tensors
 from lightning_attr.draws import Draw
 from lightning_attr.errors import named_samples
@@ -19,7 +20,8 @@ from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.mode_choice import choose_mode
 from lightning_attr.modes import set_mode
-from lightning_attr.transfer import samples_on_device, to_device
+from lightning_attr.probe import look_at
+from lightning_attr.transfer import placed
 
 __all__ = ["digest_of_all", "outputs_at", "target_outputs"]
 
@@ -104,21 +106,19 @@ def outputs_at(
     device, precision = trainer.strategy.root_device, trainer.precision_plugin
     module.eval().to(device)
 
-    def prepared(batch: Any) -> Any:
-        return to_device(precision.convert_input(batch), module, datamodule, device)
+    def prepared(batch: Any, rows: Sequence[int]) -> Any:
+        return placed(precision.convert_input(batch), rows, module, datamodule, device, targets)
 
+    loads[0]()
+    batch, rows = look_at(trainer, module, datamodule, targets, train).probed(PROBE_SIZE)
     with precision.forward_context():
-        rows, batch = targets.first(PROBE_SIZE)
-        loads[0]()
-        if train is not None:
-            set_up(module, samples_on_device(trainer, module, datamodule, train), "")
         with torch.autocast(device.type, enabled=False), named_samples(rows):
-            first = completed(module, prepared(batch), Draw(rows, device=device))
-            set_mode(module, choose_mode(module, first), dropout=False)
-            what = attributed(module, first, len(rows))
+            first = completed(module, batch, Draw(rows, device=device))
+            set_mode(module, choose_mode(module, first[0] if targets.form.apart else first), dropout=False)
+            what = subject_of(module, first, len(rows))
         found: list[list[Tensor]] = [[] for _ in loads]
         for rows, given in OrderedLoader(targets, targets.batches(range(len(targets)))):
-            batch = prepared(given)
+            batch = prepared(given, rows)
             for load, own in zip(loads, found, strict=True):
                 load()
                 own.append(_mean_output(what, module, batch, rows, device))

@@ -158,8 +158,10 @@ def check_batch_independence(forward: Callable[[Any], Tensor], batch: Any, batch
         if not whole.isfinite().all():
             rows = (~whole.isfinite()).nonzero().flatten().tolist()
             raise NonFiniteGradientError(
-                f"The model output of the first samples is NaN or Inf (positions {rows} of the first batch). Check the "
-                "inputs and the weights."
+                f"The model output is NaN or Inf (positions {rows} of the {batch_size} samples that were tried). Check "
+                "the inputs and the weights.",
+                rows,
+                batch_size,
             )
         if half == 0:
             return
@@ -242,10 +244,13 @@ def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor
     """Name parameters and samples; only the loop tells which, as zero times infinity is NaN for the neighbours, too."""
     names = [name for name, rows in reference.items() if not rows.isfinite().all()]
     finite = torch.stack([rows.isfinite().reshape(len(rows), -1).all(1) for rows in loop.values()]).all(0)
+    positions = (~finite).nonzero().flatten().tolist()
     raise NonFiniteGradientError(
-        f"The gradient of the first samples' model output in {_some(names)} is NaN or Inf (positions "
-        f"{(~finite).nonzero().flatten().tolist()} of the first batch). Look for an infinite slope in "
-        "the model output or the loss, such as that of a root or a norm at zero."
+        f"The gradient of the model output in {_some(names)} is NaN or Inf (positions {positions} of the {len(finite)} "
+        "samples that were tried). Look for an infinite slope in the model output or the loss, such as that of a root "
+        "or a norm at zero.",
+        positions,
+        len(finite),
     )
 
 

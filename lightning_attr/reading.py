@@ -1,0 +1,132 @@
+"""Reading samples and collating them, each under random seeds of its own: the same view for any batch and worker."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils.data import Dataset
+
+from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator
+from lightning_attr.randomness import hashed_seed
+from lightning_attr.samples_apart import SamplesApart
+
+__all__ = ["Collation", "SampleReader", "SeededSamples", "batched_reading"]
+
+
+class SampleReader:
+    """Reads samples, with all random streams seeded by their rows.
+
+    Args:
+        dataset: a map-style data set.
+        stream: of the random numbers; all that featurizing reads is of one.
+
+    Example:
+        >>> SampleReader([3.0, 4.0]).one(1)
+        4.0
+    """
+
+    def __init__(self, dataset: Any, stream: str = "sample") -> None:
+        self.dataset = dataset
+        self.stream = stream
+        self._generators: list[Any] | None = None
+
+    def one(self, row: int) -> Any:
+        """Read a sample."""
+        self._seed(row)
+        if hasattr(self.dataset, "__getitems__"):  # what training calls, if there is one
+            return self.dataset.__getitems__([row])[0]
+        return self.dataset[row]
+
+    def fetched(self, rows: list[int]) -> Any:
+        """Read a whole batch from a data set that takes lists of rows."""
+        self._seed(rows[0])
+        return self.dataset.__getitems__(rows) if hasattr(self.dataset, "__getitems__") else self.dataset[rows]
+
+    def _seed(self, row: int) -> None:
+        if self._generators is None:  # found in the process that uses them, which may be a worker
+            self._generators = find_generators(self.dataset)
+        seed = hashed_seed(self.stream, row)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy stream is what augmentations draw from
+        torch.default_generator.manual_seed(seed)
+        for generator in self._generators:
+            reseed_generator(generator, seed)
+
+
+class SeededSamples(Dataset[Any]):
+    """A data set whose samples are read by a :class:`SampleReader`.
+
+    Args:
+        dataset: a map-style data set.
+
+    Example:
+        >>> SeededSamples([3.0, 4.0])[0]
+        3.0
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.rows = SampleReader(dataset)
+
+    def __len__(self) -> int:
+        return len(self.rows.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.rows.one(row)
+
+
+class Collation:
+    """The user's way from rows to a batch, in the structure that training has it.
+
+    Args:
+        collate_fn: the user's.
+        structure: what a batch comes in.
+        reading: "rows", "lists" or "items"; see :class:`lightning_attr.loader.DataSource`.
+        apart: collate each sample on its own.
+
+    Example:
+        >>> from torch.utils._pytree import tree_flatten
+        >>> Collation(torch.tensor, tree_flatten(["batch"])[1], "rows", apart=False)(SampleReader([3.0, 4.0]), [0, 1])
+        [tensor([3., 4.])]
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], structure: TreeSpec, reading: str, apart: bool) -> None:
+        self.collate_fn = collate_fn
+        self.structure = structure
+        self.reading = reading
+        self.apart = apart
+
+    def __call__(self, view: SampleReader, rows: list[int]) -> Any:
+        """Read rows and collate them."""
+        if self.apart:
+            return SamplesApart(self._batch(view, [row]) for row in rows)
+        return self._batch(view, rows)
+
+    def _batch(self, view: SampleReader, rows: list[int]) -> Any:
+        samples = view.fetched(rows) if self.reading == "lists" else [view.one(row) for row in rows]
+        batch = self.collate_fn(samples[0] if self.reading == "items" else samples)
+        return tree_unflatten([batch], self.structure)
+
+
+def batched_reading(dataset: Any) -> bool:
+    """Say whether ``__getitems__`` of a data set gives a whole batch in place of a list of samples.
+
+    Args:
+        dataset: any.
+
+    Returns:
+        True if it does.
+
+    Example:
+        >>> batched_reading([3.0])
+        False
+    """
+    if not hasattr(dataset, "__getitems__") or type(dataset).__module__.startswith("torch."):
+        return False
+    with preserved_rng(dataset):
+        found = dataset.__getitems__([0])
+    return not (isinstance(found, list) and len(found) == 1)
