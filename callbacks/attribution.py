@@ -30,11 +30,13 @@ from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
+from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
+from lightning_attr.learning import learn_from, learn_projection, load_projection
 from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.memory import MemoryBudget, check_memory_budget
 from lightning_attr.methods import TRAK, AttributionMethod
@@ -42,12 +44,12 @@ from lightning_attr.methods.base import check_method
 from lightning_attr.modes import check_mode, set_mode
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.plans import Plans
-from lightning_attr.projectors import Projection
+from lightning_attr.projectors import LearnedProjection, Projection
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
-from lightning_attr.transfer import set_up_at
+from lightning_attr.transfer import samples_on_device, set_up_at
 from lightning_attr.worlds import AnyCallback
 from lightning_attr.writing import WriterLock
 
@@ -226,6 +228,9 @@ class AttributionCallback(AnyCallback):
         self._mode = plan.mode
         layout = ParameterLayout.of(pl_module)
         projection = self._projection(layout, "", self._optimizer_state(trainer, pl_module))
+        if isinstance(projection, LearnedProjection):
+            samples = Samples(len(rows), lambda _: iter([(rows, batch)]))
+            learn_from(projection, pl_module, plan, samples, "", trainer.precision_plugin.forward_context)
         self.layers = projection.layers
         featurizer = Featurizer(pl_module, plan, projection, self.memory)
         with trainer.precision_plugin.forward_context():
@@ -403,7 +408,20 @@ class AttributionCallback(AnyCallback):
             trainable=trainable_names(pl_module),
             rates=rates,
         )
+        if self.featurize:
+            self._learn(trainer, pl_module, key)
         self._adopt(trainer, key)  # what a killed run computed of it
+
+    def _learn(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
+        stream = self.store.snapshot(key).projection
+        layout, plan = self._plans.current()
+        projection = self.method.bind(layout, stream)
+        if isinstance(projection, LearnedProjection):
+            datamodule = getattr(trainer, "datamodule", None)
+            set_up_at(stream, trainer, pl_module, datamodule, self.source)
+            samples = samples_on_device(trainer, pl_module, datamodule, self.source)
+            precision = trainer.precision_plugin.forward_context
+            learn_projection(projection, self.store, key, pl_module, plan, samples, precision)
 
     def _adopt(self, trainer: L.Trainer, key: str) -> None:
         """Enter what all processes have written."""
@@ -416,6 +434,7 @@ class AttributionCallback(AnyCallback):
         state = self.store.optimizer_state(key) if self.method.needs_optimizer_state else None
         layout, plan = self._plans.current()
         projection = self._projection(layout, snapshot.projection, state)
+        load_projection(projection, self.store, key)
         self.layers = projection.layers
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]

@@ -130,6 +130,7 @@ class Snapshot:
         trainable: names of the parameters that were not frozen; None for all.
         rates: parameter name -> sum of its own learning rate, where those of the trainable parameters differ; None
             where all are ``learning_rate``, which is their mean over all entries otherwise.
+        basis: digest of what its projection learned from training samples; None where it learns nothing.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -149,6 +150,7 @@ class Snapshot:
     origin: str | None = field(default=None, compare=False)
     trainable: tuple[str, ...] | None = None
     rates: Mapping[str, float] | None = None
+    basis: str | None = None
 
 
 _SNAPSHOT = {
@@ -165,6 +167,7 @@ _SNAPSHOT = {
     "origin": optional(text(100)),
     "trainable": optional(items(text())),
     "rates": optional(pairs(text(), real(0))),
+    "basis": optional(sha256),
 }
 """What each field of a snapshot must be in a file."""
 _FINGERPRINT = {
@@ -264,7 +267,7 @@ class Manifest:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
             snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
-            for name in ("optimizer", "frozen", "origin", "trainable", "rates"):
+            for name in ("optimizer", "frozen", "origin", "trainable", "rates", "basis"):
                 if snapshot[name] is None:
                     del snapshot[name]
         write_record(path, record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
 from lightning_attr.jobs import Jobs
+from lightning_attr.learning import learn_projection, settle_projection
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, free_bytes
@@ -254,6 +255,9 @@ class AttributionStep(nn.Module):
         projection = self.method.bind(layout, stream)
         if self.method.needs_optimizer_state:
             projection = self.method.precondition(projection, layout, self.store.optimizer_state(key))
+        samples, precision = self._samples(self.train_data), self.trainer.precision_plugin.forward_context
+        learn = partial(learn_projection, projection, self.store, key, self.module, plan, samples, precision)
+        settle_projection(projection, self.store, key, learn, self.processes.together)
         of_targets = self.method.bind_targets(projection)
         self.featurizer = Featurizer(self.module, plan, projection, self.memory, stream)
         target_plan = self._target_plan(plan)

@@ -26,6 +26,7 @@ S = TypeVar("S", bound="SnapshotStore")
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
 WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
+BASIS = "basis.safetensors"
 
 
 def one_writer(change: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
@@ -318,6 +319,37 @@ class SnapshotStore:
                 f"{self.path / self.snapshot(key).folder / OPTIMIZER} holds no state of an optimizer ({error}). "
                 f"{self._remedy(key)}"
             ) from error
+
+    def basis(self, key: str) -> dict[str, Tensor] | None:
+        """Read what the projection of a snapshot has learned.
+
+        Args:
+            key: the snapshot.
+
+        Returns:
+            As :attr:`lightning_attr.projectors.LearnedProjection.basis` gives it; None if there is none yet.
+
+        Raises:
+            CorruptedStoreError: if it is missing or damaged.
+        """
+        content = self.snapshot(key).basis
+        return None if content is None else self._tensors(key, BASIS, content, self.place(key, "basis"))
+
+    @one_writer
+    def add_basis(self, key: str, basis: Mapping[str, Tensor]) -> None:
+        """Keep what the projection of a snapshot has learned, before any feature is computed with it.
+
+        Args:
+            key: the snapshot.
+            basis: as :meth:`basis` gives it.
+        """
+        path = inside(self.path, self.snapshot(key).folder, BASIS)
+        self._enter(key, basis=write_tensors(path, basis, self.place(key, "basis")))
+
+    def _enter(self, key: str, **changes: Any) -> None:
+        """Record which files a snapshot has."""
+        snapshots = tuple(replace(s, **changes) if s.key == key else s for s in self.snapshots)
+        self._save(replace(self.manifest, snapshots=snapshots))
 
     def _tensors(self, key: str, file: str, content: str | None, place: Mapping[str, str]) -> dict[str, Tensor]:
         path = inside(self.path, self.snapshot(key).folder, file)

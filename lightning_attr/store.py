@@ -26,9 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,7 +228,13 @@ class FeatureStore(SnapshotStore):
     def _shard_place(self, key: str, shard: int) -> dict[str, str]:
         """All that the values of a shard depend on, beside the code."""
         rows, written = self.rows(shard), self.fingerprint
-        known = {"data": written.data, "output": written.output, "optimizer": self.snapshot(key).optimizer}
+        snapshot = self.snapshot(key)
+        known = {
+            "data": written.data,
+            "output": written.output,
+            "optimizer": snapshot.optimizer,
+            "basis": snapshot.basis,
+        }
         known["mode"] = None if written.mode == "auto" else written.mode
         known["projection"] = None if written.projector is None else config_digest(dict(written.projector))
         place = {**self.place(key, "features"), "rows": f"{rows.start}-{rows.stop - 1}"}
@@ -279,11 +283,6 @@ class FeatureStore(SnapshotStore):
             rest.unlink()
             dropped.append(rest)
         return dropped
-
-    def _enter(self, key: str, **changes: Any) -> None:
-        """Record which files a snapshot has."""
-        snapshots = tuple(replace(s, **changes) if s.key == key else s for s in self.snapshots)
-        self._save(replace(self.manifest, snapshots=snapshots))
 
     def _shard_path(self, key: str, shard: int) -> Path:
         return inside(self.path, self.snapshot(key).folder, "features", f"{shard:05d}.safetensors")

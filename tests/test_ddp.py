@@ -17,8 +17,10 @@ from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionResult, FeatureStore, attribute, store
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, GradDot
+from lightning_attr.projectors import EigenProjector
 
 METHODS = {"newton": TRAK(proj_dim=16), "published": TRAK(proj_dim=16, newton_weights=False)}
+METHODS["eigen"] = TRAK(projector=EigenProjector(16))
 METHODS["dot"] = GradDot(METHODS["newton"].projector)
 MASK = torch.arange(21) % 4 == 0
 SPAWNED = ("odd", "part of a store")  # each takes two fresh interpreters
@@ -35,6 +37,7 @@ RUNS = {
     "full store": (21, 7, 8, "full", "newton"),
     "part of a store": (21, 7, 8, "part", "newton"),
     "snapshots only": (21, 7, 8, "bare", "newton"),
+    "learned projection": (21, 7, 8, "learned", "eigen"),
     "strongest": (21, 7, 8, None, "newton"),
 }
 

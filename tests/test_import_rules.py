@@ -36,7 +36,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("snapshot_store", "store", "result", "data", "attributed", "probe_rows", "lost_rows", "contrastive", "diffusion"),
     ("access", "jobs", "shards", "attributed_apart", "mode_choice"),
     ("featurizer",),
-    ("snapshot_model", "positions"),
+    ("snapshot_model", "positions", "learning"),
     ("methods",),
     ("attribute_arguments", "scoring", "transfer"),
     ("row_checks",),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector
+from lightning_attr.projectors.base import Projection, Projector, check_not_learned
 
 __all__ = ["random_project"]
 
@@ -52,6 +52,8 @@ def random_project(feature: Feature, projector: Projector) -> Callable[..., Tens
             f"shapes { {name: tuple(tensor.shape) for name, tensor in _named(feature).items()} }."
         )
     layout = ParameterLayout(shapes)
+
+    check_not_learned(projector.bind(layout, ""), "random_project")
 
     @lru_cache(maxsize=1)
     def projection(ensemble_id: int) -> Projection:

@@ -16,7 +16,7 @@ from lightning_attr.func.dropout import _CHANNELWISE, _ELEMENTWISE, dropout_ense
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method
 from lightning_attr.methods.model import model_of
 from lightning_attr.methods.trak import TRAK
-from lightning_attr.projectors import NoProjection, Projection
+from lightning_attr.projectors import NoProjection, Projection, check_not_learned
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.snapshot_model import SnapshotModel
 
@@ -167,6 +167,7 @@ class DropoutEnsemble(AttributionMethod):
         """Features under a mask, or without; some columns of the training samples instead of what was found."""
         key = model.key if mask is None else f"{model.key}/mask={mask}"
         projection = self.method.bind(model.layout, key)
+        check_not_learned(projection, "DropoutEnsemble")
         train = {**self._train(model, projection, mask, rows), **instead}
         with self._dropout(model, mask):
             targets = model.targets(self.method.bind_targets(projection), snapshot.target_rows)

@@ -1,16 +1,19 @@
-"""Random projections of per-sample gradients."""
+"""Projections of per-sample gradients."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_attr.projectors.base import (
     IdentityProjector,
+    LearnedProjection,
     MatrixProjection,
     NoProjection,
     Projection,
     Projector,
+    check_not_learned,
 )
 from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
+from lightning_attr.projectors.eigen import EigenProjector
 from lightning_attr.projectors.factored_sjlt import FactoredSJLTProjector
 from lightning_attr.projectors.factors import GradientFactors
 from lightning_attr.projectors.fast_jl import FastJLProjector
@@ -22,6 +25,7 @@ from lightning_attr.projectors.sjlt import SJLTProjector
 
 __all__ = [
     "AdamDirection",
+    "EigenProjector",
     "FactGraSSProjector",
     "FactoredSJLTProjector",
     "FastJLProjector",
@@ -31,6 +35,7 @@ __all__ = [
     "IdentityProjector",
     "KroneckerProjector",
     "LayerSubset",
+    "LearnedProjection",
     "MatrixProjection",
     "NoProjection",
     "Projection",
@@ -38,12 +43,14 @@ __all__ = [
     "RademacherProjector",
     "SJLTProjector",
     "ScaledProjection",
+    "check_not_learned",
     "projector_from_config",
 ]
 
 _KINDS: dict[str, type[Projector]] = {
     cls.kind: cls
     for cls in (
+        EigenProjector,
         FactGraSSProjector,
         FactoredSJLTProjector,
         FastJLProjector,

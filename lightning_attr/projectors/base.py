@@ -7,7 +7,7 @@ A :class:`Projector` says which family and how many dimensions; bound to a layou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +19,16 @@ from lightning_attr.arguments import check_instance, check_int, check_seed
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.layout import ParameterLayout
 
-__all__ = ["IdentityProjector", "MatrixProjection", "NoProjection", "Projection", "Projector", "check_projector"]
+__all__ = [
+    "IdentityProjector",
+    "LearnedProjection",
+    "MatrixProjection",
+    "NoProjection",
+    "Projection",
+    "Projector",
+    "check_not_learned",
+    "check_projector",
+]
 
 
 class Projection(ABC):
@@ -91,6 +100,75 @@ class Projection(ABC):
             The columns to keep.
         """
         return columns
+
+
+class LearnedProjection(Projection):
+    """A linear map that is learned from training samples at its snapshot, and kept with it.
+
+    Args:
+        dim: number of features, known before.
+
+    Example:
+        >>> from lightning_attr.projectors import EigenProjector
+        >>> isinstance(EigenProjector(4).bind(ParameterLayout({"weight": (3, 5)}), "final"), LearnedProjection)
+        True
+    """
+
+    @abstractmethod
+    def learning_rows(self, n_train: int) -> Sequence[int]:
+        """Choose the training samples to learn from.
+
+        Args:
+            n_train: how many there are.
+
+        Returns:
+            Their rows, in order; all where there are no more.
+        """
+
+    @abstractmethod
+    def learn(self, run: Callable[[Projection], None]) -> None:
+        """Learn the map.
+
+        Args:
+            run: sends the gradients of the samples through the map it is given, as often as it is called.
+        """
+
+    @property
+    @abstractmethod
+    def basis(self) -> Mapping[str, Tensor]:
+        """What :meth:`load` takes; empty before."""
+
+    @abstractmethod
+    def load(self, basis: Mapping[str, Tensor]) -> None:
+        """Take what was learned before.
+
+        Args:
+            basis: from :attr:`basis` of an equal map.
+
+        Raises:
+            ValueError: if it was learned for other parameters, or for another number of features.
+        """
+
+
+def check_not_learned(projection: Projection, where: str) -> None:
+    """Refuse a projection that is learned from gradients where there are none to learn from.
+
+    Args:
+        projection: any.
+        where: what it is used in.
+
+    Raises:
+        ValueError: if it is learned.
+
+    Example:
+        >>> check_not_learned(NoProjection(), "DropoutEnsemble")
+    """
+    if isinstance(projection, LearnedProjection):
+        kind = type(projection).__name__.removesuffix("ion") + "or"
+        raise ValueError(
+            f"Expected a projector for {where} that learns nothing from gradients, but got {kind}. Use "
+            "KroneckerProjector() or another random one."
+        )
 
 
 class Projector(ABC):

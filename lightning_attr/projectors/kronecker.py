@@ -23,7 +23,7 @@ from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer
 from lightning_attr.randomness import rademacher
 
-__all__ = ["KroneckerProjector"]
+__all__ = ["KroneckerProjector", "MatrixBlock", "Sides", "TwoSidedProjection", "matrix_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class KroneckerProjector(Projector):
         Raises:
             ValueError: if the parameters are more than the features.
         """
-        blocks = _blocks(layout)
+        blocks = matrix_blocks(layout)
         if len(blocks) > self.proj_dim:
             raise ValueError(
                 f"Expected argument `proj_dim` to be at least {len(blocks)}, one for each weight of the module, but "
@@ -68,12 +68,26 @@ class KroneckerProjector(Projector):
         while low < high:
             side = (low + high + 1) // 2
             low, high = (side, high) if _total(blocks, side) <= self.proj_dim else (low, side - 1)
-        return _KroneckerProjection(blocks, low, (self.seed, snapshot))
+        key = (self.seed, snapshot)
+        return TwoSidedProjection([
+            (block, Sides.draw(low, block.rows, block.columns, key, block.weight)) for block in blocks
+        ])
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A weight seen as a matrix, with its bias as last column if it has one; a vector has one column."""
+class MatrixBlock:
+    """A weight seen as a matrix, with its bias as last column if it has one; a vector has one column.
+
+    Args:
+        weight: name of the parameter.
+        bias: name of the bias that is the last column; None without one.
+        rows: of the matrix.
+        columns: of the matrix, that of the bias among them.
+
+    Example:
+        >>> MatrixBlock("0.weight", "0.bias", 8, 11).size(4)
+        16
+    """
 
     weight: str
     bias: str | None
@@ -81,53 +95,99 @@ class _Block:
     columns: int
 
     def size(self, side: int) -> int:
+        """Count the entries with at most ``side`` rows and columns."""
         return min(side, self.rows) * min(side, self.columns)
 
 
-def _blocks(layout: ParameterLayout) -> list[_Block]:
+def matrix_blocks(layout: ParameterLayout) -> list[MatrixBlock]:
+    """See each weight of a layout as a matrix.
+
+    Args:
+        layout: the parameters.
+
+    Returns:
+        The blocks, in the order of the layout; a bias is in the block of its weight.
+
+    Example:
+        >>> matrix_blocks(ParameterLayout({"weight": (8, 10), "bias": (8,)}))
+        [MatrixBlock(weight='weight', bias='bias', rows=8, columns=11)]
+    """
     biases = {name: layout.bias_of(name) for name in layout.shapes}
     merged = set(biases.values())
     blocks = []
     for name, shape in layout.shapes.items():
         if name not in merged:
             rows, columns = (shape[0] if shape else 1), math.prod(shape[1:])
-            blocks.append(_Block(name, biases[name], rows, columns + (biases[name] is not None)))
+            blocks.append(MatrixBlock(name, biases[name], rows, columns + (biases[name] is not None)))
     return blocks
 
 
-def _total(blocks: list[_Block], side: int) -> int:
+def _total(blocks: list[MatrixBlock], side: int) -> int:
     return sum(block.size(side) for block in blocks)
 
 
-class _KroneckerProjection(Projection):
-    def __init__(self, blocks: list[_Block], side: int, key: tuple[object, ...]) -> None:
-        super().__init__(_total(blocks, side))
+class TwoSidedProjection(Projection):
+    """Projects the gradient of each block from both sides; a block's features are its entries, row after row.
+
+    Args:
+        sides: each block with its two matrices.
+
+    Example:
+        >>> block = MatrixBlock("weight", None, 2, 2)
+        >>> projection = TwoSidedProjection([(block, Sides(torch.ones(1, 2), None))])
+        >>> features = torch.zeros(1, projection.dim)
+        >>> projection.accumulate(features, "weight", torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        >>> features
+        tensor([[4., 6.]])
+    """
+
+    def __init__(self, sides: list[tuple[MatrixBlock, Sides]]) -> None:
         self.maps: dict[str, _TwoSided] = {}
         self.last_columns: dict[str, _LastColumn] = {}
         start = 0
-        for block in blocks:
-            stop = start + block.size(side)
-            two_sided = _TwoSided(
-                slice(start, stop), block, Sides.draw(side, block.rows, block.columns, key, block.weight)
-            )
+        for block, matrices in sides:
+            stop = start + matrices.rows(block.rows) * matrices.columns(block.columns)
+            two_sided = _TwoSided(slice(start, stop), block, matrices)
             self.maps[block.weight] = two_sided
             if block.bias is not None:
                 self.last_columns[block.bias] = _LastColumn(two_sided)
             start = stop
+        super().__init__(start)
         self.layers = by_layer({name: two_sided.slot for name, two_sided in self.maps.items()})
 
-    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
+    def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:  # noqa: D102 - inherited
         self._add(features, set(), {name: gradient})
 
-    def accumulate_layer(self, features: Tensor, gradients: Mapping[str, ParameterGradient]) -> None:
+    def accumulate_layer(  # noqa: D102 - inherited
+        self, features: Tensor, gradients: Mapping[str, ParameterGradient]
+    ) -> None:
         self._add(features, set(), gradients)
 
     @contextmanager
     def filling(self, features: Tensor) -> Iterator[Callable[[Mapping[str, ParameterGradient]], None]]:
+        """Fill the features of a batch; blocks without gradients become zero.
+
+        Args:
+            features: ``(b, dim)``, changed in place.
+
+        Yields:
+            A function that adds the gradients from one use of a layer.
+        """
         fresh = set(self.maps)
         yield partial(self._add, features, fresh)
         for name in fresh:
             features[:, self.maps[name].slot] = 0
+
+    def known(self, gradients: Mapping[str, ParameterGradient]) -> dict[str, ParameterGradient]:
+        """Leave out the gradients of parameters that are in no block.
+
+        Args:
+            gradients: parameter name -> per-sample gradients.
+
+        Returns:
+            Those that have features.
+        """
+        return {name: g for name, g in gradients.items() if name in self.maps or name in self.last_columns}
 
     def _add(self, features: Tensor, fresh: set[str], gradients: Mapping[str, ParameterGradient]) -> None:
         """Add the gradients of a layer; what a block in ``fresh`` holds is overwritten, and then it is not fresh."""
@@ -185,6 +245,14 @@ class Sides:
             (True, torch.Size([4, 10]))
         """
         return cls(_side(side, rows, (*key, name, "rows")), _side(side, columns, (*key, name, "columns")), name)
+
+    def rows(self, rows: int) -> int:
+        """Count the rows of a projected gradient that has ``rows``."""
+        return rows if self.left is None else self.left.shape[0]
+
+    def columns(self, columns: int) -> int:
+        """Count the columns of a projected gradient that has ``columns``."""
+        return columns if self.right is None else self.right.shape[0]
 
     def note(self, gradient: FactoredGradient, left: Tensor | None, right: Tensor | None) -> None:
         """Log, once, which way is taken.
@@ -247,7 +315,7 @@ def _wide(side: Tensor) -> Tensor:
 class _TwoSided:
     """The map of a block's weight."""
 
-    def __init__(self, slot: slice, block: _Block, sides: Sides) -> None:
+    def __init__(self, slot: slice, block: MatrixBlock, sides: Sides) -> None:
         self.slot = slot
         self.name = block.weight
         self.bias = block.bias
@@ -301,8 +369,7 @@ class _TwoSided:
 
     def view(self, features: Tensor) -> Tensor:
         """The block's features as matrices, ``(b, k_rows, k_columns)``."""
-        rows = self.block.rows if self.sides.left is None else self.sides.left.shape[0]
-        return features[:, self.slot].view(len(features), rows, -1)
+        return features[:, self.slot].view(len(features), self.sides.rows(self.block.rows), -1)
 
 
 class _LastColumn:

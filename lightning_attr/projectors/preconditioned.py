@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.optimizer_state import AdamMoments
-from lightning_attr.projectors.base import Projection, flat_rows, flat_slots
+from lightning_attr.projectors.base import Projection, check_not_learned, flat_rows, flat_slots
 
 __all__ = ["AdamDirection", "ScaledProjection"]
 
@@ -28,6 +28,9 @@ class ScaledProjection(Projection):
         layout: the parameters.
         scales: parameter name -> ``s``, in its shape; one without any is left out, as if ``s`` were zero.
 
+    Raises:
+        ValueError: if the projection is learned: it would be learned from gradients that are not scaled.
+
     Example:
         >>> from lightning_attr.projectors import IdentityProjector
         >>> layout = ParameterLayout({"w": (2,)})
@@ -39,6 +42,7 @@ class ScaledProjection(Projection):
     """
 
     def __init__(self, projection: Projection, layout: ParameterLayout, scales: Mapping[str, Tensor]) -> None:
+        check_not_learned(projection, "gradients in an optimizer's metric")
         super().__init__(projection.dim)
         self.projection = projection
         self.layout = layout
@@ -74,6 +78,9 @@ class AdamDirection(Projection):
         layout: the parameters.
         moments: parameter name -> its moments; one without any was never updated and does not move.
 
+    Raises:
+        ValueError: if the projection is learned: it would be learned from gradients, not from directions.
+
     Example:
         >>> from lightning_attr.projectors import IdentityProjector
         >>> layout = ParameterLayout({"w": (2,)})
@@ -88,6 +95,7 @@ class AdamDirection(Projection):
     def __init__(self, projection: Projection, layout: ParameterLayout, moments: Mapping[str, AdamMoments]) -> None:
         shapes = {n: s for n, s in layout.shapes.items() if projection.names is None or n in projection.names}
         self.whole = ParameterLayout(shapes)
+        check_not_learned(projection, "directions of an optimizer")
         super().__init__(self.whole.numel)
         self.names = frozenset(shapes)
         self.projection = projection

@@ -168,7 +168,9 @@ def test_config_round_trip(kind: str) -> None:
 
 
 def test_config_of_an_unknown_projector() -> None:
-    with pytest.raises(ValueError, match=r"Expected a projector among \['fact.*'gaussian', .*'sjlt'\], but .* 'fft'"):
+    with pytest.raises(
+        ValueError, match=r"Expected a projector among \['eigen', 'fact.*'gaussian', .*'sjlt'\], but .* 'fft'"
+    ):
         projector_from_config({"kind": "fft", "proj_dim": 3})
 
 

@@ -1,0 +1,144 @@
+r"""Covariances of the two sides of a weight's gradient, and their leading eigenvectors.
+
+For :math:`G = \sum_s \delta_s a_s^\top`: :math:`\sum_s \delta_s \delta_s^\top` on the side of the rows and
+:math:`\sum_s a_s a_s^\top` on that of the columns, with a last one in :math:`a` for the bias. A gradient that comes
+whole counts by :math:`G G^\top` and :math:`G^\top G`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient
+from lightning_attr.projectors.kronecker import MatrixBlock
+from lightning_attr.randomness import rademacher
+
+__all__ = ["BlockMoments"]
+
+_WHOLE = 2048
+"""Up to this size a covariance is decomposed whole: about a second."""
+_DIAGONAL = 8192
+"""Above this size only the diagonal of a covariance is kept, and its largest axes stand for eigenvectors."""
+_ITERATIONS = 6
+"""Of the subspace: its leading directions are settled, and the last ones need not be."""
+
+
+class BlockMoments:
+    """Gathers the covariances of one weight, batch after batch.
+
+    Args:
+        block: the weight, with its bias if it has one.
+
+    Example:
+        >>> moments = BlockMoments(MatrixBlock("weight", None, 2, 3))
+        >>> moments.add(torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]), None)
+        >>> left, right = moments.leading(1)
+        >>> left.abs(), right.abs()
+        (tensor([[1., 0.]]), tensor([[1., 0., 0.]]))
+    """
+
+    def __init__(self, block: MatrixBlock) -> None:
+        self.block = block
+        self.rows: Tensor | None = None  # (r, r), or (r,) where only the diagonal is wanted
+        self.columns: Tensor | None = None  # (c, c)
+
+    def add(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> None:
+        """Add the gradients of a batch.
+
+        Args:
+            weight: of the weight; None where only the bias was used.
+            bias: of the bias, from the same use; None without one.
+        """
+        if isinstance(weight, GatherSum):
+            self._add_table(weight)
+            return
+        rows, columns = self._factors(weight, bias)
+        self.rows = _plus(self.rows, _gram(rows))
+        self.columns = _plus(self.columns, _gram(columns))
+
+    def leading(self, most: int) -> tuple[Tensor, Tensor]:
+        """Find the leading eigenvectors of both sides, the leading ones first.
+
+        Args:
+            most: of each side; all where there are no more.
+
+        Returns:
+            ``(k_rows, rows)`` and ``(k_columns, columns)``, float32, orthonormal rows.
+        """
+        sizes = (self.block.rows, self.block.columns)
+        left, right = (
+            _leading(torch.zeros(size) if moment is None else moment, min(most, size))
+            for moment, size in zip((self.rows, self.columns), sizes, strict=True)
+        )
+        return left, right
+
+    def _add_table(self, table: GatherSum) -> None:
+        """Rows of a table are looked up one by one: their covariance is its diagonal."""
+        sizes = table.columns.square().sum(2).flatten().double()
+        rows = torch.zeros(self.block.rows, dtype=torch.float64, device=sizes.device)
+        self.rows = _plus(self.rows, rows.index_add_(0, table.ids.flatten(), sizes))
+        self.columns = _plus(self.columns, _gram(table.columns.flatten(0, 1)))
+
+    def _factors(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> tuple[Tensor, Tensor]:
+        """Both factors of all samples and positions, ``(N, rows)`` and ``(N', columns)``."""
+        if isinstance(weight, OuterSum):
+            rows, columns = weight.rows.flatten(0, 1), weight.columns.flatten(0, 1)
+        elif isinstance(weight, ConvSum) and weight.groups == 1:
+            windows = weight.windows().squeeze(1)  # (b, c_in, *out_size, *kernel_size)
+            dims = len(weight.kernel_size)
+            windows = windows.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+            rows, columns = weight.backprops.flatten(2).mT.flatten(0, 1), windows.flatten(0, dims).flatten(1)
+        else:
+            return self._whole(weight, bias)
+        if self.block.bias is not None:
+            last = columns.new_full((len(columns), 1), 0.0 if bias is None else 1.0)
+            columns = torch.cat([columns, last], 1)
+        return rows, columns
+
+    def _whole(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> tuple[Tensor, Tensor]:
+        wanted = (weight, bias if self.block.bias is not None else None)
+        formed = [_formed(gradient) for gradient in wanted if gradient is not None]
+        parts = [gradient.reshape(len(gradient), self.block.rows, -1) for gradient in formed]
+        matrices = torch.cat(parts, 2)
+        missing = self.block.columns - matrices.shape[2]
+        if missing:  # weight or bias has no part in this use
+            zeros = matrices.new_zeros(len(matrices), self.block.rows, missing)
+            matrices = torch.cat([matrices, zeros] if weight is not None else [zeros, matrices], 2)
+        return matrices.mT.flatten(0, 1), matrices.flatten(0, 1)
+
+
+def _formed(gradient: ParameterGradient) -> Tensor:
+    return gradient.materialise() if isinstance(gradient, FactoredGradient) else gradient
+
+
+def _gram(factors: Tensor) -> Tensor:
+    """Covariance, or its diagonal where the whole is too large; products of the factors' precision, sums float64."""
+    if factors.shape[1] > _DIAGONAL:
+        return factors.square().sum(0, dtype=torch.float64)
+    return (factors.mT @ factors).double()
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    if total is None or total.ndim == more.ndim:
+        return more if total is None else total + more
+    # A table that is also used as a matrix.
+    matrix, diagonal = (total, more) if total.ndim == 2 else (more, total)
+    return matrix + diagonal.diag()
+
+
+def _leading(moment: Tensor, most: int) -> Tensor:
+    """Leading eigenvectors as rows, ``(most, d)``, of a covariance or of a diagonal one."""
+    size = len(moment)
+    if moment.ndim == 1:
+        largest = moment.argsort(descending=True, stable=True)[:most]
+        return torch.zeros(most, size, device=moment.device).scatter_(1, largest[:, None], 1.0)
+    if size <= _WHOLE:
+        vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+        return vectors.flip(1)[:, :most].T.float().contiguous()
+    # Subspace iteration, Q <- qr(M Q), then the eigenvectors within Q.
+    basis = rademacher((size, min(size, most + 16)), "eigenvectors", size).to(moment)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(moment @ basis).Q
+    inner: Tensor = torch.linalg.eigh(basis.T @ moment @ basis).eigenvectors
+    return (basis @ inner.flip(1)[:, :most]).T.float().contiguous()

@@ -1,0 +1,120 @@
+"""Projections that are learned at a snapshot: kept in the store, the same for all who read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from lightning_attr import FeatureStore, attribute
+from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
+from lightning_attr.methods import LESS, TRAK, DropoutEnsemble, GradDot
+from lightning_attr.projectors import EigenProjector, IdentityProjector, KroneckerProjector, LayerSubset
+
+TRAIN, TARGETS = loader_of(blobs(40), shuffle=True), loader_of(blobs(9, seed=1))
+
+
+class AdamClassifier(BlobClassifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def fitted(folder: Path, method: Any, kind: type[BlobClassifier] = BlobClassifier, **settings: Any) -> Any:
+    callback = AttributionCallback(folder, method=method, feature_dtype="float32", **settings)
+    trainer = quiet_trainer(max_epochs=3, callbacks=[callback])
+    torch.manual_seed(0)
+    trainer.fit(kind(), TRAIN)
+    return trainer
+
+
+def scores(trainer: Any, **settings: Any) -> Tensor:
+    return trainer.attribute(target_dataloaders=TARGETS, **settings).scores.values
+
+
+def test_with_room_for_all_coordinates_scores_are_those_of_whole_gradients(tmp_path: Path) -> None:
+    eigen = scores(fitted(tmp_path / "eigen", GradDot(EigenProjector(1000))))
+    whole = scores(fitted(tmp_path / "whole", GradDot(IdentityProjector())))
+    torch.testing.assert_close(eigen, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_training_is_untouched(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = BlobClassifier()
+    trainer = quiet_trainer(max_epochs=3)
+    trainer.fit(plain, TRAIN)
+    state = torch.get_rng_state()
+    watched = fitted(tmp_path, TRAK(projector=EigenProjector(12)))
+    assert torch.equal(torch.get_rng_state(), state)
+    for own, other in zip(watched.lightning_module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_the_best_coordinates_beat_random_ones(tmp_path: Path) -> None:
+    projectors = {"eigen": EigenProjector(20), "random": KroneckerProjector(20), "all": IdentityProjector()}
+    found = {
+        name: scores(fitted(tmp_path / name, TRAK(projector=projector))).flatten()
+        for name, projector in projectors.items()
+    }
+    agreement = {name: torch.corrcoef(torch.stack([found[name], found["all"]]))[0, 1] for name in ("eigen", "random")}
+    assert agreement["eigen"] > agreement["random"] + 0.05
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_another_process_reads_what_was_learned(tmp_path: Path, per_layer: bool) -> None:
+    trainer = fitted(tmp_path, TRAK(projector=EigenProjector(12), per_layer=per_layer))
+    own = scores(trainer)
+    store = FeatureStore.open(tmp_path)
+    assert all(snapshot.basis is not None for snapshot in store.snapshots)
+    again = attribute(
+        quiet_trainer(),
+        model=BlobClassifier(seed=5),
+        train_dataloaders=TRAIN,
+        target_dataloaders=TARGETS,
+        store=tmp_path,
+        method=TRAK(projector=EigenProjector(12), per_layer=per_layer),
+    )
+    torch.testing.assert_close(again.scores.values, own)
+
+
+def test_attribute_learns_where_only_weights_are_stored(tmp_path: Path) -> None:
+    beside = scores(fitted(tmp_path / "beside", TRAK(projector=EigenProjector(12))))
+    later = fitted(tmp_path / "later", TRAK(projector=EigenProjector(12)), featurize=False)
+    torch.testing.assert_close(scores(later), beside, rtol=1e-4, atol=1e-5)
+
+
+def test_chosen_layers_alone(tmp_path: Path) -> None:
+    trainer = fitted(tmp_path, GradDot(LayerSubset(EigenProjector(1000), ["network.2"])))
+    whole = fitted(tmp_path / "whole", GradDot(LayerSubset(IdentityProjector(), ["network.2"])))
+    torch.testing.assert_close(scores(trainer), scores(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_a_basis_that_is_gone_or_of_another_snapshot(tmp_path: Path) -> None:
+    trainer = fitted(tmp_path, TRAK(projector=EigenProjector(12)))
+    first, second = (tmp_path / s.folder / "basis.safetensors" for s in FeatureStore.open(tmp_path).snapshots[:2])
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises((CorruptedStoreError, StoreMismatchError), match=r"basis\.safetensors"):
+        scores(trainer)
+    first.unlink()
+    with pytest.raises(CorruptedStoreError, match=r"basis\.safetensors.*missing"):
+        scores(trainer)
+    first.write_bytes(kept)
+    assert scores(trainer).isfinite().all()
+
+
+def test_methods_that_change_gradients_before_refuse(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="directions of an optimizer that learns nothing"):
+        fitted(tmp_path, LESS(EigenProjector(12)), kind=AdamClassifier)
+    with pytest.raises(ValueError, match="DropoutEnsemble that learns nothing"):
+        attribute(
+            quiet_trainer(),
+            model=BlobClassifier(),
+            train_dataloaders=TRAIN,
+            targets="train",
+            method=DropoutEnsemble(TRAK(projector=EigenProjector(12))),
+        )
