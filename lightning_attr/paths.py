@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -63,7 +64,7 @@ def inside(root: Path, *parts: str) -> Path:
         The path, which need not exist.
 
     Raises:
-        CorruptedStoreError: if it is elsewhere once links are followed.
+        CorruptedStoreError: if it is elsewhere, or nowhere, once links are followed.
 
     Example:
         >>> import tempfile
@@ -77,6 +78,11 @@ def inside(root: Path, *parts: str) -> Path:
     """
     path = root.joinpath(*parts)
     top, real = os.path.realpath(root), os.path.realpath(path)
+    try:
+        os.path.realpath(path, strict=True)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptedStoreError(f"{path} leads to itself, by a link. Put the files there.") from error
     if real != top and not real.startswith(top.rstrip(os.sep) + os.sep):
         raise CorruptedStoreError(
             f"{path} leads out of its directory, to {real}: what is stored is read and written only inside {root}. Put "
