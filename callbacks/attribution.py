@@ -22,6 +22,7 @@ from lightning_attr.arguments import check_flag, check_int, check_numbers, check
 from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.divergence import check_weights
+from lightning_attr.callbacks.drawing import note_drawable_rows
 from lightning_attr.callbacks.featurizing import featurize, self_influence_at
 from lightning_attr.callbacks.guard import Guard, describe
 from lightning_attr.callbacks.rates import LearningRates
@@ -275,6 +276,7 @@ class AttributionCallback(AnyCallback):
             started=digest(weights_of(pl_module)) if trainer.global_step == 0 else None,
             feature_dtype=self.feature_dtype,
         )
+        note_drawable_rows(trainer, pl_module, self.source, FeatureStore.open(path))
 
     def _beat(self) -> None:
         """Show to other machines that this run lives, every so many seconds."""

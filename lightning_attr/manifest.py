@@ -225,6 +225,8 @@ class Manifest:
         feature_dtype: how features are stored, "float16", "bfloat16" or "float32"; see :mod:`lightning_attr.encoding`.
         stopped: why the recording ended before the run did; None if it did not.
         id: of the store, in all of its files; drawn at random when it is made.
+        trained_on: which rows training can draw, as :func:`lightning_attr.exposure.to_bitmap` writes it; None where
+            nothing says that it leaves some out.
 
     Example:
         >>> Manifest(Fingerprint(10, None, {"w": (2,)}, None), shard_rows=4, run=None).num_shards
@@ -238,6 +240,7 @@ class Manifest:
     feature_dtype: str = "float32"
     stopped: Stopped | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
+    trained_on: str | None = None
 
     def __post_init__(self) -> None:
         check_feature_dtype(self.feature_dtype)
@@ -261,8 +264,9 @@ class Manifest:
         """
         length, rows = self.fingerprint.length, self.shard_rows
         record = {"format": FORMAT, **dataclasses.asdict(self)}
-        if self.stopped is None:
-            del record["stopped"]
+        for name in ("stopped", "trained_on"):
+            if record[name] is None:
+                del record[name]
         for snapshot in record["snapshots"]:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
@@ -287,7 +291,8 @@ class Manifest:
         """
         record = read_record(path, "attribution store", FORMAT)
         del record["format"]
-        record.setdefault("stopped", None)
+        for name in ("stopped", "trained_on"):
+            record.setdefault(name, None)
         try:
             manifest = read_fields(cls, record, _MANIFEST, whole=True)
             manifest._check()
@@ -297,6 +302,8 @@ class Manifest:
 
     def _check(self) -> None:
         """Refuse fields that do not fit each other."""
+        if self.trained_on is not None and len(self.trained_on) != 2 * -(-self.fingerprint.length // 8):
+            raise ValueError("`trained_on` has other rows than the data set")
         checked("shard_rows", self.shard_rows, integer(-(-self.fingerprint.length // _MOST_SHARDS)))
         for snapshot in self.snapshots:
             if snapshot.folder != f"snapshots/{snapshot.key}":
@@ -334,6 +341,8 @@ class Manifest:
                     f"has {first.shard_rows} rows a shard, but this one has {other.shard_rows}: featurize both with "
                     "the same batch size"
                 )
+            if difference is None and other.trained_on != first.trained_on:
+                difference = "is of a run that could draw other training samples: merge runs of the same samplers"
             if difference is not None:
                 raise StoreMismatchError(f"{other_path} cannot be merged with {path}, which {difference}.")
             fingerprint = dataclasses.replace(
@@ -353,7 +362,14 @@ class Manifest:
             for i, (_, manifest) in enumerate(manifests)
             for snapshot in manifest.usable
         ]
-        return cls(fingerprint, first.shard_rows, None, tuple(snapshots), first.feature_dtype)
+        return cls(
+            fingerprint,
+            first.shard_rows,
+            None,
+            tuple(snapshots),
+            first.feature_dtype,
+            trained_on=first.trained_on,
+        )
 
 
 _MANIFEST = {
@@ -364,6 +380,7 @@ _MANIFEST = {
     "feature_dtype": text(100),
     "stopped": optional(lambda found: read_fields(Stopped, found, _STOPPED)),
     "id": text(100),
+    "trained_on": optional(text(2**28)),
 }
 
 

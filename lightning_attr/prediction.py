@@ -17,6 +17,7 @@ from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
+from lightning_attr.exposure import from_bitmap, masked
 from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
 from lightning_attr.jobs import Jobs
 from lightning_attr.learning import learn_projection, settle_projection
@@ -322,7 +323,9 @@ class AttributionStep(nn.Module):
         train = Replay(lambda: self._samples(self.train_data).batches(own))
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
-        scores, self_influence = score(self.method, snapshots, n, self.topk, lambda: self.folder, self.share)
+        scores, self_influence = score(
+            self.method, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on
+        )
         loss, labels = self._training_values()
         provenance = {
             **self.method.config,
@@ -347,7 +350,14 @@ class AttributionStep(nn.Module):
             loss=loss.float(),
             labels=labels,
             noise_mask=self.noise_mask,
+            trained_on=self.trained_on,
         )
+
+    @cached_property
+    def trained_on(self) -> Tensor | None:
+        """Which rows the recorded run could draw."""
+        rows = self.store.manifest.trained_on
+        return None if rows is None else from_bitmap(rows, len(self.train_data))
 
     @cached_property
     def first_target(self) -> int:
@@ -374,7 +384,7 @@ class AttributionStep(nn.Module):
     def _features(self, snapshot: Snapshot, train: Replay) -> SnapshotFeatures:
         rank, world = self.share
         return SnapshotFeatures(
-            blocks=lambda: self._blocks(snapshot.key),
+            blocks=lambda: masked(self._blocks(snapshot.key), self.trained_on),
             targets=self.processes.joined(self.tables[snapshot.key].columns, self.target_rows[rank::world]),
             learning_rate=snapshot.learning_rate,
             reduce=self.processes.sum,
@@ -382,6 +392,7 @@ class AttributionStep(nn.Module):
             model=self._model(snapshot, train) if self.method.projector is None else None,
             layers=self.layers[snapshot.key],
             rates=snapshot.rates,
+            n_drawn=0 if self.trained_on is None else int(self.trained_on.sum()),
             n_train=len(self.train_data),
             key=snapshot.key,
         )

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["AttributionResult"]
 
 
-_SAVED = {"self_influence": (1, True), "loss": (1, True), "labels": (1, False), "noise_mask": (1, False)}
+_SAVED = {
+    "self_influence": (1, True),
+    "loss": (1, True),
+    "labels": (1, False),
+    "noise_mask": (1, False),
+    "trained_on": (1, False),
+}
 """Dimensions of each saved column, and whether it holds floating-point numbers."""
 
 
@@ -44,6 +50,10 @@ class AttributionResult:
         loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
         labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.
+        trained_on: ``(n_train,)``, bool: False for samples that training never drew, as far as the loader of the
+            recorded run tells (subset samplers, limits, dropped ends). Without them nothing would change: their scores
+            and self-influence are zero, and they are neither proponents nor chosen. None where nothing says that there
+            are any.
 
     Example:
         >>> import torch
@@ -63,6 +73,7 @@ class AttributionResult:
     loss: Tensor
     labels: Tensor | None = None
     noise_mask: Tensor | None = None
+    trained_on: Tensor | None = None
     data_value: Tensor = field(init=False)
     metrics: dict[str, float] = field(init=False)
 
@@ -97,9 +108,12 @@ class AttributionResult:
         value = orders[by]()
         groups = torch.zeros(len(value), dtype=torch.int64) if not per_class else self.labels
         assert groups is not None
+        drawn = torch.ones(len(value), dtype=torch.bool) if self.trained_on is None else self.trained_on
         kept = []
         for group in groups.unique():
-            members = (groups == group).nonzero().flatten()
+            members = ((groups == group) & drawn).nonzero().flatten()
+            if not len(members):
+                continue
             order = value[members].argsort(descending=True, stable=True)
             kept.append(members[order[: max(1, round(fraction * len(members)))]])
         return self.scores.train_indices[torch.cat(kept).sort().values]
@@ -112,7 +126,7 @@ class AttributionResult:
         """
         folder = check_path("AttributionResult.save", "path", path)
         self.scores.save(folder)
-        columns = {name: getattr(self, name) for name in ("self_influence", "loss", "labels", "noise_mask")}
+        columns = {name: getattr(self, name) for name in _SAVED}
         known = {name: column for name, column in columns.items() if column is not None}
         write_tensors(folder / "result.safetensors", known, _place(saved_scores(folder)))
         write_bytes(folder / "metrics.json", json.dumps(self.metrics, indent=1).encode())
@@ -135,7 +149,7 @@ class AttributionResult:
         scores = (TopScores if record["kind"] == "top" else ScoreMatrix).load(folder)
         file = inside(folder, "result.safetensors")
         columns = read_tensors(file, remedy=REMEDY, place=_place(record))
-        check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask"}))
+        check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask", "trained_on"}))
         if any(len(column) != scores.shape[0] for column in columns.values()):
             raise CorruptedStoreError(f"{file} is damaged: its columns have other rows than the scores. {REMEDY}")
         return cls(scores, **columns)
@@ -145,7 +159,7 @@ class AttributionResult:
 
         Returns:
             A row a training sample, labelled ``train_indices``, with the columns ``self_influence``, ``data_value`` and
-            ``loss``, and ``label`` and ``noise`` where they are known.
+            ``loss``, and ``label``, ``noise`` and ``trained_on`` where they are known.
 
         Raises:
             MissingDependencyError: if pandas is not installed.
@@ -156,6 +170,7 @@ class AttributionResult:
             "loss": self.loss,
             "label": self.labels,
             "noise": self.noise_mask,
+            "trained_on": self.trained_on,
         }
         known = {name: column.numpy() for name, column in columns.items() if column is not None}
         return data_frame(known, ("train_index", self.scores.train_indices.numpy()))
@@ -342,15 +357,17 @@ def _place(scores: Mapping[str, Any]) -> dict[str, str]:
 
 def _metrics(result: AttributionResult) -> dict[str, float]:
     """Figures that need no retraining; with a noise mask also how well the noise is found, beside plain loss."""
-    value, loss, mask = result.data_value, result.loss, result.noise_mask
+    drawn = slice(None) if result.trained_on is None else result.trained_on
+    value, loss, self_influence = result.data_value[drawn], result.loss[drawn], result.self_influence[drawn]
+    mask = None if result.noise_mask is None else result.noise_mask[drawn]
     metrics: dict[str, Any] = {
         "share_helpful": functional.share_helpful(value[:, None]),
         "share_harmful": functional.share_harmful(value[:, None]),
         "effective_proponents": result.scores.effective_proponents,
-        "self_influence_overlap@10%": functional.overlap(result.self_influence, value),
+        "self_influence_overlap@10%": functional.overlap(self_influence, value),
     }
     if mask is not None and mask.any() and not mask.all():
-        suspicion: Mapping[str, Tensor] = {"": result.self_influence, "loss_": loss}
+        suspicion: Mapping[str, Tensor] = {"": self_influence, "loss_": loss}
         for prefix, suspicious in suspicion.items():
             metrics[f"{prefix}noisy_label_auroc"] = functional.noisy_label_auroc(suspicious, mask)
             metrics[f"{prefix}noisy_label_recall@10%"] = functional.noisy_label_recall(suspicious, mask)

@@ -73,7 +73,7 @@ def saved_scores(folder: Path) -> dict[str, Any]:
 
 
 def load_scores(
-    folder: Path, kind: str, expected: Mapping[str, tuple[int, bool]]
+    folder: Path, kind: str, expected: Mapping[str, tuple[int, bool]], optional: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_scores` wrote.
 
@@ -81,6 +81,7 @@ def load_scores(
         folder: where.
         kind: as it was given there.
         expected: name of each tensor -> its number of dimensions, and whether it holds floating-point numbers.
+        optional: names among them that may be missing.
 
     Returns:
         The tensors, mapped from the file, and the provenance.
@@ -95,7 +96,7 @@ def load_scores(
         )
     path = inside(folder, _FILES[kind])
     tensors = read_tensors(path, record["content"], REMEDY, place={"kind": f"scores ({kind})"})
-    check_tensors(path, tensors, expected)
+    check_tensors(path, tensors, expected, optional)
     return tensors, record["provenance"]
 
 

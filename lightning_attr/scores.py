@@ -43,6 +43,8 @@ class ScoreMatrix:
         train_indices: ``(n_train,)``, int64: indices into the training data set.
         target_indices: ``(n_target,)``, int64: indices into the target data set.
         provenance: method, its arguments and snapshots, as plain values.
+        trained_on: ``(n_train,)``, bool: False for samples that training never drew. Their scores are zero, and they
+            are neither proponents nor opponents. None where nothing says that there are any.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -62,6 +64,7 @@ class ScoreMatrix:
     train_indices: Tensor = field(default=None)  # type: ignore[assignment]  # filled in below
     target_indices: Tensor = field(default=None)  # type: ignore[assignment]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tensor(self, "values", self.values, "(n_train, n_target)", [2])
@@ -148,6 +151,8 @@ class ScoreMatrix:
         """
         folder = check_path("ScoreMatrix.save", "path", path)
         tensors = {"values": self.values, "train_indices": self.train_indices, "target_indices": self.target_indices}
+        if self.trained_on is not None:
+            tensors["trained_on"] = self.trained_on
         save_scores(folder, "matrix", tensors, self.provenance)
 
     @classmethod
@@ -165,19 +170,24 @@ class ScoreMatrix:
         """
         folder = check_path("ScoreMatrix.load", "path", path)
         expected = {"values": (2, True), "train_indices": (1, False), "target_indices": (1, False)}
-        tensors, provenance = load_scores(folder, "matrix", expected)
+        expected["trained_on"] = (1, False)
+        tensors, provenance = load_scores(folder, "matrix", expected, optional=frozenset({"trained_on"}))
         try:
             return cls(**tensors, provenance=provenance)
         except (ValueError, TypeError) as error:
             raise CorruptedStoreError(f"{path} is damaged: {error} {REMEDY}") from error
 
     def _extreme(self, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-        remedy = f"There are {self.shape[0]} training samples."
-        k = check_int("ScoreMatrix.topk" if largest else "ScoreMatrix.bottomk", "k", k, 1, self.shape[0], remedy=remedy)
+        count = self.shape[0] if self.trained_on is None else int(self.trained_on.sum())
+        remedy = f"There are {count} training samples{'' if self.trained_on is None else ' that training drew'}."
+        k = check_int("ScoreMatrix.topk" if largest else "ScoreMatrix.bottomk", "k", k, 1, count, remedy=remedy)
         best: Tensor | None = None
         rows: Tensor | None = None
         for block, values in self.row_blocks():
             index = torch.arange(block.start, block.stop)[:, None].expand(-1, values.shape[1])
+            if self.trained_on is not None:
+                left_out = ~self.trained_on[block, None]
+                values = values.masked_fill(left_out, -torch.inf if largest else torch.inf)
             values = values if best is None else torch.cat([best, values])
             index = index if rows is None else torch.cat([rows, index])
             best, order = values.topk(min(k, len(values)), dim=0, largest=largest)

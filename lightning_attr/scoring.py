@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.methods import AttributionMethod, ScoreBlock, SnapshotFeatures
 from lightning_attr.scores import ScoreMatrix, zeros
 from lightning_attr.top_scores import TopScores, TopScoresSum
 
@@ -29,6 +29,7 @@ def score(
     topk: int | None = None,
     folder: Callable[[], Path] = Path.cwd,
     share: tuple[int, int] = (0, 1),
+    trained_on: Tensor | None = None,
 ) -> tuple[ScoreMatrix | TopScores, Tensor]:
     """Score every training row for every target.
 
@@ -42,6 +43,8 @@ def score(
         topk: keep only this many proponents and opponents of each target, and never build the score matrix.
         folder: gives the directory for a score matrix too large for memory, called only when one is needed.
         share: number of this process, and how many there are.
+        trained_on: ``(n_train,)``, bool: False for samples that training never draws, without which nothing would
+            change: their scores are zero, and they are no proponents. None for all.
 
     Returns:
         The scores, and self-influence ``(n_train,)``, float32; the same in all processes.
@@ -65,6 +68,8 @@ def score(
     m = len(snapshots[0].targets["features"])
     k = max(snapshot.numel for snapshot in snapshots)
     reduce = snapshots[0].reduce
+    if topk is not None and trained_on is not None:
+        topk = min(topk, int(trained_on.sum()))
     found = TopScoresSum(n_train, m, topk) if topk is not None else None
     values = zeros(n_train, m if found is None else 0, folder)
     self_influence = torch.zeros(n_train)
@@ -75,13 +80,24 @@ def score(
         targets = slice(start, min(start + width, m))
         for block in method.score([_tile(snapshot, targets, height) for snapshot in snapshots]):
             rows = slice(block.rows.start, block.rows.stop)
-            self_influence[rows] = block.self_influence
+            left_out = None if trained_on is None else ~trained_on[rows]
+            own = block if left_out is None else _without(block, left_out)
+            self_influence[rows] = own.self_influence
             if found is not None:
-                found.add(block.rows, targets, block.scores)
+                found.add(own.rows, targets, own.scores, left_out)
             else:
-                values[rows, targets] = block.scores
-    scores = found.total(share, reduce) if found is not None else ScoreMatrix(reduce(values))
+                values[rows, targets] = own.scores
+    if found is not None:
+        return found.total(share, reduce), reduce(self_influence)
+    scores = ScoreMatrix(reduce(values), trained_on=trained_on)
     return scores, reduce(self_influence)
+
+
+def _without(block: ScoreBlock, left_out: Tensor) -> ScoreBlock:
+    """Set the scores of some rows of a block to zero."""
+    left_out = left_out.to(block.scores.device)
+    scores = block.scores.masked_fill(left_out[:, None], 0)
+    return ScoreBlock(block.rows, scores, block.self_influence.masked_fill(left_out.to(block.self_influence.device), 0))
 
 
 def score_self_influence(method: AttributionMethod, snapshot: SnapshotFeatures, n_train: int) -> Tensor:

@@ -369,6 +369,16 @@ class SnapshotStore:
             self._save(replace(self.manifest, stopped=stopped))
 
     @one_writer
+    def mark_trained_on(self, rows: str | None) -> None:
+        """Note which rows training can draw.
+
+        Args:
+            rows: as :func:`lightning_attr.exposure.to_bitmap` writes it; None where none are known to be left out.
+        """
+        if self.manifest.trained_on != rows:
+            self._save(replace(self.manifest, trained_on=rows))
+
+    @one_writer
     def set_aside(self, keys: Iterable[str]) -> None:
         """Take snapshots out of the store; their files move to ``abandoned/``, nothing is deleted.
 

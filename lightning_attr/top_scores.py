@@ -197,13 +197,14 @@ class TopScoresSum:
         self.sums = torch.zeros(n_train, dtype=torch.float64)
         self.positive = torch.zeros(2, n_target, dtype=torch.float64)
 
-    def add(self, rows: range, targets: slice, scores: Tensor) -> None:
+    def add(self, rows: range, targets: slice, scores: Tensor, left_out: Tensor | None = None) -> None:
         """Add a block.
 
         Args:
             rows: training rows; each comes once for each target.
             targets: columns of the whole matrix.
             scores: ``(len(rows), targets)``, float32 or float64, on the CPU.
+            left_out: ``(len(rows),)``, bool: rows that are neither proponents nor opponents; None for none.
 
         Raises:
             ValueError: if there are NaN or infinite scores.
@@ -211,7 +212,8 @@ class TopScoresSum:
         if not scores.sum().isfinite():  # a sum needs no memory of the block's size
             _check_finite("scores", scores)
         for end in self.ends:
-            end.add(rows, targets, scores)
+            out = -torch.inf if end.largest else torch.inf
+            end.add(rows, targets, scores if left_out is None else scores.masked_fill(left_out[:, None], out))
         self.sums[rows.start : rows.stop] += scores.sum(1, dtype=torch.float64)
         self.positive[:, targets] += _positive_sums(scores.clamp(min=0).double())
 

@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
     ("curvature", "reductions", "training_step", "sealed", "claims"),
     ("func", "loss_terms", "saved_scores", "writing"),
-    ("manifest", "scores", "top_scores", "mixin", "loader_forms", "reading", "testing"),
+    ("manifest", "scores", "top_scores", "mixin", "loader_forms", "reading", "exposure", "testing"),
     ("loader",),
     ("snapshot_store", "store", "result", "data", "attributed", "probe_rows", "lost_rows", "contrastive", "diffusion"),
     ("access", "jobs", "shards", "attributed_apart", "mode_choice"),

@@ -236,7 +236,7 @@ def test_attribute_keeps_the_strongest() -> None:
     torch.testing.assert_close(top.data_value, dense.data_value)
     assert top.metrics == pytest.approx(dense.metrics, rel=1e-6)
     assert top.scores.provenance == {**dense.scores.provenance, "topk": 5}
-    with pytest.raises(ValueError, match=r"`topk` to be an integer between 1 and 20 .* but got 21"):
+    with pytest.raises(ValueError, match=r"`topk` of attribute to be an integer from 1 to 20, .* but got 21"):
         trainer.attribute(model=BlobClassifier(), **arguments, topk=21)
 
 

@@ -54,6 +54,7 @@ class SnapshotFeatures:
         key: name of the snapshot in the store; snapshots of several runs differ in what is before its last slash.
         rates: parameter name -> sum of its own learning rate, where they differ; None where all are ``learning_rate``,
             which is their mean over all entries otherwise.
+        n_drawn: training samples that training can draw; 0 for all.
 
     Example:
         >>> import torch
@@ -72,6 +73,7 @@ class SnapshotFeatures:
     n_train: int = 0
     key: str = "current"
     rates: Mapping[str, float] | None = None
+    n_drawn: int = 0
 
     @property
     def evidence(self) -> dict[str, Any]:

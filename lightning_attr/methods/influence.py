@@ -164,8 +164,9 @@ class Influence(DampedMethod, ModelMethod):
             products = columns["features"][:, :count]
             own = forms[:, rows.start : rows.stop] if joint is None else columns["features"][:, count:].T
             first, second = own[0], own[-1]
-            push = columns["out_to_loss"] / model.n_train
-            scale = divisor(self.relative, push**2 * model.n_train * first, push**2 * second)
+            n = snapshot.n_drawn or model.n_train
+            push = columns["out_to_loss"] / n
+            scale = divisor(self.relative, push**2 * n * first, push**2 * second)
             yield ScoreBlock(rows, (push / scale)[:, None] * products, push / scale * first)
 
     def score_groups(self, snapshot: SnapshotFeatures, groups: Sequence[Sequence[int]], order: int = 1) -> Tensor:

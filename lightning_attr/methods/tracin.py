@@ -175,7 +175,7 @@ class TracIn(AttributionMethod):
                 'Expected snapshots with `n_train`, the number of training samples, for `weights="integrated"`, but '
                 "got 0. Use SnapshotFeatures(..., n_train=...), or other `weights`."
             )
-        return [rate / snapshots[0].n_train for rate in rates]
+        return [rate / (snapshots[0].n_drawn or snapshots[0].n_train) for rate in rates]
 
     def _layers(self, snapshot: SnapshotFeatures) -> Sequence[slice]:
         """Columns that are normalized together."""
