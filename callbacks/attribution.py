@@ -280,13 +280,15 @@ class AttributionCallback(AnyCallback):
 
     def _beat(self) -> None:
         """Show to other machines that this run lives, every so many seconds."""
-        if self._lock is not None:
-            self._lock.beat()
+        if self._lock is not None and self.stopped is None and not self._failures:
+            with self._guard.training(self._failures.append):
+                self._lock.beat()
 
     def _let_go(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with self._guard.training(lambda error: rank_zero_warn(f"AttributionCallback: {describe(error)}")):
+                lock.release()
 
     @override
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
