@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.attributed import Attributed, attributed, check_module, completed, draws_of
+from lightning_attr.attributed import Attributed, attributed, check_module, completed, draws_of, measured
 from lightning_attr.attributed_apart import OutputApart, attributed_apart
 from lightning_attr.batch import select_rows
 from lightning_attr.draws import Draw
@@ -25,13 +25,14 @@ from lightning_attr.gradients import (
     vmap_gradients,
 )
 from lightning_attr.gradients.hooks import LayerSink
+from lightning_attr.gradients.mode_reads import watch_mode
 from lightning_attr.gradients.rules import check_layers
 from lightning_attr.gradients.whole import whole_gradients
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.layout import as_pairs, real_dtype
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.mode_choice import choose_mode, is_random
-from lightning_attr.modes import MeanNoise, in_mode, seeded, set_mode
+from lightning_attr.modes import MeanNoise, check_mode, in_mode, seeded, set_mode
 from lightning_attr.projectors import Projection
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.samples_apart import SamplesApart
@@ -96,22 +97,32 @@ def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> A
     """
     check_module(module)
     batch = completed(module, batch, Draw(range(batch_size), device=_device(module)))
-    chosen = choose_mode(module, batch[0] if isinstance(batch, SamplesApart) else batch, mode)
-    try:
-        return _plan_in(chosen, module, batch, batch_size)
-    except Exception as error:
-        if mode is not None or chosen == "eval":
-            raise
-        log.warning(
-            "%s cannot be attributed in train mode (%s: %s): eval mode is tried.",
-            type(module).__name__,
-            type(error).__name__,
-            error,
-        )
-    return _plan_in("eval", module, batch, batch_size)
+    check_mode(mode)
+    if mode is not None:
+        return _plan_in(mode, module, batch, batch_size)
+    set_mode(module, "eval")
+    check_layers(module)
+    one = batch[0] if isinstance(batch, SamplesApart) else batch
+    subject = None
+    with watch_mode(module) as reads, torch.enable_grad():
+        try:
+            if one is batch:
+                subject = attributed(module, batch, batch_size)
+            else:
+                measured(module, one)
+        except Exception:  # what runs in train mode only is told from what does not run at all
+            if not reads.seen:
+                raise
+    if reads.seen and choose_mode(module, one) == "train":
+        try:
+            return _plan_in("train", module, batch, batch_size)
+        except Exception as error:
+            name, kind = type(module).__name__, type(error).__name__
+            log.warning("%s cannot be attributed in train mode (%s: %s): eval mode is tried.", name, kind, error)
+    return _plan_in("eval", module, batch, batch_size, subject)
 
 
-def _plan_in(mode: str, module: Any, batch: Any, batch_size: int) -> AttributionPlan:
+def _plan_in(mode: str, module: Any, batch: Any, batch_size: int, subject: Attributed | None = None) -> AttributionPlan:
     one = batch[0] if isinstance(batch, SamplesApart) else batch
     set_mode(module, mode)
     check_layers(module)
@@ -120,7 +131,7 @@ def _plan_in(mode: str, module: Any, batch: Any, batch_size: int) -> Attribution
         return _plan_apart(module, batch, mode, noisy)
     if noisy:
         return _plan_of_one(module, batch, batch_size)
-    subject = attributed(module, batch, batch_size)
+    subject = subject or attributed(module, batch, batch_size)
     gradients = plan_gradients(
         module,
         lambda batch: subject.forward(module, batch, batch_size)[0],

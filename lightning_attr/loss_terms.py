@@ -15,6 +15,7 @@ from lightning_attr.batch import batched_tensors, select_rows
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.functional import call_with
+from lightning_attr.gradients.inner import watch_autograd
 from lightning_attr.reductions import Reductions, weighted_shares
 from lightning_attr.remedies import mixin_lines
 from lightning_attr.training_step import training_loss
@@ -82,7 +83,8 @@ class TrainingLoss:
         """Loss and its negative; the derivatives of a loss that is itself the output."""
         losses = -output
         if seen is not None:
-            losses = _values_apart(module, batch, len(output))
+            with torch.enable_grad():  # the step may differentiate inside
+                losses = _values_apart(module, batch, len(output))
             if not _reduces_to(module, self.reduction, losses, seen):
                 raise _not_of_terms(module, batch, losses, [(list(range(len(losses))), seen)])
         ones = torch.ones_like(losses)
@@ -120,8 +122,8 @@ def _losses_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
 
 
 def _value(module: Any, batch: Any) -> Tensor:
-    """Compute a loss without its graph, by a step that may differentiate inside."""
-    with torch.enable_grad(), plain_execution():
+    """Compute a loss without its graph."""
+    with plain_execution():
         return training_loss(module, batch).detach()
 
 
@@ -131,8 +133,16 @@ def _values_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
 
 def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingLoss:
     """Find how the loss of a batch is made of those of its samples, on batches of several sizes."""
+    with torch.enable_grad(), watch_autograd() as inner:
+        whole = _value(module, batch)
+    scripted = any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules())  # cannot be watched
+    with torch.set_grad_enabled(inner.seen or scripted):
+        return _checked(module, batch, batch_size, whole)
+
+
+def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> TrainingLoss:
     name = type(module).__name__
-    whole, again = _value(module, batch), _value(module, batch)
+    again = _value(module, batch)
     if not _close(module, whole, again, whole.abs()):
         raise BatchDependenceError(
             f"The loss that `training_step` of {name} returns is random: the same {batch_size} samples give "

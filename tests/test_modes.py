@@ -18,6 +18,7 @@ from lightning_attr import AttributionMixin, AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.gradients.mode_reads import watch_mode
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import GradDot, Influence
 from lightning_attr.mode_choice import choose_mode
@@ -294,3 +295,41 @@ def test_a_run_records_its_mode_and_attributes_in_it(tmp_path: Path, caplog: pyt
     torch.testing.assert_close(exact.self_influence.double(), rows.double().square().sum(1), rtol=1e-4, atol=1e-6)
     with pytest.raises(StoreMismatchError, match=r"written in train mode \(mode='train'\), but here it would be mode"):
         trainer.attribute(targets="train", mode="eval")
+
+
+# Who looks at the mode ---------------------------------------------------------------------------------------------
+
+
+def test_layers_of_torch_are_no_readers_of_the_mode() -> None:
+    with watch_mode(_module(Plain)) as reads:
+        _module(Plain).training_step(_batch())
+        nn.LSTM(2, 2, dropout=0.1, num_layers=2)(torch.ones(1, 1, 2))
+    assert not reads.seen
+    assert "training" not in vars(nn.Module)
+
+
+@pytest.mark.parametrize("cls", [Auxiliary, Functional, OfTheMixin])
+def test_code_that_looks_at_its_mode_is_seen(cls: type[Plain]) -> None:
+    module = _module(cls)
+    with watch_mode(module) as reads:
+        module.terms(_batch())
+    assert reads.seen
+    assert module.training is False
+
+
+def test_a_train_of_its_own_counts_as_looking() -> None:
+    class Own(Plain):
+        def train(self, mode: bool = True) -> Own:
+            self.careful = not mode
+            return super().train(mode)
+
+    with watch_mode(Own()) as reads:
+        assert reads.seen
+
+
+def test_modes_are_set_while_they_are_watched() -> None:
+    module = nn.Sequential(nn.Dropout())
+    with watch_mode(module):
+        module.eval()
+        assert not module[0].training
+    assert not module.training
