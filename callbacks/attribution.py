@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported with its logger set up
@@ -22,11 +21,10 @@ from lightning_attr.arguments import check_flag, check_int, check_numbers, check
 from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.divergence import check_weights
-from lightning_attr.callbacks.drawing import note_drawable_rows
 from lightning_attr.callbacks.featurizing import featurize, self_influence_at
-from lightning_attr.callbacks.guard import Guard, describe
-from lightning_attr.callbacks.rates import LearningRates
-from lightning_attr.callbacks.recording import FINAL, Recording, announce, give_up, stopped_warning
+from lightning_attr.callbacks.guard import describe
+from lightning_attr.callbacks.recording import FINAL, Recording, announce
+from lightning_attr.callbacks.run_store import RunStore
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
@@ -34,11 +32,10 @@ from lightning_attr.data import train_source
 from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
-from lightning_attr.files import digest
 from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.learning import learn_from, learn_projection, load_projection
-from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
+from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, check_memory_budget
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
@@ -51,15 +48,13 @@ from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
 from lightning_attr.transfer import samples_on_device, set_up_at
-from lightning_attr.worlds import AnyCallback
-from lightning_attr.writing import WriterLock
 
 __all__ = ["AttributionCallback"]
 
 SnapshotListener = Callable[[L.Trainer, L.LightningModule, Snapshot, Tensor], None]
 
 
-class AttributionCallback(AnyCallback):
+class AttributionCallback(RunStore):
     """Makes every prediction of a run traceable to its training samples, and leaves the run itself bit-identical.
 
     At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set
@@ -140,7 +135,7 @@ class AttributionCallback(AnyCallback):
             memory_budget = check_memory_budget(self, memory_budget)
         if batch_size is not None:
             batch_size = check_int(self, "batch_size", batch_size, minimum=1, also="None")
-        self._guard = Guard(on_error)
+        super().__init__(on_error)
         self.memory = MemoryBudget(memory_budget)
         self.dirpath = check_path(self, "dirpath", dirpath, also="None") if dirpath is not None else None
         self.method = TRAK() if method is None else method
@@ -155,25 +150,6 @@ class AttributionCallback(AnyCallback):
         self.optimizer_state = check_flag(self, "optimizer_state", optimizer_state) or self.method.needs_optimizer_state
         self.mode = mode
         self.listeners: list[SnapshotListener] = []
-        self.self_influence: Tensor | None
-        self._path: Path | None = None
-        self._lock: WriterLock | None = None
-        self._spare: list[Tensor] = []  # memory of shards, from one snapshot to the next
-        self._forget()
-
-    def _forget(self) -> None:
-        self._rates = LearningRates()
-        self._failures: list[Exception] = []
-        self._training = False  # whether this fit is recorded, up to its very end
-        self._recorded = Recording()
-        self._incomplete: str | None = None
-        self.stopped: Stopped | None = None
-        self.self_influence = None
-
-    @property
-    def store_path(self) -> Path | None:
-        """Directory of the feature store; None before the run that makes it, unless ``dirpath`` was given."""
-        return self.dirpath or self._path
 
     # Before training --------------------------------------------------------------------------------------------
 
@@ -264,48 +240,6 @@ class AttributionCallback(AnyCallback):
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
         self.store.check(fingerprint)
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._let_go()
-        self._lock = WriterLock(path)
-        self._recorded.begin(
-            path,
-            fingerprint,
-            batch_size=self.source.batch_size,
-            started=digest(weights_of(pl_module)) if trainer.global_step == 0 else None,
-            feature_dtype=self.feature_dtype,
-        )
-        note_drawable_rows(trainer, pl_module, self.source, FeatureStore.open(path))
-
-    def _beat(self) -> None:
-        """Show to other machines that this run lives, every so many seconds."""
-        if self._lock is not None and self.stopped is None and not self._failures:
-            with self._guard.training(self._failures.append):
-                self._lock.beat()
-
-    def _let_go(self) -> None:
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with self._guard.training(lambda error: rank_zero_warn(f"AttributionCallback: {describe(error)}")):
-                lock.release()
-
-    @override
-    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Give a sign of life in long validations, too."""
-        self._beat()
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let others write the store."""
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let others write the store."""
-        if stage == "fit":
-            self._let_go()
-
     # While training ---------------------------------------------------------------------------------------------
 
     @override
@@ -361,17 +295,6 @@ class AttributionCallback(AnyCallback):
                 f"The weights after `fit` are not those of the last epoch (averaged, or put back). {self.store.path} "
                 f"has them as the snapshot {FINAL!r}; `trainer.attribute` computes its features."
             )
-
-    def _close_store(self, trainer: L.Trainer) -> None:
-        if trainer.is_global_zero:
-            give_up(self.store, self._recorded.ahead(self.store))
-
-    def _stand_down(self, trainer: L.Trainer, epoch: int, error: Exception) -> None:
-        """Recording is over, in all processes; the training goes on."""
-        self._spare.clear()
-        self.stopped = Stopped(epoch, trainer.global_step, describe(error), self._incomplete)
-        if trainer.is_global_zero:
-            rank_zero_warn(stopped_warning(self.store, self.stopped))
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if self._rehearsal or trainer.global_step == self._recorded.global_step:
@@ -478,18 +401,3 @@ class AttributionCallback(AnyCallback):
         rank_zero_warn(
             f"AttributionCallback: logging of self-influence has stopped, recording goes on: {describe(error)}"
         )
-
-    # Resuming ---------------------------------------------------------------------------------------------------
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: where the store is, its last snapshot, and the learning rates integrated since."""
-        path = str(self._path) if self._path else None
-        return {"path": path, "rates": dict(self._rates.sums), "recorded": astuple(self._recorded)}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
-        self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
-        self._rates = LearningRates(state_dict["rates"])
-        self._recorded = Recording(*state_dict["recorded"])

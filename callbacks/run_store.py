@@ -1,0 +1,130 @@
+"""The store of a run in training, as the callback keeps it: locked, resumed from checkpoints, given up on failure."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_attr.callbacks.drawing import note_drawable_rows
+from lightning_attr.callbacks.guard import Guard, describe
+from lightning_attr.callbacks.rates import LearningRates
+from lightning_attr.callbacks.recording import Recording, give_up, stopped_warning
+from lightning_attr.checkpoints import weights_of
+from lightning_attr.files import digest
+from lightning_attr.loader import DataSource
+from lightning_attr.manifest import Fingerprint, Stopped
+from lightning_attr.store import FeatureStore
+from lightning_attr.worlds import AnyCallback
+from lightning_attr.writing import WriterLock
+
+__all__ = ["RunStore"]
+
+
+class RunStore(AnyCallback):
+    """What :class:`AttributionCallback` knows of its run and of the store on disk, whatever it records.
+
+    Args:
+        on_error: as there.
+    """
+
+    dirpath: Path | None
+    store: FeatureStore
+    source: DataSource
+    feature_dtype: str
+    self_influence: Tensor | None
+
+    def __init__(self, on_error: str) -> None:
+        super().__init__()
+        self._guard = Guard(on_error)
+        self._path: Path | None = None
+        self._lock: WriterLock | None = None
+        self._spare: list[Tensor] = []  # memory of shards, from one snapshot to the next
+        self._forget()
+
+    def _forget(self) -> None:
+        self._rates = LearningRates()
+        self._failures: list[Exception] = []
+        self._training = False  # whether this fit is recorded, up to its very end
+        self._recorded = Recording()
+        self._incomplete: str | None = None
+        self.stopped: Stopped | None = None
+        self.self_influence = None
+
+    @property
+    def store_path(self) -> Path | None:
+        """Directory of the feature store; None before the run that makes it, unless ``dirpath`` was given."""
+        return self.dirpath or self._path
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._let_go()
+        self._lock = WriterLock(path)
+        self._recorded.begin(
+            path,
+            fingerprint,
+            batch_size=self.source.batch_size,
+            started=digest(weights_of(pl_module)) if trainer.global_step == 0 else None,
+            feature_dtype=self.feature_dtype,
+        )
+        note_drawable_rows(trainer, pl_module, self.source, FeatureStore.open(path))
+
+    def _beat(self) -> None:
+        """Show to other machines that this run lives, every so many seconds."""
+        if self._lock is not None and self.stopped is None and not self._failures:
+            with self._guard.training(self._failures.append):
+                self._lock.beat()
+
+    def _let_go(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with self._guard.training(lambda error: rank_zero_warn(f"AttributionCallback: {describe(error)}")):
+                lock.release()
+
+    @override
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Give a sign of life in long validations, too."""
+        self._beat()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let others write the store."""
+        self._let_go()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let others write the store."""
+        if stage == "fit":
+            self._let_go()
+
+    def _close_store(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            give_up(self.store, self._recorded.ahead(self.store))
+
+    def _stand_down(self, trainer: L.Trainer, epoch: int, error: Exception) -> None:
+        """Recording is over, in all processes; the training goes on."""
+        self._spare.clear()
+        self.stopped = Stopped(epoch, trainer.global_step, describe(error), self._incomplete)
+        if trainer.is_global_zero:
+            rank_zero_warn(stopped_warning(self.store, self.stopped))
+
+    # Resuming ---------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: where the store is, its last snapshot, and the learning rates integrated since."""
+        path = str(self._path) if self._path else None
+        return {"path": path, "rates": dict(self._rates.sums), "recorded": astuple(self._recorded)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
+        self._rates = LearningRates(state_dict["rates"])
+        self._recorded = Recording(*state_dict["recorded"])
