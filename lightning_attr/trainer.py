@@ -78,8 +78,8 @@ class AttributionTrainer(L.Trainer):
 
         @wraps(L.Trainer.fit)
         def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
-            """Train as ``lightning.Trainer`` does; for a module of ``pytorch_lightning`` say which Trainer it needs."""
-            check_one_world(self, model)
+            """Train as ``lightning.Trainer`` does; for parts of ``pytorch_lightning`` say which Trainer they need."""
+            check_one_world(self, model, *args, *kwargs.values())
             super().fit(model, *args, **kwargs)
 
     def attribute(

@@ -261,6 +261,8 @@ def test_trainer_and_module_of_two_worlds_are_refused() -> None:
         quiet_trainer().attribute(model=other.Mixed(), **loaders)
     with pytest.raises(TypeError, match=message + line):
         quiet_trainer(max_epochs=1).fit(other.Mixed(), loader_of(TRAIN))
+    with pytest.raises(TypeError, match=r"Trainer and Data to come from one package"):
+        quiet_trainer(max_epochs=1).fit(here.Mixed(), datamodule=other.Data())
     with pytest.raises(TypeError, match=r"is one of `pytorch_lightning` and Plain.*`lightning`.*= lightning.Trainer"):
         attribute(quiet_trainer(pl.Trainer), model=here.Plain(), **loaders)
 
