@@ -29,6 +29,7 @@ from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
+from lightning_attr.data_changes import changed_data
 from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
@@ -285,6 +286,9 @@ class AttributionCallback(RunStore):
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         """Weights only, which the strategy has taken off the device: ``trainer.attribute`` computes the features."""
         check_weights(pl_module, self.source, epoch)
+        changed = changed_data(self.source, self.store.fingerprint.data, trainer.train_dataloader)
+        if changed is not None:
+            rank_zero_warn(changed)
         if not trainer.is_global_zero:
             return
         state = self._optimizer_state(trainer, pl_module)
@@ -320,6 +324,9 @@ class AttributionCallback(RunStore):
         if self._failures:  # told here, where all processes listen
             raise self._failures.pop()
         check_weights(pl_module, self.source, epoch)
+        changed = changed_data(self.source, self.store.fingerprint.data, trainer.train_dataloader)
+        if changed is not None:
+            rank_zero_warn(changed)
         if not trainer.is_global_zero:
             return
         state = self._optimizer_state(trainer, pl_module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.callbacks.progress import progress
+from lightning_attr.feature_check import check_features
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Snapshot
@@ -41,6 +42,7 @@ def featurize(
     """
     epoch, datamodule = writer.store.snapshot(writer.key).epoch, getattr(trainer, "datamodule", None)
     title = f"Featurizing epoch {epoch}" if epoch >= 0 else "Featurizing the start"
+    first = True
     with writer, progress(trainer, title, len(batches)) as advance:
         for rows, batch in OrderedLoader(source, batches):
             batch = trainer.precision_plugin.convert_input(batch)
@@ -48,6 +50,9 @@ def featurize(
             with trainer.precision_plugin.forward_context():
                 room = writer.room(rows, featurizer.projection.dim, featurizer.dtype)
                 columns = featurizer(on_device, rows, room)
+                if first:
+                    check_features(featurizer, on_device, rows, columns["features"])
+                    first = False
             writer.add(rows, columns)
             advance()
 

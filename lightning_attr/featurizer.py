@@ -323,7 +323,7 @@ class Featurizer:
                 output = forward().detach()
         elif isinstance(subject, OutputApart):  # of one sample: its gradient is that of the batch
             output, gradients = whole_gradients(forward, self.fallback)
-            add({name: gradient.to(self.dtype) for name, gradient in gradients.items()})
+            add({name: as_pairs(gradient).to(self.dtype) for name, gradient in gradients.items()})
         else:
             output = self.gradients(forward, batch_size, add)
             with seeded(seed):

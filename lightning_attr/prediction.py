@@ -18,6 +18,7 @@ from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.exposure import from_bitmap, masked
+from lightning_attr.feature_check import check_features
 from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
 from lightning_attr.jobs import Jobs
 from lightning_attr.learning import learn_projection, settle_projection
@@ -213,7 +214,7 @@ class AttributionStep(nn.Module):
         """Begin with no snapshot loaded."""
         self.plans = Plans(self.trainer, self.module, self.datamodule, self.train_data, self.mode)
         self.layers: dict[str, Mapping[str, slice] | None] = {}
-        self.looked = False
+        self.looked = self.checked = False
         self.current: str | None = None
 
     def predict_step(self, batch: Any, batch_idx: int) -> int:
@@ -226,7 +227,11 @@ class AttributionStep(nn.Module):
         table = self.kept.get(key, self.writer) if train else self.tables[key]
         room = table.room(rows, featurizer.projection.dim, featurizer.dtype)
         with named_targets(self.train_data, None if train else self.target_data):
-            table.add(rows, featurizer(inner, rows, room))
+            columns = featurizer(inner, rows, room)
+            if train and not self.checked:
+                check_features(featurizer, inner, rows, columns["features"])
+                self.checked = True
+            table.add(rows, columns)
         return len(rows)
 
     def close(self, *failure: Any) -> None:
@@ -269,6 +274,7 @@ class AttributionStep(nn.Module):
         if self._stays(projection.dim):
             self.kept[key] = RowTable(len(self.train_data))
         self.layers[key] = projection.layers
+        self.checked = False
         self.current = key
 
     def _restore(self, key: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.gradients.execution import plain_execution
+from lightning_attr.gradients.functional import densely
 
 __all__ = ["whole_gradients"]
 
@@ -32,5 +33,5 @@ def whole_gradients(forward: Callable[[], Tensor], params: Mapping[str, Tensor])
         if not output.requires_grad:
             return output, {name: torch.zeros_like(p).unsqueeze(0) for name, p in params.items()}
         found = torch.autograd.grad(output.sum(), list(params.values()), allow_unused=True)
-    gradients = (torch.zeros_like(p) if g is None else g for g, p in zip(found, params.values(), strict=True))
+    gradients = (torch.zeros_like(p) if g is None else densely(g) for g, p in zip(found, params.values(), strict=True))
     return output.detach(), {name: gradient.unsqueeze(0) for name, gradient in zip(params, gradients, strict=True)}
