@@ -42,7 +42,7 @@ def argument_message(owner: object, name: str, expected: str, value: object, rem
     """Say what is wrong with an argument.
 
     Args:
-        owner: whose argument it is: an object, or the name of a function.
+        owner: whose argument it is: an object, or the name of a function; None where many share one check.
         name: of the argument.
         expected: what it should be, after "to be".
         value: what it is.
@@ -55,9 +55,9 @@ def argument_message(owner: object, name: str, expected: str, value: object, rem
         >>> argument_message("retrain_lds", "alpha", "a number in (0, 1)", 1.5)
         'Expected argument `alpha` of retrain_lds to be a number in (0, 1), but got 1.5.'
     """
-    of = owner if isinstance(owner, str) else type(owner).__name__
+    of = "" if owner is None else f" of {owner if isinstance(owner, str) else type(owner).__name__}"
     more = f" {remedy}" if remedy else ""
-    return f"Expected argument `{name}` of {of} to be {expected}, but got {shown(value)}.{more}"
+    return f"Expected argument `{name}`{of} to be {expected}, but got {shown(value)}.{more}"
 
 
 def shown(value: object) -> str:
@@ -378,22 +378,22 @@ def check_numbers(owner: object, name: str, value: Any, expected: str) -> Tensor
         >>> check_numbers("attribute", "noise_mask", [True, False], "a mask")
         tensor([ True, False])
     """
-    if isinstance(value, (Tensor, np.ndarray, list, tuple, numbers.Number)):
+    if isinstance(value, (Tensor, np.ndarray, list, tuple, range, set, frozenset, numbers.Number)):
         try:
-            return torch.as_tensor(value)
+            return torch.as_tensor(list(value) if isinstance(value, (range, set, frozenset)) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(argument_message(owner, name, expected, value, f"torch says: {error}.")) from error
     raise TypeError(argument_message(owner, name, expected, value))
 
 
-def check_tensor(owner: object, name: str, value: Any, shape: str, ndim: Sequence[int] = ()) -> None:
+def check_tensor(owner: object, name: str, value: Any, shape: str = "", ndim: Sequence[int] = ()) -> None:
     """Check that a value is a tensor of numbers, and how many dimensions it has.
 
     Args:
         owner: whose argument it is: an object, or the name of a function.
         name: of the argument.
         value: what was passed.
-        shape: what it should be, in words or as ``(n, k)``.
+        shape: what it should be, as ``(n, k)``; empty for any.
         ndim: numbers of dimensions that are allowed; empty for any.
 
     Raises:
@@ -407,7 +407,7 @@ def check_tensor(owner: object, name: str, value: Any, shape: str, ndim: Sequenc
         TypeError: Expected argument `data_value` of overlap to be a tensor of shape (n_train,), but got [1.0, 2.0].
         `torch.as_tensor` makes one.
     """
-    expected = f"a tensor of shape {shape}"
+    expected = f"a tensor of shape {shape}" if shape else "a tensor"
     if not isinstance(value, Tensor):
         remedy = "`torch.as_tensor` makes one." if isinstance(value, (list, tuple, np.ndarray, numbers.Number)) else ""
         raise TypeError(argument_message(owner, name, expected, value, remedy))

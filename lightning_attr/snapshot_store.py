@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_attr.arguments import check_path
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.files import digest, link_file, move_aside, read_tensors, write_tensors
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot, Stopped
@@ -79,7 +80,8 @@ class SnapshotStore:
         Returns:
             The store.
         """
-        return cls(path, Manifest.read(Path(path).absolute() / MANIFEST), writer)
+        place = check_path(f"{cls.__name__}.open", "path", path)
+        return cls(place, Manifest.read(place.absolute() / MANIFEST), writer)
 
     def reload(self) -> None:
         """Read the manifest again, to see what another process entered.

@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_attr.encoding import SCALE, check_columns, decode, decode_features, encode
+from lightning_attr.arguments import check_instance, check_int, check_path
+from lightning_attr.encoding import SCALE, check_columns, check_feature_dtype, decode, decode_features, encode
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
 from lightning_attr.files import digest, read_tensors, remains, write_tensors
 from lightning_attr.headers import config_digest
@@ -98,7 +99,10 @@ class FeatureStore(SnapshotStore):
             StoreMismatchError: if the directory holds a store already.
             ValueError: if the dtype is none of these.
         """
-        if cls.exists(path):
+        check_feature_dtype(feature_dtype)
+        check_instance("FeatureStore.create", "fingerprint", fingerprint, Fingerprint, "a Fingerprint")
+        batch_size = check_int("FeatureStore.create", "batch_size", batch_size, minimum=1)
+        if cls.exists(check_path("FeatureStore.create", "path", path)):
             raise StoreMismatchError(f"{path} already holds an attribution store. Open it, or use another directory.")
         rows = max(_SHARD_ROWS, -(-fingerprint.length // _MOST_SHARDS))
         shard_rows = -(-rows // batch_size) * batch_size

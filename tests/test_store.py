@@ -218,7 +218,7 @@ def test_safetensors_alone_reads_the_features(tmp_path: Path) -> None:
 
 def test_features_are_float16_unless_told_otherwise(tmp_path: Path) -> None:
     assert FeatureStore.create(tmp_path / "a", FINGERPRINT).manifest.feature_dtype == "float16"
-    with pytest.raises(ValueError, match=r"`feature_dtype` .*to be 'float16', .* but got 'int8'"):
+    with pytest.raises(ValueError, match=r"`feature_dtype` of .* to be 'float16', .* but got 'int8'"):
         FeatureStore.create(tmp_path / "b", FINGERPRINT, feature_dtype="int8")
     assert not (tmp_path / "b").exists()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import argument_message, check_instance, check_int, check_numbers
 from lightning_attr.evaluation.ground_truth import GroundTruth
 from lightning_attr.metrics.brittleness import FlipCurve, brittleness_curve
 from lightning_attr.scores import ScoreMatrix
@@ -38,12 +40,14 @@ def proponent_sets(scores: ScoreMatrix | TopScores, targets: Sequence[int], coun
         >>> proponent_sets(scores, targets=[0, 1], counts=[1, 2])
         [[1], [1, 2], [1], [1, 2]]
     """
-    counts = list(counts)
-    if not counts or counts[0] < 1 or sorted(set(counts)) != counts:
-        raise ValueError(f"Expected argument `counts` to be positive and ascending, but got {counts}.")
+    owner = "proponent_sets"
+    check_instance(owner, "scores", scores, (ScoreMatrix, TopScores), "the `scores` of a result")
+    check_instance(owner, "targets", targets, (list, tuple, range, Tensor), "a list of columns")
+    counts = ascending_counts(owner, counts)
     indices, values = scores.topk(counts[-1])
     sets = []
     for target in targets:
+        target = check_int(owner, "targets", int(target) if isinstance(target, Tensor) else target)
         if not 0 <= target < len(indices):
             raise ValueError(
                 f"Expected argument `targets` to name columns from 0 to {len(indices) - 1}, but got {target}."
@@ -53,6 +57,31 @@ def proponent_sets(scores: ScoreMatrix | TopScores, targets: Sequence[int], coun
             raise ValueError(f"Expected targets with proponents, but no score of target {target} is positive.")
         sets += [proponents[:count] for count in counts]
     return sets
+
+
+def ascending_counts(owner: str, counts: Any) -> list[int]:
+    """Check how many samples are removed.
+
+    Args:
+        owner: the function whose argument it is.
+        counts: what was passed.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        TypeError: if there are none in it.
+        ValueError: if they are not ascending from 1.
+
+    Example:
+        >>> ascending_counts("brittleness", (1, 5))
+        [1, 5]
+    """
+    expected = "a list of ascending positive integers"
+    found = check_numbers(owner, "counts", counts, expected)
+    if found.ndim != 1 or found.is_floating_point() or not len(found) or found[0] < 1 or (found.diff() <= 0).any():
+        raise ValueError(argument_message(owner, "counts", expected, counts))
+    return [int(count) for count in found]
 
 
 def brittleness(
@@ -88,6 +117,9 @@ def brittleness(
         >>> brittleness(truth, targets=[0], counts=[1, 2]).success["method"]
         tensor([0., 1.], dtype=torch.float64)
     """
+    remedy = "Open a directory with `GroundTruth.open(dirpath)`."
+    check_instance("brittleness", "ground_truth", ground_truth, GroundTruth, "a GroundTruth", remedy)
+    counts = ascending_counts("brittleness", counts)
     columns = list(targets)
     before = ground_truth.reference[:, columns]
     method = _after("ground_truth", ground_truth, columns, counts)

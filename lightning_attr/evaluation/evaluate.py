@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_instance
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth
 from lightning_attr.methods.subset_truth import mask_digests
+from lightning_attr.metrics.bootstrap import check_bootstrap
 from lightning_attr.metrics.comparison_plots import plot_datamodeling_score, plot_leave_one_out_correlation
 from lightning_attr.metrics.correlation import CorrelationScore
 from lightning_attr.metrics.datamodeling import DatamodelingScore, linear_datamodeling_score
@@ -156,6 +158,10 @@ def evaluate(
         >>> evaluate(result, truth, bootstrap=0).metrics["lds"]
         1.0
     """
+    check_instance("evaluate", "result", result, AttributionResult, "an AttributionResult, as `attribute` returns")
+    remedy = "Open a directory with `GroundTruth.open(dirpath)`."
+    check_instance("evaluate", "ground_truth", ground_truth, GroundTruth, "a GroundTruth", remedy)
+    check_bootstrap(bootstrap, confidence, seed)
     scores = _all_scores(result)
     _check_finished(ground_truth)
     _check_same_data(scores, ground_truth)

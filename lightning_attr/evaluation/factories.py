@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 
+from lightning_attr.arguments import argument_message
 from lightning_attr.errors import AttributionError
 from lightning_attr.worlds import both, check_one_world
 
@@ -52,10 +53,8 @@ class Factories:
         shared = datamodule is None or isinstance(datamodule, both(L.LightningDataModule))
         for name, value in (("module", module), ("trainer", trainer), *((("datamodule", datamodule),) * (not shared))):
             if isinstance(value, both(L.LightningModule)) or not callable(value):
-                raise TypeError(
-                    f"Expected argument `{name}` to be a function that makes a new one for each retraining, such as a "
-                    f"class or a lambda, but got {type(value).__name__}."
-                )
+                expected = "a function that makes a new one for each retraining, such as a class or a lambda"
+                raise TypeError(argument_message("retrain_*", name, expected, value))
 
     def module(self) -> L.LightningModule:
         """Make a module.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_path
 from lightning_attr.claims import STALE_AFTER, Claim, Claims, create_once
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.subsets import Retraining, RetrainingPlan
@@ -257,7 +258,7 @@ class GroundTruth:
         Raises:
             CorruptedStoreError: if the directory holds no ground truth, or a file is damaged.
         """
-        records = Records(Path(dirpath))
+        records = Records(check_path("GroundTruth.open", "dirpath", dirpath))
         plan = records.plan
         shape = (plan.repeats, len(plan.masks), records.recipe["n_target"])
         _check_size(records.dirpath, shape)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
+from lightning_attr.arguments import check_flag, check_int, check_path
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.retraining import LightningRetraining
-from lightning_attr.evaluation.subsets import RetrainingPlan, leave_one_out, random_subsets, removals
+from lightning_attr.evaluation.subsets import RetrainingPlan, check_plan, leave_one_out, random_subsets, removals
 from lightning_attr.evaluation.vectorised import VectorisedRetraining, check_vectorise
 from lightning_attr.evaluation.work import Train, fill, fill_in_processes
 
@@ -272,7 +273,7 @@ def retrain_without(
 
 
 def _retrain(
-    make_plan: Callable[[int], RetrainingPlan],
+    make_plan: partial[RetrainingPlan],
     make_train: Callable[..., LightningRetraining],
     dirpath: str | Path,
     num_workers: int,
@@ -280,18 +281,20 @@ def _retrain(
     keep_checkpoints: bool,
     progress: bool,
 ) -> GroundTruth:
-    if num_workers < 1:
-        raise ValueError(f"Expected argument `num_workers` to be a positive integer, but got {num_workers}.")
+    folder = check_path("retrain_*", "dirpath", dirpath).absolute()  # the functions may change the working directory
+    num_workers = check_int("retrain_*", "num_workers", num_workers, minimum=1)
+    check_flag("retrain_*", "keep_checkpoints", keep_checkpoints)
+    check_flag("retrain_*", "progress", progress)
     check_vectorise(vectorise)
-    dirpath = Path(dirpath).absolute()  # what the functions do may change the working directory
+    check_plan(**make_plan.keywords)
     recipe = make_train().recipe()
-    records = Records.prepare(dirpath, make_plan(recipe["n_train"]), recipe)
+    records = Records.prepare(folder, make_plan(recipe["n_train"]), recipe)
     make = partial(_train, make_train, recipe, vectorise)
     if num_workers == 1 or not records.unfinished():
         fill(records, make(), keep_checkpoints, progress)
     else:
         fill_in_processes(records, make, num_workers, keep_checkpoints, progress)
-    return GroundTruth.open(dirpath)
+    return GroundTruth.open(folder)
 
 
 def _train(make_train: Callable[..., LightningRetraining], recipe: Mapping[str, Any], vectorise: _Vectorise) -> Train:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_attr.arguments import check_choice, check_flag
 from lightning_attr.attributed import check_module
 from lightning_attr.data import named_targets, target_source, train_source
 from lightning_attr.errors import AttributionError, NonFiniteGradientError, StoreMismatchError
@@ -72,6 +73,8 @@ class LightningRetraining:
         verbose: bool = False,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
+        check_choice("retrain_*", "targets", targets, ("auto", "predict", "test", "val", "train"))
+        check_flag("retrain_*", "verbose", verbose)
         self.factories = Factories(module, trainer, datamodule, verbose)
         self.targets, self.verbose, self.expected = targets, verbose, recipe
 

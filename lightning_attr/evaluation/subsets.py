@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_float, check_instance, check_int, check_numbers, check_seed
 from lightning_attr.randomness import hashed_seed, random_words
 
-__all__ = ["Retraining", "RetrainingPlan", "leave_one_out", "random_subsets", "removals"]
+__all__ = ["Retraining", "RetrainingPlan", "check_plan", "leave_one_out", "random_subsets", "removals"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class RetrainingPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.repeats, int) or self.repeats < 1:
-            raise ValueError(f"Expected argument `seeds` to be a positive integer, but got {self.repeats!r}.")
+        check_int("retrain_*", "seeds", self.repeats, minimum=1)
 
     def __len__(self) -> int:
         return self.repeats * len(self.masks)
@@ -118,13 +118,7 @@ def random_subsets(n_train: int, num_subsets: int, alpha: float, repeats: int, s
         >>> random_subsets(10, num_subsets=3, alpha=0.5, repeats=1, seed=0).masks.sum(1)
         tensor([5, 5, 5])
     """
-    if num_subsets < 1:
-        raise ValueError(f"Expected argument `num_subsets` to be a positive integer, but got {num_subsets}.")
-    if not 0 < alpha < 1:
-        raise ValueError(
-            f"Expected argument `alpha` to be in (0, 1), but got {alpha}: a subset would be "
-            f"{'the whole set' if alpha >= 1 else 'empty'}."
-        )
+    check_plan(repeats, seed, num_subsets, alpha)
     size = int(alpha * n_train)
     if size == 0:
         raise ValueError(
@@ -136,6 +130,35 @@ def random_subsets(n_train: int, num_subsets: int, alpha: float, repeats: int, s
         order = np.argsort(random_words(n_train, "subset", seed, subset), kind="stable")
         masks[subset, torch.from_numpy(order[:size])] = True
     return RetrainingPlan("lds", masks, repeats, seed)
+
+
+def check_plan(
+    repeats: Any, seed: Any, num_subsets: Any = 1, alpha: Any = 0.5, indices: Any = (0,), index_sets: Any = ((0,),)
+) -> None:
+    """Check what can be told before the training data are there.
+
+    Args:
+        repeats: trainings of each subset, the argument ``seeds``.
+        seed: of all trainings.
+        num_subsets: how many random subsets.
+        alpha: share of the samples in each.
+        indices: samples to leave out, one at a time.
+        index_sets: samples to remove, one set at a time.
+
+    Raises:
+        TypeError: if ``index_sets`` is no list.
+        ValueError: if a number is none, or out of its range.
+
+    Example:
+        >>> check_plan(repeats=3, seed=0, alpha=0.5)
+    """
+    check_int("retrain_*", "seeds", repeats, minimum=1)
+    check_seed("retrain_*", seed)
+    check_int("retrain_lds", "num_subsets", num_subsets, minimum=1)
+    check_float("retrain_lds", "alpha", alpha, above=0, below=1, remedy="It is the share of the samples in a subset.")
+    check_instance("retrain_without", "index_sets", index_sets, (list, tuple), "a list of sets of indices")
+    for name, one in {"indices": indices, **{f"index_sets[{i}]": one for i, one in enumerate(index_sets)}}.items():
+        check_numbers("retrain_*", name, one, "a list of indices of training samples")
 
 
 def leave_one_out(n_train: int, indices: Sequence[int] | Tensor, repeats: int, seed: int) -> RetrainingPlan:
@@ -183,6 +206,7 @@ def removals(n_train: int, index_sets: Sequence[Sequence[int] | Tensor], repeats
         >>> removals(3, [[0, 2]], repeats=1, seed=0).masks.sum(1)
         tensor([3, 1])
     """
+    check_instance("retrain_without", "index_sets", index_sets, (list, tuple), "a list of sets of indices")
     if len(index_sets) == 0:
         raise ValueError("Expected argument `index_sets` to hold at least one set of indices, but it is empty.")
     checked = [_checked(f"index_sets[{number}]", one, n_train) for number, one in enumerate(index_sets)]
@@ -208,7 +232,8 @@ def _checked(name: str, indices: Sequence[int] | Tensor, n_train: int) -> list[i
             f"Expected argument `{name}` to hold indices of training samples, but got a tensor of {indices.dtype} and "
             f"shape {tuple(indices.shape)}. Turn a mask into indices with `mask.nonzero().flatten()`."
         )
-    found = [operator.index(index) for index in (indices.tolist() if isinstance(indices, Tensor) else indices)]
+    values = check_numbers("retrain_*", name, indices, "a list of indices of training samples")
+    found = [check_int("retrain_*", f"{name}[{place}]", index) for place, index in enumerate(values.flatten().tolist())]
     if not found:
         raise ValueError(f"Expected argument `{name}` to name at least one training sample, but it is empty.")
     outside = [index for index in found if not 0 <= index < n_train]

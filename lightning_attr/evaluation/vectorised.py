@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_attr.arguments import check_choice, check_int
 from lightning_attr.claims import Claim
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation.ground_truth import Records
@@ -43,13 +44,13 @@ def check_vectorise(vectorise: object) -> None:
         >>> check_vectorise("always")
         Traceback (most recent call last):
         ...
-        ValueError: Expected argument `vectorise` to be True, False, "auto" or a number of at least 2, but got 'always'.
+        ValueError: Expected argument `vectorise` of retrain_* to be True, False, 'auto' or an integer >= 2, but got
+        'always'.
     """
-    number = isinstance(vectorise, int) and not isinstance(vectorise, bool) and vectorise >= 2
-    if not (number or isinstance(vectorise, bool) or vectorise == "auto"):
-        raise ValueError(
-            f'Expected argument `vectorise` to be True, False, "auto" or a number of at least 2, but got {vectorise!r}.'
-        )
+    if isinstance(vectorise, int) and not isinstance(vectorise, bool):
+        check_int("retrain_*", "vectorise", vectorise, minimum=2, also="True, False or 'auto'")
+    else:
+        check_choice("retrain_*", "vectorise", vectorise, (True, False, "auto"), also="an integer >= 2")
 
 
 class VectorisedRetraining:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.arguments import check_instance, check_seed
 from lightning_attr.randomness import random_words
 
 __all__ = ["dropout_ensemble"]
@@ -50,6 +51,8 @@ def dropout_ensemble(module: nn.Module, seed: int) -> Iterator[list[str]]:
         >>> bool((outputs[0] == outputs[4]).all()), bool((outputs == 0).any()), bool((model(x) == 0).any())
         (True, True, False)
     """
+    check_instance("dropout_ensemble", "module", module, nn.Module, "an nn.Module")
+    check_seed("dropout_ensemble", seed)
     layers = {
         name: layer
         for name, layer in module.named_modules()

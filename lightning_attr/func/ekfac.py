@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.arguments import check_callable, check_choice, check_float, check_instance, check_seed
 from lightning_attr.batch import select_rows
 from lightning_attr.curvature.fisher import GradientBatch, Labels, fisher_batch, usual_labels
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
@@ -74,6 +75,15 @@ def ekfac(
         >>> inverse.apply(torch.tensor([[4.0, 4.0]]))
         tensor([[2.0000, 0.5000]])
     """
+    check_instance("ekfac", "module", module, nn.Module, "an nn.Module")
+    if not isinstance(loss, ModelOutput):
+        check_callable("ekfac", "loss", loss, "a ModelOutput, or a function (outputs, targets) -> one loss a sample")
+    check_instance("ekfac", "batches", batches, Iterable, "a list of batches (inputs, targets), or a data loader")
+    check_choice("ekfac", "labels", labels, ("auto", "exact", "sampled", "observed"))
+    check_choice("ekfac", "method", method, ("ekfac", "kfac"))
+    check_float("ekfac", "damping", damping, minimum=0)
+    check_float("ekfac", "weight_decay", weight_decay, minimum=0)
+    check_seed("ekfac", seed)
     if iter(batches) is batches:
         raise ValueError(
             f"Expected argument `batches` to be a list or a data loader, which can be gone through twice, but got the "

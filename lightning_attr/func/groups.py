@@ -14,6 +14,7 @@ from lightning_attr.curvature.explicit import factor
 from lightning_attr.curvature.products import dense, hessian_product
 from lightning_attr.curvature.rows import Point, Product, RowSpace
 from lightning_attr.func.samples import InDims, sample_dims, sample_gradients, select_samples
+from lightning_attr.func.settings import check_settings
 
 __all__ = ["group_influence"]
 
@@ -60,6 +61,7 @@ def group_influence(
         >>> influence((torch.tensor(3.0), torch.tensor([1.0, 2.0, 6.0])), [[2], [0, 1]], torch.tensor(1.0))
         tensor([ 1.5000, -3.0000])
     """
+    check_settings("group_influence", func, argnums, order=order, damping=damping)
 
     def influence(x: Sequence[Any], groups: Sequence[Sequence[int]], v: Point) -> Tensor:
         dims = sample_dims(x, argnums, in_dims)

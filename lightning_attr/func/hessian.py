@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from lightning_attr.arguments import check_instance, check_int
 from lightning_attr.curvature.products import hessian_product
 from lightning_attr.curvature.rows import Point, Product, RowSpace, applied
+from lightning_attr.func.settings import check_settings
 
 __all__ = ["hvp", "hvp_at_x"]
 
@@ -47,6 +50,7 @@ def hvp(func: Callable[..., Tensor], argnums: int = 0, *, damping: float = 0.0) 
         ...     "a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 0.0])})
         {'a': tensor([0., 0.]), 'b': tensor([1., 0.])}
     """
+    check_settings("hvp", func, argnums, damping=damping)
     return lambda x, v: hvp_at_x(func, x, argnums, damping=damping)(v)
 
 
@@ -71,6 +75,7 @@ def hvp_at_x(func: Callable[..., Tensor], x: Sequence[Any], argnums: int = 0, *,
         >>> product(torch.tensor([1.0, 1.0]))
         tensor([ 6., 12.])
     """
+    check_settings("hvp_at_x", func, argnums, damping=damping)
     space, product = curvature_at(func, x, argnums)
 
     def damped(rows: Tensor) -> Tensor:
@@ -112,13 +117,8 @@ def differentiated(x: Sequence[Any], argnums: int) -> Any:
         TypeError: if ``x`` is not a sequence of arguments.
         ValueError: if there is no such argument.
     """
-    if not isinstance(x, Sequence):
-        raise TypeError(f"Expected argument `x` to be a tuple of the function's arguments, but got {type(x).__name__}.")
-    if isinstance(argnums, bool) or not isinstance(argnums, int) or not 0 <= argnums < len(x):
-        raise ValueError(
-            f"Expected argument `argnums` to be an integer in [0, {len(x)}), the position of one argument in `x`, but "
-            f"got {argnums!r}."
-        )
+    check_instance(None, "x", x, Sequence, "a tuple of the function's arguments")
+    check_int(None, "argnums", argnums, 0, len(x) - 1, remedy="It is the position of one argument in `x`.")
     return x[argnums]
 
 
@@ -152,6 +152,10 @@ def of_x(at_x: Callable[..., AtX], func: Callable[..., Tensor], argnums: int, **
     Returns:
         A function of a place and one or several vectors.
     """
+    defaults = inspect.signature(at_x).parameters
+    checked = {name: value for name, value in settings.items() if name != "in_dims"}
+    optional = [name for name in checked if defaults[name].default is None]
+    check_settings(at_x.__name__.replace("_at_x", ""), func, argnums, optional, **checked)
 
     def call(x: Sequence[Any], v: Point) -> Point:
         differentiated(x, argnums)

@@ -13,6 +13,7 @@ from lightning_attr.curvature.rows import RowSpace
 from lightning_attr.curvature.sherman_morrison import datainf_damping, mean_of_inverses
 from lightning_attr.func.hessian import AtX, OfX, differentiated, of_x, structured
 from lightning_attr.func.samples import InDims, sample_gradients
+from lightning_attr.func.settings import check_settings
 
 __all__ = ["ifvp_at_x_datainf", "ifvp_at_x_explicit", "ifvp_datainf", "ifvp_explicit"]
 
@@ -73,6 +74,7 @@ def ifvp_at_x_explicit(
         >>> solve(torch.tensor(10.0))
         tensor(2.)
     """
+    check_settings("ifvp_at_x_explicit", func, argnums, damping=damping)
     space = RowSpace(differentiated(x, argnums))
     gradients = torch.cat(list(sample_gradients(func, x, argnums, in_dims).values()), 1).double()
     return structured(space, factor(gradients.T @ gradients / len(gradients), damping, definite=True).solve)
@@ -138,6 +140,7 @@ def ifvp_at_x_datainf(
         >>> solve(torch.tensor(8.0))
         tensor(1.)
     """
+    check_settings("ifvp_at_x_datainf", func, argnums, ["damping"], damping=damping)
     space = RowSpace(differentiated(x, argnums))
     gradients = sample_gradients(func, x, argnums, in_dims)
     dampings = [datainf_damping(g) if damping is None else damping for g in gradients.values()]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_int
 from lightning_attr.batch import map_tensors, select_rows
 from lightning_attr.curvature.conjugate_gradient import conjugate_gradient
 from lightning_attr.curvature.explicit import factor
@@ -18,6 +20,7 @@ from lightning_attr.curvature.lissa import lissa
 from lightning_attr.curvature.products import dense
 from lightning_attr.curvature.rows import Product
 from lightning_attr.func.hessian import AtX, OfX, curvature_at, of_x, structured
+from lightning_attr.func.settings import check_settings
 from lightning_attr.randomness import gaussian, hashed_seed
 
 __all__ = [
@@ -81,6 +84,7 @@ def ihvp_at_x_explicit(func: Callable[..., Tensor], *x: Any, argnums: int = 0, d
         >>> solve(torch.tensor([6.0, 12.0]))
         tensor([1., 1.])
     """
+    check_settings("ihvp_at_x_explicit", func, argnums, damping=damping)
     space, product = curvature_at(func, x, argnums)
     return structured(space, factor(dense(product, space.size, space.dtype, space.device), damping).solve)
 
@@ -151,6 +155,8 @@ def ihvp_at_x_cg(
         tensor([[1., 1.],
                 [0., 1.]])
     """
+    check = partial(check_settings, "ihvp_at_x_cg", func, argnums)
+    check(damping=damping, tolerance=tolerance, max_iterations=max_iterations)
     space, product = curvature_at(func, x, argnums)
     damped = _damped(product, damping)
 
@@ -264,8 +270,9 @@ def ihvp_at_x_lissa(
         >>> solve(torch.tensor([4.0, 8.0])).round(decimals=4)
         tensor([1., 2.])
     """
+    settings = {"scale": scale, "iterations": iterations, "batch_size": batch_size}
+    check_settings("ihvp_at_x_lissa", func, argnums, settings, **settings, damping=damping, repeats=repeats, seed=seed)
     space, product = curvature_at(func, x, argnums)
-    _damped(product, damping)
     if scale is None:
         top = largest_eigenvalue(product, space.size, dtype=space.dtype, device=space.device)
         scale = 1.1 * (abs(top) + damping)
@@ -350,8 +357,8 @@ def ihvp_at_x_arnoldi(
         >>> inverse(torch.tensor([8.0, 8.0])).round(decimals=4)
         tensor([4., 1.])
     """
-    if top_k < 1:
-        raise ValueError(f"Expected argument `top_k` to be a positive integer, but got {top_k}.")
+    check = partial(check_settings, "ihvp_at_x_arnoldi", func, argnums)
+    check(damping=damping, iterations=iterations, top_k=top_k, seed=seed)
     space, product = curvature_at(func, x, argnums)
     start = gaussian((space.size,), seed, "arnoldi").to(device=space.device, dtype=space.dtype)
     values, vectors = lanczos(product, start, iterations)
@@ -359,8 +366,6 @@ def ihvp_at_x_arnoldi(
 
 
 def _damped(product: Product, damping: float) -> Product:
-    if not damping >= 0:
-        raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")
     return lambda rows: product(rows).add(rows, alpha=damping)
 
 
@@ -368,11 +373,8 @@ def _batch_product(func: Callable[..., Tensor], x: Sequence[Any], argnums: int, 
     """Multiply with the Hessian of another random batch at each call."""
     data = [*x[:argnums], *x[argnums + 1 :]]
     length = _length(data)
-    if not 1 <= batch_size <= length:
-        raise ValueError(
-            f"Expected argument `batch_size` to be an integer between 1 and the number of samples, {length}, but got "
-            f"{batch_size}."
-        )
+    remedy = f"There are {length} samples."
+    check_int("ihvp_at_x_lissa", "batch_size", batch_size, 1, length, also="None", remedy=remedy)
     steps = count()
 
     def product(rows: Tensor) -> Tensor:

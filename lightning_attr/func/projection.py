@@ -10,8 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import check_instance
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector, check_not_learned
+from lightning_attr.projectors.base import Projection, Projector, check_not_learned, check_projector
 
 __all__ = ["random_project"]
 
@@ -45,6 +46,8 @@ def random_project(feature: Feature, projector: Projector) -> Callable[..., Tens
         >>> random_project(gradients, RademacherProjector(8))(gradients, ensemble_id=1).shape
         torch.Size([2, 8])
     """
+    check_projector("random_project", projector)
+    check_instance("random_project", "feature", feature, (Tensor, Mapping), "a tensor (b, ...) or a dict of them")
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in _named(feature).items()}
     if any(not tensor.ndim for tensor in _named(feature).values()) or not any(map(math.prod, shapes.values())):
         raise ValueError(

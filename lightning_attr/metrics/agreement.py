@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_int
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.comparison_plots import plot_rank_agreement
 from lightning_attr.metrics.functional import (
@@ -115,7 +116,7 @@ def rank_agreement(
         >>> rank_agreement(scores, scores.flip(0), k=1).per_target["kendall"]
         tensor([-1., -1.], dtype=torch.float64)
     """
-    check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence, seed)
     return _agreement_score(_statistics(first, second, k), bootstrap, confidence, seed)
 
 
@@ -152,8 +153,7 @@ class RankAgreement(IntervalMetric[RankAgreementScore]):
         self, k: int = 10, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(bootstrap, confidence, seed, **kwargs)
-        if k < 1:
-            raise ValueError(f"Expected argument `k` to be a positive integer, but got {k}.")
+        k = check_int(self, "k", k, minimum=1)
         self.k = k
         self.add_state("statistics", default=[], dist_reduce_fx="cat")  # (n_target, 4)
 
@@ -203,8 +203,7 @@ def _statistics(first: Tensor, second: Tensor, k: int) -> Tensor:
             "Expected arguments `first` and `second` to have one shape (n_train, n_target),"
             f" but got {tuple(first.shape)} and {tuple(second.shape)}."
         )
-    if not 1 <= k <= len(first):
-        raise ValueError(f"Expected argument `k` to be from 1 to n_train = {len(first)}, but got {k}.")
+    check_int(None, "k", k, 1, len(first), remedy=f"There are {len(first)} training samples.")
     rows = []
     for a, b in zip(first.T.split(64), second.to(first.device).T.split(64), strict=True):  # bounds the working memory
         shared = (_chance_in_top(a, k) * _chance_in_top(b, k)).sum(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics import Metric
 
+from lightning_attr.arguments import check_float, check_int, check_seed
 from lightning_attr.metrics.plotting import new_axes
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class IntervalMetric(Metric, Generic[Summary]):
 
     def __init__(self, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_bootstrap(bootstrap, confidence)
+        check_bootstrap(bootstrap, confidence, seed)
         self.bootstrap, self.confidence, self.seed = bootstrap, confidence, seed
 
     def summary(self) -> Summary:
@@ -259,20 +260,19 @@ def count_undefined(per_target: Tensor, what: str, reason: str) -> int:
     return undefined
 
 
-def check_bootstrap(bootstrap: int, confidence: float) -> None:
+def check_bootstrap(bootstrap: int, confidence: float, seed: int) -> None:
     """Check the arguments of every bootstrap.
 
     Raises:
-        ValueError: If `bootstrap` is negative or `confidence` outside (0, 1).
+        ValueError: If `bootstrap` is negative, `confidence` outside (0, 1), or `seed` no seed.
 
     Example:
         >>> from lightning_attr.metrics.bootstrap import check_bootstrap
-        >>> check_bootstrap(1000, 0.95)
+        >>> check_bootstrap(1000, 0.95, 0)
     """
-    if bootstrap < 0:
-        raise ValueError(f"Expected argument `bootstrap` to be a non-negative integer, but got {bootstrap}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected argument `confidence` to be in (0, 1), but got {confidence}.")
+    check_int(None, "bootstrap", bootstrap, minimum=0)
+    check_float(None, "confidence", confidence, above=0, below=1)
+    check_seed(None, seed)
 
 
 def _draws(n: int, generator: torch.Generator) -> Tensor:

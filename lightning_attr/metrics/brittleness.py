@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_choice, check_numbers, check_tensor
 from lightning_attr.metrics.comparison_plots import plot_brittleness_curve
 from lightning_attr.metrics.functional import _check_finite
 
@@ -136,8 +137,7 @@ class BrittlenessCurve(Metric):
         Raises:
             ValueError: If `arm` is none of these, shapes disagree, or outputs are not finite.
         """
-        if arm not in ARMS:
-            raise ValueError(f"Expected argument `arm` to be one of {list(ARMS)}, but got {arm!r}.")
+        check_choice(self, "arm", arm, ARMS)
         flipped = _flips(self.counts, before, after, "after").T
         self.flipped.append(flipped)
         self.arm.append(torch.full((len(flipped),), ARMS.index(arm), device=flipped.device))
@@ -203,6 +203,8 @@ def _wilson(share: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def _flips(counts: Tensor, before: Tensor, after: Tensor, name: str) -> Tensor:
     """Return 1 where most retrainings get the target wrong and 0 elsewhere, `(k, n_target)`; NaN if wrong before."""
+    check_tensor(None, "before", before)
+    check_tensor(None, name, after)
     if before.ndim not in {1, 2} or before.numel() == 0:
         raise ValueError(
             f"Expected argument `before` to have shape (n_target,) or (s, n_target), but got {tuple(before.shape)}."
@@ -226,7 +228,7 @@ def _mostly_wrong(outputs: Tensor) -> Tensor:
 
 
 def _as_counts(counts: Sequence[int] | Tensor) -> Tensor:
-    values = torch.as_tensor(counts)
+    values = check_numbers(None, "counts", counts, "a list of ascending positive integers")
     whole = values.ndim == 1 and len(values) > 0 and not values.is_floating_point()
     if not whole or values[0] < 1 or (values.diff() <= 0).any():
         raise ValueError(f"Expected argument `counts` to hold ascending positive integers, but got {values.tolist()}.")

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_choice, check_tensor
 from lightning_attr.metrics.functional import _check_finite, _check_fraction, _check_vector
 from lightning_attr.metrics.plotting import plot_selection_curve
 
@@ -96,6 +97,7 @@ def data_selection_curve(
         raise ValueError(f"Expected argument `fractions` to be ascending in (0, 1], but got {fractions.tolist()}.")
     arms = {"method": method, "random": random} | ({} if opposite is None else {"opposite": opposite})
     for name, values in arms.items():
+        check_tensor(None, name, values)
         if values.ndim != 2 or values.shape[1] != len(fractions) or len(values) == 0:
             raise ValueError(
                 f"Expected argument `{name}` to have shape (r, k) with k = {len(fractions)} as in `fractions`,"
@@ -155,8 +157,7 @@ class DataSelectionCurve(Metric):
             ValueError: If an argument is out of range.
         """
         _check_fraction(fraction)
-        if arm not in ARMS:
-            raise ValueError(f"Expected argument `arm` to be one of {list(ARMS)}, but got {arm!r}.")
+        check_choice(self, "arm", arm, ARMS)
         if not math.isfinite(value):
             raise ValueError(f"Expected argument `value` to be a finite number, but got {value}.")
         self.fraction.append(torch.tensor([fraction], dtype=torch.float64, device=self.device))
@@ -247,8 +248,7 @@ def _area(fractions: Tensor, gain: Tensor, squared_error: Tensor) -> tuple[Tenso
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"Expected argument `kind` to be one of {list(KINDS)}, but got {kind!r}.")
+    check_choice(None, "kind", kind, KINDS)
 
 
 def _variance(values: Tensor) -> Tensor:

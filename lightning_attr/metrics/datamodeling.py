@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
 from lightning_attr.metrics.comparison_plots import plot_datamodeling_score
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, warn_undefined
@@ -87,7 +88,7 @@ def linear_datamodeling_score(
         >>> linear_datamodeling_score(scores, masks, outputs=torch.tensor([[3.0, 1.0], [5.0, 3.0], [6.0, 2.0]])).mean
         tensor(0.7500, dtype=torch.float64)
     """
-    check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence, seed)
     outputs = _with_seeds(scores, masks, outputs)
     predicted, _ = _subset_sums(scores, _as_mask("masks", masks))
     return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, confidence, seed)
@@ -205,6 +206,7 @@ def _with_seeds(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
     if len(masks) < 2:
         raise ValueError(f"Expected argument `masks` to hold at least 2 subsets, but got {len(masks)}.")
     expected = (len(masks), scores.shape[1])
+    check_tensor(None, "outputs", outputs)
     if outputs.ndim not in {2, 3} or outputs.shape[-2:] != expected or outputs.numel() == 0:
         raise ValueError(
             f"Expected argument `outputs` to have shape (m, n_target) = {expected} or (s, m, n_target),"

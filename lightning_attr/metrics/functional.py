@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_attr.arguments import check_float, check_tensor
+
 _BLOCK_ELEMENTS = 2**22  # a float64 row block of a score matrix stays at 32 MiB
 
 
@@ -309,17 +311,20 @@ def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _check_finite(name: str, values: Tensor) -> None:
+    check_tensor(None, name, values)
     n_bad = int((~values.isfinite()).sum())
     if n_bad:
         raise ValueError(f"Expected argument `{name}` to be finite, but got {n_bad} NaN or infinite values.")
 
 
 def _check_matrix(name: str, values: Tensor) -> None:
+    check_tensor(None, name, values)
     if values.ndim != 2 or values.numel() == 0:
         raise ValueError(f"Expected argument `{name}` to be a non-empty matrix, but got shape {tuple(values.shape)}.")
 
 
 def _check_vector(name: str, values: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    check_tensor(None, name, values)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"Expected argument `{name}` to be a non-empty vector, but got shape {tuple(values.shape)}.")
     if like is not None and len(values) != len(like[1]):
@@ -358,8 +363,7 @@ def _check_noise(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
 
 
 def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise ValueError(f"Expected argument `fraction` to be in (0, 1], but got {fraction}.")
+    check_float(None, "fraction", fraction, above=0, maximum=1)
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
 from lightning_attr.metrics.comparison_plots import plot_leave_one_out_correlation
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, signal_to_noise, warn_undefined
@@ -82,8 +83,9 @@ def leave_one_out_correlation(
         >>> round(float(result.pearson.mean), 3), round(float(result.spearman.mean), 3)
         (0.8, 0.8)
     """
-    check_bootstrap(bootstrap, confidence)
-    return _leave_one_out_score(scores.double(), _with_seeds(scores, differences), bootstrap, confidence, seed)
+    check_bootstrap(bootstrap, confidence, seed)
+    measured = _with_seeds(scores, differences)
+    return _leave_one_out_score(scores.double(), measured, bootstrap, confidence, seed)
 
 
 class LeaveOneOutCorrelation(IntervalMetric[LeaveOneOutScore]):
@@ -171,6 +173,7 @@ def _with_seeds(scores: Tensor, differences: Tensor, least: int = 2) -> Tensor:
     _check_matrix("scores", scores)
     _check_finite("scores", scores)
     _check_least(len(scores), least)
+    check_tensor(None, "differences", differences)
     if differences.ndim not in {2, 3} or differences.shape[-2:] != scores.shape or differences.numel() == 0:
         raise ValueError(
             "Expected argument `differences` to have shape (n_left_out, n_target) ="

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, mean_interval
 from lightning_attr.metrics.comparison_plots import plot_output_change
 from lightning_attr.metrics.functional import _check_finite, _check_vector
@@ -75,7 +76,7 @@ def query_loss_difference(
         >>> query_loss_difference(before, method, random=torch.tensor([[1.5, 3.0], [2.0, 3.0]])).per_target
         tensor([1.2500, 0.5000], dtype=torch.float64)
     """
-    check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence, seed)
     return _output_change(-_changes(before, method, random), bootstrap, confidence, seed)
 
 
@@ -109,7 +110,7 @@ def tail_patch(
         >>> tail_patch(before, method, random=torch.tensor([-1.75, -3.0])).per_target
         tensor([0.7500, 0.5000], dtype=torch.float64)
     """
-    check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence, seed)
     return _output_change(_changes(before, method, random), bootstrap, confidence, seed)
 
 
@@ -227,6 +228,7 @@ def _changes(before: Tensor, method: Tensor, random: Tensor) -> Tensor:
 
 def _mean_output(name: str, outputs: Tensor) -> Tensor:
     # Mean over the seeds, `(n_target,)`.
+    check_tensor(None, name, outputs)
     if outputs.ndim == 2 and len(outputs):
         _check_finite(name, outputs)
         outputs = outputs.double().mean(0)

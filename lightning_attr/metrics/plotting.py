@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments import argument_message, check_instance, check_int
 from lightning_attr.errors import MissingDependencyError
 from lightning_attr.metrics.functional import (
     _check_matrix,
@@ -178,6 +179,7 @@ def plot_score_heatmap(scores: Tensor, max_cells: int = 300, ax: Axes | None = N
         'training sample'
     """
     _check_matrix("scores", scores)
+    max_cells = check_int("plot_score_heatmap", "max_cells", max_cells, minimum=1)
     n_train, n_target = scores.shape
     cells = _block_means(scores, max_cells).cpu()
     limit = float(cells.abs().flatten().quantile(0.99)) or float(cells.abs().max()) or 1.0
@@ -268,13 +270,13 @@ def plot_image_grid(
         >>> axes.shape
         (1, 2)
     """
+    check_instance("plot_image_grid", "rows", rows, (list, tuple), "a list of rows of (image, caption)")
     n_columns = len(rows[0]) if rows else 0
     if n_columns == 0 or any(len(row) != n_columns for row in rows):
         raise ValueError(
             f"Expected argument `rows` to hold rows of one length, but got lengths {[len(row) for row in rows]}."
         )
-    if not 0 <= opponents < n_columns:
-        raise ValueError(f"Expected argument `opponents` to be in [0, {n_columns}), but got {opponents}.")
+    opponents = check_int("plot_image_grid", "opponents", opponents, 0, n_columns - 1)
     scale = 1.0 if width is None else min(1.0, width / (1.05 * n_columns))
     if ax is None:
         fig = new_figure(width=width or 1.05 * n_columns, height=scale * (1.22 * len(rows) + 0.3))
@@ -302,6 +304,10 @@ def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tup
     Returns:
         The figure and its axes, an array of shape `(rows, columns)`.
 
+    Raises:
+        TypeError: If `samples` is no list.
+        ValueError: If there are none, or `columns` is no positive integer.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import plot_samples
@@ -309,6 +315,10 @@ def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tup
         >>> axes.shape
         (2, 6)
     """
+    check_instance("plot_samples", "samples", samples, (list, tuple), "a list of (image, caption)")
+    if not samples:
+        raise ValueError(argument_message("plot_samples", "samples", "at least one (image, caption)", samples))
+    columns = check_int("plot_samples", "columns", columns, minimum=1)
     n_rows = -(-len(samples) // columns)
     fig = new_figure(width=1.05 * columns, height=1.3 * n_rows + 0.1)
     axes = fig.subplots(n_rows, columns, squeeze=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_attr.arguments import check_instance, check_int, check_numbers
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.comparison_plots import plot_retrieval
 from lightning_attr.metrics.functional import _as_mask, _check_matrix, score_blocks
@@ -81,7 +82,7 @@ def mean_reciprocal_rank(
         >>> mean_reciprocal_rank(scores, [[1, 2], [2]]).per_target
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
-    check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence, seed)
     per_target = _reciprocal_ranks(scores, _relevance(scores, relevant))
     return _retrieval_score(per_target, "reciprocal rank", bootstrap, confidence, seed)
 
@@ -117,7 +118,7 @@ def recall_at_k(
         >>> recall_at_k(scores, [[1, 2], [2]], k=2).per_target
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
-    check_bootstrap(bootstrap, confidence)
+    check_bootstrap(bootstrap, confidence, seed)
     per_target = _recalls(scores, _relevance(scores, relevant), k)
     return _retrieval_score(per_target, f"recall at {k}", bootstrap, confidence, seed)
 
@@ -213,8 +214,7 @@ class RecallAtK(_RetrievalMetric):
         self, k: int = 10, bootstrap: int = 1000, confidence: float = 0.95, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(bootstrap, confidence, seed, **kwargs)
-        if k < 1:
-            raise ValueError(f"Expected argument `k` to be a positive integer, but got {k}.")
+        k = check_int(self, "k", k, minimum=1)
         self.k, self.value_name = k, f"recall at {k}"
 
     def update(self, scores: Tensor, relevant: Relevance) -> None:
@@ -266,8 +266,7 @@ def _expected_reciprocal(above: int, tied: int, relevant: int) -> float:
 
 def _recalls(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     """Return the expected share of the relevant samples among the k highest, `(n_target,)`; NaN where undefined."""
-    if not 1 <= k <= len(scores):
-        raise ValueError(f"Expected argument `k` to be from 1 to n_train = {len(scores)}, but got {k}.")
+    check_int(None, "k", k, 1, len(scores), remedy=f"There are {len(scores)} training samples.")
     highest = scores.new_empty(0, scores.shape[1], dtype=torch.float64)
     for _, block in score_blocks(scores):
         merged = torch.cat([highest, block])
@@ -300,6 +299,8 @@ def _relevance(scores: Tensor, relevant: Relevance) -> Tensor:
             )
         return _as_mask("relevant", relevant).to(scores.device)
     n_train, n_target = scores.shape
+    what = "a mask (n_train, n_target), or a list of indices for each target"
+    check_instance(None, "relevant", relevant, (list, tuple), what)
     if len(relevant) != n_target:
         raise ValueError(
             f"Expected argument `relevant` to list the relevant samples of each of the {n_target} targets,"
@@ -307,7 +308,7 @@ def _relevance(scores: Tensor, relevant: Relevance) -> Tensor:
         )
     mask = torch.zeros(n_train, n_target, dtype=torch.bool, device=scores.device)
     for j, indices in enumerate(relevant):
-        rows = torch.as_tensor(indices, dtype=torch.long, device=scores.device)
+        rows = check_numbers(None, f"relevant[{j}]", indices, "a list of indices").long().to(scores.device)
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < n_train:
             raise ValueError(
                 f"Expected argument `relevant` to hold indices from 0 to {n_train - 1}, but those of target {j} run"

@@ -63,7 +63,7 @@ def test_other_arguments_may_be_anything() -> None:
 def test_bad_arguments() -> None:
     x, v = place(), torch.ones(6, dtype=DOUBLE)
     for bad in (3, -1, (0, 1), True):
-        with pytest.raises(ValueError, match=r"`argnums` to be an integer in \[0, 3\), .* but got"):
+        with pytest.raises(ValueError, match=r"`argnums` .*to be an integer .*, but got"):
             hvp(of_tensor, bad)(x, v)
     with pytest.raises(TypeError, match="`x` to be a tuple of the function's arguments, but got Tensor"):
         hvp(of_tensor)(torch.ones(2), v)

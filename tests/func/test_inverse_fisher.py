@@ -84,7 +84,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"curvature of 8 parameters is singular with `damping=0.0`"):
         ifvp_explicit(loss)(x, V)
     for damping in (0.0, -1.0):
-        with pytest.raises(ValueError, match=f"`damping` to be a positive number, but got {damping}"):
+        with pytest.raises(ValueError, match=f"`damping` (of ifvp_datainf )?to be a .* number.*, but got {damping}"):
             ifvp_datainf(loss, damping=damping)(x, V)
     with pytest.raises(ValueError, match=r"all gradients of \['b'\] are zero"):
         ifvp_datainf(lambda p, x: (p["w"] @ x).sum())((POINT, X), V)

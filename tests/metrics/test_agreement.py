@@ -127,9 +127,9 @@ def test_constant_scores_are_counted_and_left_out_of_the_correlations() -> None:
         ({"first": torch.ones(4)}, r"`first` to be a non-empty matrix, but got shape \(4,\)\."),
         ({"second": torch.ones(N_TRAIN, 2)}, r"one shape \(n_train, n_target\), but got \(50, 70\) and \(50, 2\)\."),
         ({"second": torch.full((N_TRAIN, N_TARGET), math.nan)}, "`second` to be finite, but got 3500 NaN"),
-        ({"k": 0}, r"`k` to be from 1 to n_train = 50, but got 0\."),
-        ({"k": 51}, r"`k` to be from 1 to n_train = 50, but got 51\."),
-        ({"confidence": 0}, r"`confidence` to be in \(0, 1\)"),
+        ({"k": 0}, r"`k` to be an integer from 1 to 50, but got 0\."),
+        ({"k": 51}, r"`k` to be an integer from 1 to 50, but got 51\."),
+        ({"confidence": 0}, r"`confidence` to be a number in \(0, 1\)"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
@@ -148,7 +148,7 @@ def test_class_equals_function_over_several_updates() -> None:
     summary = metric.summary()
     assert summary[:3] == expected[:3]
     assert pickle.loads(pickle.dumps(metric)).compute() == metric.compute()
-    with pytest.raises(ValueError, match=r"`k` to be a positive integer, but got 0\."):
+    with pytest.raises(ValueError, match=r"`k` of .+ to be an integer >= 1, but got 0\."):
         RankAgreement(k=0)
 
 

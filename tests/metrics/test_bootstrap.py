@@ -118,9 +118,9 @@ def test_undefined_targets_are_counted_and_warned_of_above_one_percent() -> None
 @pytest.mark.parametrize(
     ("bootstrap", "confidence", "message"),
     [
-        (-1, 0.9, r"`bootstrap` to be a non-negative integer, but got -1\."),
-        (10, 0.0, r"`confidence` to be in \(0, 1\), but got 0\.0\."),
-        (10, 1.0, r"`confidence` to be in \(0, 1\), but got 1\.0\."),
+        (-1, 0.9, r"`bootstrap` to be an integer >= 0, but got -1\."),
+        (10, 0.0, r"`confidence` to be a number in \(0, 1\), but got 0\.0\."),
+        (10, 1.0, r"`confidence` to be a number in \(0, 1\), but got 1\.0\."),
     ],
 )
 def test_bad_arguments(bootstrap: int, confidence: float, message: str) -> None:

@@ -125,7 +125,7 @@ def test_class_rejects_bad_arguments_and_needs_the_method() -> None:
     with pytest.raises(ValueError, match="`counts` to hold ascending positive integers"):
         BrittlenessCurve([3, 3])
     case, metric = _case(), BrittlenessCurve(COUNTS)
-    with pytest.raises(ValueError, match=r"`arm` to be one of \['method', 'random', 'same_class'\], but got 'loss'\."):
+    with pytest.raises(ValueError, match=r"`arm` of .+ to be .+, but got 'loss'\."):
         metric.update(case["before"], case["method"], "loss")
     with pytest.raises(ValueError, match=r"`after` to have shape \(k, n_target\) = \(3, 40\)"):
         metric.update(case["before"], case["method"][:, :2])

@@ -86,9 +86,9 @@ def test_area_over_the_opposite_end() -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(ValueError, match=r"`kind` to be one of \['keep', 'remove'\], but got 'drop'\."):
+    with pytest.raises(ValueError, match=r"`kind` to be .+, but got 'drop'\."):
         data_selection_curve(FRACTIONS, **_arms(), kind="drop")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`kind` to be one of \['keep', 'remove'\], but got 'drop'\."):
+    with pytest.raises(ValueError, match=r"`kind` to be .+, but got 'drop'\."):
         DataSelectionCurve(kind="drop")  # type: ignore[arg-type]
 
 
@@ -173,9 +173,9 @@ def test_compute_needs_method_and_random() -> None:
 
 def test_update_rejects_bad_arguments() -> None:
     metric = DataSelectionCurve()
-    with pytest.raises(ValueError, match=r"`fraction` to be in \(0, 1\], but got 10\."):
+    with pytest.raises(ValueError, match=r"`fraction` to be a number in \(0, 1\], but got 10\."):
         metric.update(10, 0.5)
-    with pytest.raises(ValueError, match=r"`arm` to be one of \['method', 'random', 'opposite'\], but got 'loss'\."):
+    with pytest.raises(ValueError, match=r"`arm` of .+ to be .+, but got 'loss'\."):
         metric.update(0.1, 0.5, "loss")
     with pytest.raises(ValueError, match="`value` to be a finite number, but got nan"):
         metric.update(0.1, math.nan)

@@ -212,8 +212,8 @@ def test_ceiling_of_disagreeing_seeds_is_zero() -> None:
             r"`outputs` to be finite, but got 168 NaN or infinite values\.",
         ),
         ({"scores": torch.full((N_TRAIN, N_TARGET), math.inf)}, r"`scores` to be finite, but got 210 NaN"),
-        ({"bootstrap": -1}, r"`bootstrap` to be a non-negative integer, but got -1\."),
-        ({"confidence": 1.0}, r"`confidence` to be in \(0, 1\), but got 1\.0\."),
+        ({"bootstrap": -1}, r"`bootstrap` to be an integer >= 0, but got -1\."),
+        ({"confidence": 1.0}, r"`confidence` to be a number in \(0, 1\), but got 1\.0\."),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
@@ -271,7 +271,7 @@ def test_update_rejects_other_scores_and_other_seeds() -> None:
 
 
 def test_constructor_rejects_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`bootstrap` to be a non-negative integer"):
+    with pytest.raises(ValueError, match="`bootstrap` to be an integer >= 0"):
         LinearDatamodelingScore(bootstrap=-5)
 
 

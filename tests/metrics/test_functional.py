@@ -177,9 +177,9 @@ def test_noise_metrics_reject_bad_input(metric: object, values: Tensor, mask: Te
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, math.nan])
 def test_fraction_out_of_range(fraction: float) -> None:
-    with pytest.raises(ValueError, match=r"Expected argument `fraction` to be in \(0, 1\], but got"):
+    with pytest.raises(ValueError, match=r"Expected argument `fraction` to be a number in \(0, 1\], but got"):
         noisy_label_recall(torch.ones(2), torch.tensor([0, 1]), fraction=fraction)
-    with pytest.raises(ValueError, match=r"Expected argument `fraction` to be in \(0, 1\], but got"):
+    with pytest.raises(ValueError, match=r"Expected argument `fraction` to be a number in \(0, 1\], but got"):
         overlap(torch.ones(2), torch.ones(2), fraction=fraction)
 
 

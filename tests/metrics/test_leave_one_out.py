@@ -113,8 +113,8 @@ def test_intervals_cover_the_population_correlations() -> None:
         ),
         ({"differences": torch.ones(0, N, N_TARGET)}, r"`differences` to have shape .* but got \(0, 40, 6\)\."),
         ({"differences": torch.full((N, N_TARGET), math.inf)}, "`differences` to be finite, but got 240 NaN"),
-        ({"bootstrap": -1}, "`bootstrap` to be a non-negative integer"),
-        ({"confidence": 2.0}, r"`confidence` to be in \(0, 1\)"),
+        ({"bootstrap": -1}, "`bootstrap` to be an integer >= 0"),
+        ({"confidence": 2.0}, r"`confidence` to be a number in \(0, 1\)"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:

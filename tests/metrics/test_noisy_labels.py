@@ -111,7 +111,7 @@ def test_processes_are_concatenated(cls: type[Metric]) -> None:
 
 @pytest.mark.parametrize("cls", [NoisyLabelPrecision, NoisyLabelRecall])
 def test_bad_fraction(cls: type[Metric]) -> None:
-    with pytest.raises(ValueError, match=r"Expected argument `fraction` to be in \(0, 1\], but got 0\."):
+    with pytest.raises(ValueError, match=r"Expected argument `fraction` to be a number in \(0, 1\], but got 0\."):
         cls(fraction=0)
 
 

@@ -90,7 +90,7 @@ def test_the_output_before_does_not_move_the_difference() -> None:
         ({"random": torch.ones(0, N_TARGET)}, r"`random` to be a non-empty vector, but got shape \(0, 30\)\."),
         ({"method": torch.full((2, N_TARGET), math.nan)}, "`method` to be finite, but got 60 NaN"),
         ({"before": torch.full((N_TARGET,), math.inf)}, "`before` to be finite, but got 30 NaN"),
-        ({"bootstrap": -1}, "`bootstrap` to be a non-negative integer"),
+        ({"bootstrap": -1}, "`bootstrap` to be an integer >= 0"),
     ],
 )
 def test_bad_input(function: Any, change: dict[str, Any], message: str) -> None:

@@ -213,7 +213,7 @@ def test_image_grid_rejects_bad_input() -> None:
         plot_image_grid([_rows()[0], _rows()[1][:3]])
     with pytest.raises(ValueError, match=r"`rows` to hold rows of one length, but got lengths \[\]\."):
         plot_image_grid([])
-    with pytest.raises(ValueError, match=r"`opponents` to be in \[0, 4\), but got 4\."):
+    with pytest.raises(ValueError, match=r"`opponents` of .* to be an integer from 0 to 3, but got 4\."):
         plot_image_grid(_rows(), opponents=4)
     with pytest.raises(ValueError, match=r"`ax` to have shape \(2, 4\), but got \(1, 4\)\."):
         plot_image_grid(_rows(), ax=Figure().subplots(1, 4, squeeze=False))

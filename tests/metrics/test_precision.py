@@ -72,5 +72,5 @@ def test_bad_input(values: Tensor, mask: Tensor, message: str) -> None:
 
 
 def test_bad_fraction() -> None:
-    with pytest.raises(ValueError, match=r"`fraction` to be in \(0, 1\], but got 1\.5\."):
+    with pytest.raises(ValueError, match=r"`fraction` to be a number in \(0, 1\], but got 1\.5\."):
         noisy_label_precision(*_samples(ties=False), fraction=1.5)

@@ -122,7 +122,7 @@ def test_no_defined_target_gives_nan() -> None:
         ({"relevant": [[0]] * 3}, "relevant samples of each of the 9 targets, but got 3 lists"),
         ({"relevant": [[0]] * 8 + [[3, 40]]}, "indices from 0 to 39, but those of target 8 run from 3 to 40"),
         ({"relevant": [[-1]] + [[0]] * 8}, "indices from 0 to 39, but those of target 0 run from -1 to -1"),
-        ({"bootstrap": -1}, "`bootstrap` to be a non-negative integer"),
+        ({"bootstrap": -1}, "`bootstrap` to be an integer >= 0"),
     ],
 )
 @pytest.mark.parametrize("function", [mean_reciprocal_rank, recall_at_k])
@@ -134,12 +134,12 @@ def test_bad_input(function: Any, change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("k", [0, -1, N_TRAIN + 1])
 def test_k_out_of_range(k: int) -> None:
-    with pytest.raises(ValueError, match=rf"`k` to be from 1 to n_train = 40, but got {k}\."):
+    with pytest.raises(ValueError, match=rf"`k` to be an integer from 1 to 40, but got {k}\."):
         recall_at_k(*_case(), k=k)
 
 
 def test_constructor_rejects_a_bad_k() -> None:
-    with pytest.raises(ValueError, match=r"`k` to be a positive integer, but got 0\."):
+    with pytest.raises(ValueError, match=r"`k` of .+ to be an integer >= 1, but got 0\."):
         RecallAtK(k=0)
 
 

@@ -1,0 +1,54 @@
+"""The settings of the low-level functions: each is checked where it is given, before any is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from lightning_attr.arguments import check_callable, check_float, check_int, check_seed
+
+__all__ = ["check_settings"]
+
+
+def check_settings(owner: str, func: Any, argnums: Any, optional: Collection[str] = (), **settings: Any) -> None:
+    """Check what a function was given.
+
+    Args:
+        owner: its name.
+        func: what it differentiates.
+        argnums: in which argument.
+        optional: which settings may be None.
+        settings: the others, by name.
+
+    Raises:
+        TypeError: if ``func`` cannot be called.
+        ValueError: if a number is none, or out of its range.
+
+    Example:
+        >>> check_settings("ihvp_cg", len, 0, damping=0.0, max_iterations=2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected argument `max_iterations` of ihvp_cg to be an integer >= 1, but got 2.5.
+    """
+    check_callable(owner, "func", func, "a function of tensors that returns one value")
+    check_int(owner, "argnums", argnums, minimum=0)
+    for name, value in settings.items():
+        if value is not None or name not in optional:
+            _CHECKS[name](owner, name, value)
+
+
+_COUNT = partial(check_int, minimum=1)
+_SIZE = partial(check_float, minimum=0)
+_CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
+    "batch_size": _COUNT,
+    "damping": _SIZE,
+    "iterations": _COUNT,
+    "max_iterations": _COUNT,
+    "order": _COUNT,
+    "repeats": _COUNT,
+    "scale": partial(check_float, above=0),
+    "seed": lambda owner, name, value: check_seed(owner, value, name),
+    "tolerance": _SIZE,
+    "top_k": _COUNT,
+}
