@@ -378,7 +378,7 @@ def check_numbers(owner: object, name: str, value: Any, expected: str) -> Tensor
         >>> check_numbers("attribute", "noise_mask", [True, False], "a mask")
         tensor([ True, False])
     """
-    if isinstance(value, (Tensor, np.ndarray, list, tuple, range, set, frozenset, numbers.Number)):
+    if isinstance(value, (Tensor, np.ndarray, list, tuple, range, set, frozenset)):
         try:
             return torch.as_tensor(list(value) if isinstance(value, (range, set, frozenset)) else value)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from wrong_calls import WrongCall, wrong_calls
+
+from lightning_attr.arguments import check_choice, check_float, check_int, check_path, check_tensor
+from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.methods import TRAK, KNNShapley, LiSSA
 
 
 @pytest.mark.parametrize("wrong", [*wrong_calls()], ids=str)
@@ -13,9 +21,7 @@ def test_wrong_calls_are_named(wrong: WrongCall) -> None:
 
 
 def test_the_message_names_owner_argument_and_value_and_says_what_to_do() -> None:
-    with pytest.raises(
-        ValueError, match=r"^Expected argument `k` of KNNShapley to be an integer >= 1, but got 2\.5\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^Expected argument `k` of KNNShapley to be an integer >= 1, but got 2\.5"):
         KNNShapley(k=2.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`method` of AttributionCallback .* the class TRAK\. .* such as `TRAK\(\)`"):
         AttributionCallback(method=TRAK)  # type: ignore[arg-type]
@@ -23,7 +29,7 @@ def test_the_message_names_owner_argument_and_value_and_says_what_to_do() -> Non
         AttributionCallback(memory_budget="1GB")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"to be 'a', 'theta' or None, but got 'Teta'\. Did you mean 'theta'\?"):
         check_choice("f", "relative", "Teta", ("a", "theta", None))
-    with pytest.raises(ValueError, match="a tensor of shape .n, m., but got a tensor of float32 and shape .2,."):
+    with pytest.raises(ValueError, match=r"a tensor of shape .n, m., but got a tensor of float32 and shape .2,."):
         check_tensor("f", "scores", torch.ones(2), "(n, m)", [2])
     with pytest.raises(ValueError, match="to be a path"):
         check_path("f", "path", "")

@@ -50,7 +50,8 @@ class WrongCall:
     call: Callable[[], Any]
 
     def __str__(self) -> str:
-        shown = self.value.__name__ if isinstance(self.value, type) else str(self.value)
+        shown = self.value.__name__ if isinstance(self.value, type) else repr(self.value)
+        shown = "tensor" if isinstance(self.value, torch.Tensor) else shown.split(" at 0x")[0]
         return f"{self.owner}({self.argument}={' '.join(shown.split())[:30]})"
 
     def verdict(self) -> tuple[str, str]:

@@ -416,7 +416,7 @@ def test_a_model_with_other_outputs_is_refused(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("vectorise", [0, 1, -3, "always", None, 2.0])
 def test_bad_arguments(tmp_path: Path, vectorise: Any) -> None:
-    with pytest.raises(ValueError, match=r"`vectorise` of .* to be .* an integer >= 2.*, but got "):
+    with pytest.raises(ValueError, match=r"`vectorise` of .* to be .*an integer >= 2.*, but got "):
         retrain_lds(Plain, trainer, Data, dirpath=tmp_path / "truth", vectorise=vectorise, **quick)
     assert not (tmp_path / "truth").exists()
 

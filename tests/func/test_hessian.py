@@ -65,7 +65,7 @@ def test_bad_arguments() -> None:
     for bad in (3, -1, (0, 1), True):
         with pytest.raises(ValueError, match=r"`argnums` .*to be an integer .*, but got"):
             hvp(of_tensor, bad)(x, v)
-    with pytest.raises(TypeError, match="`x` to be a tuple of the function's arguments, but got Tensor"):
+    with pytest.raises(TypeError, match="`x` to be a tuple of the function's arguments, but got a tensor"):
         hvp(of_tensor)(torch.ones(2), v)
     with pytest.raises(ValueError, match=r"shape of the point, \(6,\).* but got \(5,\)"):
         hvp(of_tensor, 1)(x, v[:5])
