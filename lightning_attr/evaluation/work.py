@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import pickle
 import time
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes with lightning, and ships no types
 
+from lightning_attr.claims import STALE_AFTER
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation.ground_truth import Records
 from lightning_attr.evaluation.subsets import Retraining
 
 __all__ = ["Train", "TrainGroups", "fill", "fill_in_processes"]
 
+log = logging.getLogger(__name__)
+
 _PAUSE = 0.2
 """Seconds between two looks at what others have finished."""
+_SILENCE = 30.0
+"""Seconds of waiting after which it is said who is waited for."""
 
 
 class Train(Protocol):
@@ -80,14 +86,40 @@ def fill(
         stopped: asked after each retraining whether to give up.
     """
     records.sweep()
+    waited = _Waiting(records)
     with _bar(records, progress) as show:
         if isinstance(train, TrainGroups):
             train.train_groups(records, keep_checkpoints, show, stopped)
         while not stopped() and (unfinished := records.unfinished()):
-            if not any(_retrain(records, one, train, keep_checkpoints, show, stopped) for one in unfinished):
+            if any(_retrain(records, one, train, keep_checkpoints, show, stopped) for one in unfinished):
+                waited = _Waiting(records)
+            else:
                 show()
+                waited.tell(unfinished)
                 time.sleep(_PAUSE)
     records.sweep()
+
+
+class _Waiting:
+    """Says now and then who is waited for, while all that is left is with other processes."""
+
+    def __init__(self, records: Records) -> None:
+        self.records, self.next = records, time.monotonic() + _SILENCE
+
+    def tell(self, unfinished: list[Retraining]) -> None:
+        """Say so, if it is time to."""
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + _SILENCE
+        owners = [(one, self.records.claims.owner(one.name)) for one in unfinished[:3]]
+        named = "; ".join(f"{one} is with {owner}" for one, owner in owners if owner is not None)
+        log.warning(
+            "Waiting for %d retrainings that other processes have in %s: %s. One is taken over after %d s in silence.",
+            len(unfinished),
+            self.records.dirpath,
+            named or "they come to an end",
+            STALE_AFTER,
+        )
 
 
 def _retrain(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_attr.evaluation import work
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import Retraining, random_subsets
 from lightning_attr.evaluation.work import fill
@@ -100,3 +105,23 @@ def test_progress_begins_where_the_last_run_ended(records: Records, capfd: pytes
     printed = "".join(capfd.readouterr())
     assert "50%" in printed
     assert "8/8" in printed
+
+
+def test_a_dead_claim_from_the_future_is_waited_for_no_longer_than_others_and_named(
+    records: Records, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a machine whose clock is days ahead."""
+    monkeypatch.setattr(work, "_SILENCE", 0.1)
+    records.claims.stale_after = 0.6
+    first = next(iter(PLAN))
+    claim = records.dirpath / "claims" / f"{first.name}.0"
+    claim.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    os.utime(claim, (time.time() + 1e6,) * 2)
+    with caplog.at_level(logging.WARNING):
+        fill(records, Counting(), progress=False)
+    assert GroundTruth.open(records.dirpath).complete
+    assert (
+        f"Waiting for 1 retrainings that other processes have in {records.dirpath}: subset 0, repeat 0 is"
+        in caplog.text
+    )
+    assert "with process 7 on elsewhere (1000000 s ahead of the clock here)" in caplog.text
