@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -45,6 +45,7 @@ from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.plans import Plans
 from lightning_attr.projectors import LearnedProjection, Projection
 from lightning_attr.shards import ShardWriter
+from lightning_attr.step_world import StepWorld, replayed
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
@@ -151,6 +152,7 @@ class AttributionCallback(RunStore):
         self.optimizer_state = check_flag(self, "optimizer_state", optimizer_state) or self.method.needs_optimizer_state
         self.mode = mode
         self.listeners: list[SnapshotListener] = []
+        self._stored: str | None = None  # the snapshot that is being featurized
 
     # Before training --------------------------------------------------------------------------------------------
 
@@ -306,8 +308,9 @@ class AttributionCallback(RunStore):
         key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         self._incomplete = key
         together = self._guard.together
-        with self._beside_training(trainer, pl_module):
+        with self._beside_training(trainer, pl_module, max(0, epoch)):
             together(partial(self._snapshot, trainer, pl_module, epoch, key))
+            self._stored = key
             if self.featurize:
                 together(partial(self._featurize, trainer, pl_module, key))
                 together(partial(self._adopt, trainer, key))
@@ -379,16 +382,28 @@ class AttributionCallback(RunStore):
         featurize(trainer, pl_module, self.source, batches, featurizer, ShardWriter(self.store, key, self._spare))
 
     @contextmanager
-    def _beside_training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-        """Leave training untouched, and tell hooks that ask the trainer that this is no training."""
-        stage = trainer.state.stage
+    def _beside_training(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int | None = None
+    ) -> Iterator[None]:
+        """Leave training untouched, and tell hooks that ask the trainer that this is no training; its step sees one."""
+        datamodule = getattr(trainer, "datamodule", None)
+        world = StepWorld(trainer, pl_module, datamodule)
+        data = (self.source.dataset, self.source.loader.collate_fn)
+        stage, self._stored = trainer.state.stage, None
         trainer.predicting = True
         try:
-            with undisturbed(pl_module, self.source.dataset, self.source.loader.collate_fn):
+            with (
+                replayed(pl_module, world.at(trainer.current_epoch if epoch is None else epoch, trainer.global_step)),
+                undisturbed(pl_module, *data, beside=world.beside, values=self._recorded_weights),
+            ):
                 set_mode(pl_module, self._mode)
                 yield
         finally:
             trainer.state.stage = stage
+
+    def _recorded_weights(self) -> Mapping[str, Tensor]:
+        """The weights that training is at, once their snapshot has been taken."""
+        return {} if self._stored is None else self.store.weights(self._stored)
 
     # Logging ----------------------------------------------------------------------------------------------------
 

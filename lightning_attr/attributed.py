@@ -14,11 +14,12 @@ from lightning_attr.draws import Draw, Samples
 from lightning_attr.gradients import check_batch_independence
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
-from lightning_attr.mixin import AttributionMixin
+from lightning_attr.mixin import AttributionMixin, attribution_outputs
 from lightning_attr.outputs import ModelOutput
 from lightning_attr.samples_apart import SamplesApart
 from lightning_attr.testing import check_model_output
 from lightning_attr.training_step import check_training_step, has_training_step, training_loss
+from lightning_attr.user_calls import lasting_call, user_call
 
 __all__ = [
     "Attributed",
@@ -109,8 +110,9 @@ def completed(module: Any, batch: Any, draw: Draw) -> Any:
         return batch
     if isinstance(batch, SamplesApart):
         draws = (replace(draw, rows=[row]) for row in draw.rows)
-        return SamplesApart(module.attribution_batch(one, own) for one, own in zip(batch, draws, strict=True))
-    return module.attribution_batch(batch, draw)
+        return SamplesApart(completed(module, one, own) for one, own in zip(batch, draws, strict=True))
+    with user_call(module, "attribution_batch", batch) as given:
+        return module.attribution_batch(given, draw)
 
 
 def set_up(module: Any, samples: Samples, snapshot: str) -> None:
@@ -125,7 +127,7 @@ def set_up(module: Any, samples: Samples, snapshot: str) -> None:
         >>> set_up(nn.Linear(1, 1), Samples(0, lambda rows: iter(())), "final")
     """
     if has_mixin(module):
-        with torch.no_grad():
+        with torch.no_grad(), lasting_call(module, "attribution_setup"):
             module.attribution_setup(samples, snapshot)
 
 
@@ -203,7 +205,7 @@ def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
         return checked_training_loss(module, batch, batch_size)
     check_batch_independence(lambda batch: _mixin_output(module, batch)[0], batch, batch_size)
     with torch.enable_grad():  # some steps differentiate
-        outputs, targets = map_tensors(module.attribution_step(batch), Tensor.detach)
+        outputs, targets = map_tensors(attribution_outputs(module, batch), Tensor.detach)
     check_model_output(module.model_output, outputs, targets, dtype=None)
     return MixinOutput()
 
@@ -336,7 +338,7 @@ class MixinOutput:
 
 
 def _mixin_output(module: Any, batch: Any) -> tuple[Tensor, tuple[Any, Any]]:
-    outputs, targets = module.attribution_step(batch)
+    outputs, targets = attribution_outputs(module, batch)
     return module.model_output.output(outputs, targets), (outputs, targets)
 
 
@@ -361,7 +363,7 @@ class MeasuredOutput:
 
     def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Value of each target, ``(b,)``, and nothing."""
-        values = self.function(module, batch)
+        values = self._called(module, batch)
         if not isinstance(values, Tensor) or values.shape != (batch_size,):
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
@@ -381,7 +383,7 @@ class MeasuredOutput:
 
     def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Value at given parameters."""
-        value: Tensor = call_with(module, params, lambda batch: self.function(module, batch), batch)
+        value: Tensor = call_with(module, params, lambda batch: self._called(module, batch), batch)
         return value
 
     def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
@@ -391,3 +393,7 @@ class MeasuredOutput:
     def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Negative values at given parameters, ``(b,)``."""
         return -self.functional_output(module, params, batch)
+
+    def _called(self, module: Any, batch: Any) -> Any:
+        with user_call(module, "target_function", batch) as own:
+            return self.function(module, own)

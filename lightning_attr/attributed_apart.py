@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_attr.attributed import Attributed, MixinOutput, TrainingLoss, attributed, has_mixin
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
+from lightning_attr.mixin import attribution_outputs
 from lightning_attr.samples_apart import SamplesApart
 from lightning_attr.testing import check_model_output
 
@@ -128,6 +129,6 @@ def attributed_apart(module: Any, batch: SamplesApart) -> OutputApart:
     if mixin:
         for one in batch:
             with torch.no_grad():
-                outputs, targets = module.attribution_step(one)
+                outputs, targets = attribution_outputs(module, one)
             check_model_output(module.model_output, outputs, targets, dtype=None)
     return subject

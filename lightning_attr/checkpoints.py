@@ -1,4 +1,4 @@
-"""Weights and buffers of a module as safetensors, and back; a tied parameter is kept once."""
+"""Weights and buffers of a module as safetensors, and back; a tied parameter is kept once, a sparse buffer by parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
         module: any module.
 
     Returns:
-        Name -> tensor, not copied; a tied parameter under its first name only.
+        Name -> tensor, not copied; a tied parameter under its first name only. A sparse tensor is there as its indices
+        and values, under names of their own.
 
     Example:
         >>> from torch import nn
@@ -30,7 +31,21 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
         >>> list(weights_of(nn.Sequential(head, tied)))
         ['0.weight']
     """
-    return {name: tensor.detach() for name, tensor in chain(module.named_parameters(), module.named_buffers())}
+    found: dict[str, Tensor] = {}
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        found.update(_parts(name, tensor.detach()))
+    return found
+
+
+def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A dense tensor itself; of a sparse one what it is made of."""
+    if tensor.layout is torch.sparse_coo:
+        return {f"{name}.indices": tensor._indices(), f"{name}.values": tensor._values()}
+    if tensor.layout is torch.strided:
+        return {name: tensor}
+    by_row = tensor.layout in {torch.sparse_csr, torch.sparse_bsr}
+    outer, inner = ("crow_indices", "col_indices") if by_row else ("ccol_indices", "row_indices")
+    return {f"{name}.{part}": getattr(tensor, part)() for part in (outer, inner, "values")}
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -63,7 +78,15 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(weights[name])
+            _write(tensor, weights[name])
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()):
+        if 0 not in tensor.stride() or tensor.numel() < 2:
+            tensor.copy_(values)
+        elif not torch.equal(tensor, values.to(tensor)):  # its elements share their memory: nobody can write to it
+            tensor.data = values.to(tensor)
 
 
 @contextmanager

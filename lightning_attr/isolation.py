@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["find_generators", "preserved_rng", "undisturbed"]
+from lightning_attr.generators import find_generators, restore_generator
+from lightning_attr.user_calls import observed
 
-_MOST_OBJECTS = 10_000
-"""How many objects of a data set are searched for generators: a fraction of a second."""
+__all__ = ["preserved_rng", "undisturbed"]
 
 
 @contextmanager
-def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
+def undisturbed(
+    module: nn.Module,
+    *data: object,
+    beside: Mapping[str, object] | None = None,
+    values: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Iterator[None]:
     """Put the module into eval mode and restore it, and all randomness, in the end.
 
     Restored are the RNG streams of python, numpy and torch on every device, random generators kept by ``data``, each
-    submodule's ``training`` flag, each parameter's ``requires_grad`` flag and ``grad``, and the buffers.
+    submodule's ``training`` flag, each parameter's ``requires_grad`` flag and ``grad``, the buffers, and all other
+    state that is reached through the attributes of the module; parameters where :func:`user_call` has changed them.
 
     Args:
         module: the module.
         data: data sets that may keep generators of their own.
+        beside: name -> further objects that the code of the module reaches, such as optimizers.
+        values: gives the values of tensors by name, of which there is no copy: the weights of a snapshot.
 
     Yields:
         Nothing.
@@ -47,11 +49,8 @@ def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
         >>> module.training, torch.equal(state, torch.get_rng_state())
         (True, True)
     """
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    registered = [(submodule._buffers, dict(submodule._buffers)) for submodule in module.modules()]
-    with preserved_rng(*data):
+    modes = [(submodule, submodule.training) for submodule in module.modules()]  # a scripted one keeps its own
+    with preserved_rng(*data), observed(module, beside, values):
         try:
             module.eval()
             for p in module.parameters():
@@ -60,16 +59,6 @@ def undisturbed(module: nn.Module, *data: object) -> Iterator[None]:
         finally:
             for submodule, mode in modes:
                 submodule.training = mode
-            for p, requires_grad, grad in parameters:
-                p.requires_grad_(requires_grad)
-                p.grad = grad
-            for own, before in registered:  # `self.buffer = ...` puts another tensor there
-                own.clear()
-                own.update(before)
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # untouched buffers keep their version counter
-                        buffer.copy_(value)
 
 
 @contextmanager
@@ -106,96 +95,3 @@ def preserved_rng(*data: object) -> Iterator[None]:
             torch.mps.set_rng_state(mps)
         for restore in own:
             restore()
-
-
-def find_generators(root: object) -> list[Any]:
-    """Find the random generators that an object keeps, through attributes, containers, closures and partials.
-
-    Args:
-        root: a data set, for instance; its transforms and the data sets that it wraps are searched as well.
-
-    Returns:
-        The ``random.Random``, numpy ``Generator`` and ``RandomState``, and ``torch.Generator`` objects, each once.
-
-    Example:
-        >>> import torch
-        >>> class Noisy(torch.utils.data.Dataset):
-        ...     def __init__(self):
-        ...         self.rng = torch.Generator()
-        >>> len(find_generators(torch.utils.data.Subset(Noisy(), [0])))
-        1
-    """
-    found: list[Any] = []
-    seen: set[int] = set()
-    pending: deque[object] = deque([root])
-    while pending and len(seen) < _MOST_OBJECTS:
-        item = pending.popleft()  # the nearest first
-        if id(item) in seen or _is_plain(item):
-            continue
-        seen.add(id(item))
-        if isinstance(item, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            pending += item[:64]  # long lists hold samples, not transforms
-        elif isinstance(item, dict):
-            pending += islice(item.values(), 64)
-        elif isinstance(item, MethodType):
-            pending.append(item.__self__)
-        elif isinstance(item, FunctionType):
-            pending += inspect.getclosurevars(item).nonlocals.values()
-        elif isinstance(item, partial):
-            pending += (item.func, item.args, item.keywords)
-        elif not isinstance(item, (type, ModuleType)) and hasattr(item, "__dict__"):
-            pending += vars(item).values()
-    return found
-
-
-def reseed_generator(generator: Any, seed: int) -> None:
-    """Start a generator afresh.
-
-    Args:
-        generator: one of those that :func:`find_generators` lists.
-        seed: a non-negative integer.
-
-    Example:
-        >>> import random
-        >>> generator = random.Random()
-        >>> reseed_generator(generator, 3)
-        >>> generator.random() == random.Random(3).random()
-        True
-    """
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    elif isinstance(generator, np.random.Generator):
-        bits = generator.bit_generator
-        bits.state = type(bits)(seed).state
-    else:  # random.Random, RandomState
-        generator.seed(seed % 2**32)
-
-
-def restore_generator(generator: Any) -> Callable[[], object]:
-    """Remember the state of a generator.
-
-    Args:
-        generator: one of those that :func:`find_generators` lists.
-
-    Returns:
-        A function that puts the state back.
-
-    Example:
-        >>> import random
-        >>> generator = random.Random(3)
-        >>> restore, first = restore_generator(generator), generator.random()
-        >>> restore()
-        >>> generator.random() == first
-        True
-    """
-    if isinstance(generator, np.random.Generator):
-        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, random.Random):
-        return partial(generator.setstate, generator.getstate())
-    return partial(generator.set_state, generator.get_state())  # torch.Generator, RandomState
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (int, float, complex, str, bytes, torch.Tensor, np.ndarray))

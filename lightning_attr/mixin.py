@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from lightning_attr.draws import Draw, Samples
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.outputs import ModelOutput, MulticlassMargin
+from lightning_attr.user_calls import user_call
 
-__all__ = ["AttributionMixin"]
+__all__ = ["AttributionMixin", "attribution_outputs"]
 
 
 class AttributionMixin:
@@ -127,8 +129,29 @@ class AttributionMixin:
         return self.model_output.loss(outputs, targets)
 
     def _call_step(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any) -> tuple[Any, Any]:
-        called = call_with(cast(nn.Module, self), {**params, **buffers}, self.attribution_step, batch)
+        called = call_with(cast(nn.Module, self), {**params, **buffers}, partial(attribution_outputs, self), batch)
         return cast("tuple[Any, Any]", called)
+
+
+def attribution_outputs(module: Any, batch: Any) -> tuple[Any, Any]:
+    """Run the attribution step of a module, and leave no trace of it.
+
+    Args:
+        module: with :class:`AttributionMixin`.
+        batch: what its ``attribution_step`` takes; it gets a batch of its own.
+
+    Returns:
+        ``(outputs, targets)``.
+
+    Example:
+        >>> import torch
+        >>> class Classifier(AttributionMixin, nn.Linear): ...
+        >>> attribution_outputs(Classifier(2, 3), (torch.ones(4, 2), torch.zeros(4)))[0].shape
+        torch.Size([4, 3])
+    """
+    with user_call(module, "attribution_step", batch) as own:
+        outputs, targets = module.attribution_step(own)
+    return outputs, targets
 
 
 _OF_AN_ATTRIBUTE = """With the model in an attribute, override

@@ -25,6 +25,7 @@ from lightning_attr.gradients import (
     loop_gradients,
     materialise,
 )
+from lightning_attr.mixin import attribution_outputs
 
 __all__ = ["PositionScores", "position_products", "position_scores"]
 
@@ -80,7 +81,7 @@ def position_scores(module: Any, batch: Any, targets: Any, length: int | None = 
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with torch.no_grad():
         count = len(module.functional_output({}, {}, targets))
-        weight = module.model_output.out_to_loss(*module.attribution_step(batch))
+        weight = module.model_output.out_to_loss(*attribution_outputs(module, batch))
     directions = loop_gradients(lambda p, b: module.functional_output(p, {}, b), params, targets, count)
     found = position_products(module, batch, directions, length)
     return PositionScores(weight[:, None, None] * found.positions, weight[:, None] * found.rest)
@@ -120,7 +121,7 @@ def position_products(
                 f"{name!r} of shape {tuple(direction.shape)}."
             )
     with torch.enable_grad():  # some steps differentiate
-        outputs, labels = map_tensors(module.attribution_step(batch), Tensor.detach)
+        outputs, labels = map_tensors(attribution_outputs(module, batch), Tensor.detach)
         output = module.model_output.output(outputs, labels)
     if length is None:
         if not isinstance(labels, Tensor) or labels.ndim != 2:

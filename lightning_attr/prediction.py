@@ -34,9 +34,11 @@ from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
+from lightning_attr.step_world import StepWorld
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import set_trainable, trainable_names
 from lightning_attr.transfer import placed, samples_on_device, set_up_at
+from lightning_attr.user_calls import set_surroundings
 from lightning_attr.writing import WriterLock
 
 __all__ = ["AttributionStep"]
@@ -108,6 +110,7 @@ class AttributionStep(nn.Module):
         self.writer: ShardWriter | None = None
         self.lock: WriterLock | None = None
         self.spare: list[Tensor] = []
+        self.world: StepWorld | None = None  # of the user's trainer, before it was lent
         self.kept: dict[str, RowTable] = {}  # columns of this process's training rows, of snapshots without shards
 
     # What is to be done --------------------------------------------------------------------------------------------
@@ -278,9 +281,12 @@ class AttributionStep(nn.Module):
         self.current = key
 
     def _restore(self, key: str) -> None:
-        """Put the module back to a snapshot: its weights, and which of them were trained."""
+        """Put the module back to a snapshot: its weights, which of them were trained, and the world of its fit."""
         load_weights(self.module, self.store.weights(key))
-        set_trainable(self.module, self.store.snapshot(key).trainable)
+        snapshot = self.store.snapshot(key)
+        set_trainable(self.module, snapshot.trainable)
+        if self.world is not None:
+            set_surroundings(self.module, self.world.at(snapshot.epoch, snapshot.global_step))
 
     def _target_plan(self, plan: AttributionPlan) -> AttributionPlan:
         if self.target_function is not None:

@@ -11,7 +11,8 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.data import Dataset
 
-from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator
+from lightning_attr.generators import find_generators, reseed_generator
+from lightning_attr.isolation import preserved_rng
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.samples_apart import SamplesApart
 

@@ -32,9 +32,11 @@ from lightning_attr.modes import MODES, check_mode
 from lightning_attr.prediction import AttributionStep
 from lightning_attr.projectors import projector_from_config
 from lightning_attr.result import AttributionResult
+from lightning_attr.step_world import StepWorld
 from lightning_attr.store import FeatureStore
 from lightning_attr.top_scores import check_topk
 from lightning_attr.trainable import parameter_shapes
+from lightning_attr.user_calls import set_surroundings, surroundings_of
 from lightning_attr.worlds import as_lightning_module, both, check_one_world
 
 __all__ = ["AttributionRecord", "AttributionTrainer", "attribute", "check_strategy"]
@@ -238,10 +240,12 @@ def attribute(
             scratch=path is None,
         )
         _check_store(step, record)
+        step.world = StepWorld(trainer, module, datamodule, train.loader)
+        stack.callback(set_surroundings, module, surroundings_of(module))
         stack.enter_context(_lent(trainer, module))
         stack.enter_context(_same_tensors(module))
         data = [source.dataset for source in (train, target) if source is not None]
-        stack.enter_context(undisturbed(module, *data))
+        stack.enter_context(undisturbed(module, *data, beside=step.world.beside))
         stack.enter_context(loaded(module))
         stack.push(step.end)
         trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_attr.worlds import both, overrides, own
+from lightning_attr.step_world import silent_loggers
+from lightning_attr.user_calls import surroundings_of, user_call
+from lightning_attr.worlds import both, overrides
 
-__all__ = ["check_training_step", "has_training_step", "training_loss", "unchanged_attributes"]
-
-# What torch.nn.Module itself keeps: parameters, submodules, hooks. Buffers are the step's to change.
-_OWN_TO_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+__all__ = ["check_training_step", "has_training_step", "training_loss"]
 
 
 def has_training_step(module: Any) -> bool:
@@ -74,7 +68,8 @@ def check_training_step(module: L.LightningModule) -> None:
 def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
     """Compute the training loss of a batch by the module's own ``training_step``, and leave no trace of it.
 
-    What the step logs or prints through the module goes nowhere; see :func:`unchanged_attributes` for what it changes.
+    What the step logs or prints through the module goes nowhere; for what it changes see
+    :func:`lightning_attr.user_calls.user_call`.
 
     Args:
         module: a module that :func:`check_training_step` passes.
@@ -94,9 +89,10 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
         >>> training_loss(Line(), torch.tensor([1.0, 3.0]))
         tensor(5.)
     """
-    with unchanged_attributes(module), _silenced(module):
+    silent = silent_loggers(module._trainer) if surroundings_of(module) is None else nullcontext()
+    with user_call(module, "training_step", batch) as own, silent:
         step: Callable[..., Any] = module.training_step
-        returned = step(batch, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(batch)
+        returned = step(own, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(own)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -105,116 +101,3 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
             f'with it under "loss", but got {found}.'
         )
     return loss.reshape(()) if loss.ndim else loss
-
-
-@contextmanager
-def _silenced(module: L.LightningModule) -> Iterator[None]:
-    """Let log calls and loggers lead nowhere; the module's attributes are put back by :func:`unchanged_attributes`."""
-    for inner in module.modules():
-        if isinstance(inner, both(L.LightningModule)):
-            vars(inner).update(log=_nothing, log_dict=_nothing, print=_nothing)
-    trainer = module._trainer
-    if trainer is None:
-        yield
-        return
-    loggers = trainer.loggers
-    trainer.loggers = [own(DummyLogger, trainer)()]  # not none at all: steps write to `self.logger.experiment`
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In the place of what a step reports with."""
-
-
-@contextmanager
-def unchanged_attributes(module: nn.Module) -> Iterator[None]:
-    """Put the attributes of a module back in the end, those of its submodules and metrics as well.
-
-    Put back are attributes that were set, replaced or deleted, lists, dicts, sets and deques that changed (also inside
-    each other), and tensors that were written to: buffers, the states of torchmetrics. Not put back are parameters,
-    ``training`` flags, the statistics that a layer in train mode keeps, the attributes of other objects (a meter class
-    of your own), and what lies outside the module.
-
-    Args:
-        module: any module.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> class Counts(nn.Module):
-        ...     steps, losses = 0, []
-        >>> module = Counts()
-        >>> with unchanged_attributes(module):
-        ...     module.steps += 1
-        >>> module.steps
-        0
-    """
-    restores: list[Callable[[], object]] = []
-    seen: set[int] = set()
-
-    def remember(value: Any) -> None:
-        if isinstance(value, (Tensor, nn.Module, dict, list, tuple, set, deque)) and id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, nn.Module):
-                remember_module(value)
-            elif isinstance(value, Tensor):
-                if not isinstance(value, nn.Parameter):
-                    restores.append(partial(_put_back_values, value, value.detach().clone(), _version(value)))
-            else:
-                remember_container(value)
-
-    def remember_module(inner: nn.Module) -> None:
-        own = {name: value for name, value in vars(inner).items() if name not in _OWN_TO_TORCH}
-        restores.append(partial(_put_back_attributes, inner, own))
-        for value in own.values():
-            remember(value)
-        for child in inner.children():
-            remember(child)
-
-    def remember_container(container: Any) -> None:
-        if not isinstance(container, tuple):
-            kind: Any = dict if isinstance(container, dict) else set if isinstance(container, set) else list
-            restores.append(partial(_put_back_items, container, kind(container)))
-        for item in container.values() if isinstance(container, dict) else container:
-            remember(item)
-
-    with torch._C.DisableTorchFunction():  # these are no calls of the module's, for modes around
-        remember(module)
-    try:
-        yield
-    finally:
-        with torch._C.DisableTorchFunction():
-            for restore in restores:
-                restore()
-
-
-def _put_back_attributes(module: nn.Module, before: Mapping[str, Any]) -> None:
-    own = vars(module)
-    for name in [name for name in own if name not in before and name not in _OWN_TO_TORCH]:
-        del own[name]
-    own.update(before)
-
-
-def _put_back_items(container: Any, before: Any) -> None:
-    if isinstance(container, set):
-        same = container == before
-    else:  # compared by identity: items may be tensors
-        now, then = (list(chain(*c.items()) if isinstance(c, dict) else c) for c in (container, before))
-        same = len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
-    if not same:
-        container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(before)
-
-
-def _put_back_values(tensor: Tensor, before: Tensor, version: int | None) -> None:
-    if version is None or version != _version(tensor):  # untouched tensors keep their version counter
-        with torch.no_grad():
-            tensor.copy_(before)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

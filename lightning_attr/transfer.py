@@ -13,6 +13,7 @@ from lightning_attr.draws import Samples
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.lost_rows import refuse_lost_rows
 from lightning_attr.samples_apart import SamplesApart
+from lightning_attr.user_calls import user_call
 from lightning_attr.worlds import overrides
 
 __all__ = ["own_hooks", "placed", "samples_on_device", "set_up_at", "to_device"]
@@ -43,9 +44,10 @@ def to_device(
     def owner(hook: str) -> Any:
         return datamodule if datamodule is not None and overrides(hook, datamodule) else module
 
-    batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
-    batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
-    return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+    with user_call(module, "the transfer hooks"):  # a batch comes here once
+        batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+        batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
+        return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
 
 
 def placed(

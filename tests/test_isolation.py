@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from lightning_attr.isolation import (
-    find_generators,
-    preserved_rng,
-    reseed_generator,
-    restore_generator,
-    undisturbed,
-)
+from lightning_attr.generators import find_generators, reseed_generator, restore_generator
+from lightning_attr.isolation import preserved_rng, undisturbed
 
 
 class Broken(Exception):  # noqa: N818 - raised only to see what survives it

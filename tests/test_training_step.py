@@ -15,7 +15,7 @@ from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from cases import quiet_trainer
-from lightning_attr.training_step import check_training_step, has_training_step, training_loss, unchanged_attributes
+from lightning_attr.training_step import check_training_step, has_training_step, training_loss
 
 X = torch.tensor([1.0, 3.0])
 
@@ -147,12 +147,18 @@ def test_tensors_that_nobody_writes_to_are_not_written_to() -> None:
 
 
 def test_tensors_from_inference_mode() -> None:
-    module = Step(lambda module: module.total + 1)
+    def act(module: Any) -> None:
+        module.made.add_(1) if torch.is_inference_mode_enabled() else None
+        module.seen_sum = module.made + 1
+
+    module = Step(act)
     with torch.inference_mode():
-        module.total = torch.zeros(2)
-        with unchanged_attributes(module):
-            module.total += 1
-    assert module.total.tolist() == [0, 0]
+        module.made = torch.zeros(2)
+    assert training_loss(module, X).item() == 20
+    with torch.inference_mode():
+        training_loss(module, X)
+    assert module.made.tolist() == [0, 0]
+    assert not hasattr(module, "seen_sum")
 
 
 class Talkative(Step):

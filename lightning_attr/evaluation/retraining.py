@@ -24,7 +24,8 @@ from lightning_attr.evaluation.loaders import subset_loader
 from lightning_attr.evaluation.subsets import Retraining
 from lightning_attr.evaluation.targets import digest_of_all, target_outputs
 from lightning_attr.files import digest, whole_file
-from lightning_attr.isolation import find_generators, preserved_rng, reseed_generator, restore_generator
+from lightning_attr.generators import find_generators, reseed_generator, restore_generator
+from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource
 from lightning_attr.randomness import hashed_seed
 

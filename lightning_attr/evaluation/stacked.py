@@ -27,9 +27,9 @@ from lightning_attr.evaluation.pilot import NotVectorisableError, Pilot, state_o
 from lightning_attr.evaluation.retraining import seed_training
 from lightning_attr.evaluation.subsets import Retraining
 from lightning_attr.evaluation.targets import outputs_at
+from lightning_attr.generators import find_generators
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.functional import call_with
-from lightning_attr.isolation import find_generators
 from lightning_attr.loader import DataSource
 from lightning_attr.memory import free_bytes, peak_bytes
 from lightning_attr.transfer import to_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -16,6 +17,7 @@ from lightning_attr.curvature.rows import Product
 from lightning_attr.errors import AttributionError
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.memory import peak_bytes
+from lightning_attr.mixin import attribution_outputs
 from lightning_attr.projectors import IdentityProjector, NoProjection
 from lightning_attr.randomness import rademacher, random_words
 from lightning_attr.snapshot_model import SnapshotModel
@@ -288,7 +290,8 @@ class TrainingCurvature:
         module: Any = self.model.module
 
         def step(params: Mapping[str, Tensor]) -> tuple[Any, Any]:
-            called: tuple[Any, Any] = call_with(module, {**self._beside, **params}, module.attribution_step, batch)
+            step = partial(attribution_outputs, module)
+            called: tuple[Any, Any] = call_with(module, {**self._beside, **params}, step, batch)
             return called
 
         with torch.no_grad():

@@ -31,6 +31,7 @@ from lightning_attr.gradients import HookedGradients
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.methods.curvatures import TrainingCurvature, check_outputs
 from lightning_attr.methods.solvers import Inverse, Prepared, Solver
+from lightning_attr.mixin import attribution_outputs
 from lightning_attr.projectors import IdentityProjector, Projection
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.snapshot_model import Batches, SnapshotModel
@@ -159,7 +160,7 @@ class _Streams:
         votes = torch.zeros(len(names), device=self.model.device)
         for rows, batch in islice(self.batches(), 1):
             with torch.no_grad(), self.model.precision():
-                distribution = module.model_output.distribution(*module.attribution_step(batch))
+                distribution = module.model_output.distribution(*attribution_outputs(module, batch))
             votes[names.index(usual_labels(distribution, len(rows), draws))] += 1
         return names[max(self.model.reduce(votes).nonzero().flatten().tolist(), default=0)]
 
@@ -170,7 +171,7 @@ class _Streams:
             if labels == "observed" and not hasattr(module, "attribution_step"):
                 yield GradientBatch([self.outputs(batch, len(rows))], len(rows))  # the loss but for its sign
                 continue
-            step, output = module.attribution_step, module.model_output
+            step, output = partial(attribution_outputs, module), module.model_output
             with self.model.precision():
                 own = fisher_batch(self.gradients, step, batch, output, rows, labels=labels, key=key, draws=draws)
             yield replace(own, streams=[partial(self._precisely, stream) for stream in own.streams])

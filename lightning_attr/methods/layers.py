@@ -15,6 +15,7 @@ from lightning_attr.attributed import MeasuredOutput, MixinOutput
 from lightning_attr.batch import map_tensors
 from lightning_attr.errors import AttributionError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
+from lightning_attr.mixin import attribution_outputs
 from lightning_attr.snapshot_model import Batches, SnapshotModel
 from lightning_attr.training_step import training_loss
 
@@ -85,8 +86,7 @@ def observe(model: SnapshotModel, batch: Any, batch_size: int, layer: str | None
         stack.enter_context(torch.set_grad_enabled(model.plan.inner))
         outputs, targets = None, None
         if isinstance(model.plan.attributed, MixinOutput):
-            found = model.module.attribution_step(batch)  # type: ignore[operator]  # of the mixin
-            outputs, targets = map_tensors(found, Tensor.detach)
+            outputs, targets = map_tensors(attribution_outputs(model.module, batch), Tensor.detach)
         else:
             training_loss(model.module, batch)  # type: ignore[arg-type]  # a LightningModule: its plan says so
     name, given, output = _only_call(model.module, calls, layer)

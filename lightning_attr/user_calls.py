@@ -1,0 +1,256 @@
+"""Calls of the user's code beside training: each with its own batch, in its own world, and all state put back after it.
+
+What a function changes is found out in its first call, operation by operation; later calls cost a comparison of version
+counters, and copies of what is known to change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_attr.batch_copies import OwnBatch
+from lightning_attr.errors import AttributionError
+from lightning_attr.kept_state import KeptState
+
+__all__ = ["Surroundings", "lasting_call", "observed", "set_surroundings", "surroundings_of", "user_call"]
+
+log = logging.getLogger(__name__)
+
+Surroundings: TypeAlias = Callable[[str], AbstractContextManager[object]]
+"""Name of a function -> the world that its calls are to see."""
+
+
+@dataclass
+class _Known:
+    """What is known of the functions of a module.
+
+    Args:
+        called: names of those that have been called.
+        changing: names of the tensors and arrays that they change.
+        written: names of the functions that write to their batch.
+        told: names of changes that the user has been told of.
+    """
+
+    called: set[str] = field(default_factory=set)
+    changing: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+
+
+class _Observed:
+    """A module whose calls are looked after for some time, so that its state is looked through once.
+
+    Args:
+        roots: name -> object that its code reaches.
+        changing: as :class:`_Known` has them.
+        values: as :class:`lightning_attr.kept_state.KeptState` takes them.
+    """
+
+    def __init__(
+        self, roots: Mapping[str, object], changing: set[str], values: Callable[[], Mapping[str, Tensor]] | None
+    ) -> None:
+        self.roots = roots
+        self.changing = changing
+        self.values = values
+        self.state: KeptState | None = None
+
+    def current(self) -> KeptState:
+        """Look the state through, unless that has been done."""
+        if self.state is None:
+            self.state = KeptState(self.roots, self.changing, self.values)
+        return self.state
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_observed: WeakKeyDictionary[nn.Module, _Observed] = WeakKeyDictionary()
+_surroundings: WeakKeyDictionary[nn.Module, Surroundings] = WeakKeyDictionary()
+
+
+@contextmanager
+def observed(
+    module: nn.Module,
+    beside: Mapping[str, object] | None = None,
+    values: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Iterator[None]:
+    """Look after the calls of a module's functions, and put back in the end what is left of their changes.
+
+    Args:
+        module: the module.
+        beside: name -> further objects that its code reaches, such as optimizers.
+        values: gives the values of tensors by name, of which there is no copy: the weights of a snapshot.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> with observed(layer):
+        ...     layer.count = 1
+        >>> hasattr(layer, "count")
+        False
+    """
+    known = _known.setdefault(module, _Known())
+    roots = {"": module, **(beside or {})}
+    before = _observed.get(module)
+    with KeptState(roots, set()).kept(by_value=True):
+        _observed[module] = _Observed(roots, known.changing, values)
+        try:
+            yield
+        finally:
+            if before is None:
+                del _observed[module]
+            else:
+                _observed[module] = before
+
+
+def set_surroundings(module: nn.Module, surroundings: Surroundings | None) -> None:
+    """Say what world the calls of a module's functions are to see from now on.
+
+    Args:
+        module: the module.
+        surroundings: name of a function -> context around its calls; None for the world as it is.
+    """
+    if surroundings is None:
+        _surroundings.pop(module, None)
+    else:
+        _surroundings[module] = surroundings
+
+
+def surroundings_of(module: nn.Module) -> Surroundings | None:
+    """Give what :func:`set_surroundings` has set.
+
+    Args:
+        module: the module.
+
+    Returns:
+        The surroundings; None if there are none.
+    """
+    return _surroundings.get(module)
+
+
+@contextmanager
+def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[Any]:
+    """Surround one call of the user's code, so that no trace of it is left.
+
+    Args:
+        module: the user's module.
+        function: name of what is called.
+        batch: what it is called with; its caller may use it again.
+
+    Yields:
+        The batch to call it with.
+
+    Raises:
+        AttributionError: if the call changes what cannot be put back.
+
+    Example:
+        >>> class Counts(nn.Linear):
+        ...     count = 0
+        ...     def forward(self, x):
+        ...         self.count += 1
+        ...         return super().forward(x.mul_(self.count))
+        >>> module, x = Counts(1, 1), torch.ones(1, 1)
+        >>> for _ in range(2):
+        ...     with user_call(module, "forward", x) as own:
+        ...         _ = module(own)
+        >>> module.count, x.item()
+        (0, 1.0)
+    """
+    known = _known.setdefault(module, _Known())
+    observed = _observed.get(module)
+    state = observed.current() if observed is not None else KeptState({"": module}, known.changing)
+    first = function not in known.called and torch._C._functorch.peek_interpreter_stack() is None
+    before = set(known.changing)
+    own = OwnBatch(batch, copied=first or function in known.written)
+    with state.kept(recording=first) as changed, _world(module, function), _silenced(state):
+        yield own.batch
+    if own.written() and function not in known.written:
+        known.written.add(function)
+        if not first:
+            raise AttributionError(
+                f"`{function}` of {type(module).__name__} writes to its batch, as it did not when it was first called: "
+                "the batch cannot be used again. Let it work on a copy (`x = x.clone()`)."
+            )
+    if first:
+        known.called.add(function)
+    if changed:
+        _tell(module, function, state, changed, known, before)
+
+
+@contextmanager
+def lasting_call(module: nn.Module, function: str) -> Iterator[None]:
+    """Surround a call of the user's code whose changes are wanted until :func:`observed` ends.
+
+    Args:
+        module: the user's module.
+        function: name of what is called.
+
+    Yields:
+        Nothing.
+    """
+    observed = _observed.get(module)
+    try:
+        with _world(module, function):
+            yield
+    finally:
+        if observed is not None:
+            observed.state = None  # to be looked through again
+
+
+def _world(module: nn.Module, function: str) -> AbstractContextManager[object]:
+    surroundings = _surroundings.get(module)
+    return nullcontext() if surroundings is None else surroundings(function)
+
+
+@contextmanager
+def _silenced(state: KeptState) -> Iterator[None]:
+    """Let what modules report through Lightning lead nowhere."""
+    own = [vars(inner) for _, inner in state.reachable.modules if hasattr(inner, "log_dict")]
+    before = [{name: own_one[name] for name in _REPORTS if name in own_one} for own_one in own]
+    for attributes in own:
+        attributes.update(_REPORTS)
+    try:
+        yield
+    finally:
+        for attributes, kept in zip(own, before, strict=True):
+            for name in _REPORTS:
+                attributes.pop(name, None)
+            attributes.update(kept)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In the place of what a module reports with."""
+
+
+_REPORTS = dict.fromkeys(("log", "log_dict", "print"), _nothing)
+
+
+def _tell(
+    module: nn.Module, function: str, state: KeptState, changed: list[str], known: _Known, before: set[str]
+) -> None:
+    """Say once what a function changes; that metrics count is what they are for."""
+    counting = tuple(f"{name}." for name, inner in state.reachable.modules if isinstance(inner, Metric))
+    news = [name for name in dict.fromkeys(changed) if name not in known.told and not name.startswith(counting)]
+    known.told.update(news)
+    news.sort(key=lambda name: name not in known.changing)  # tensors first
+    if not news:
+        return
+    tensors = known.changing - before
+    shown = ", ".join(f"`{name}`" for name in news[:4]) + (f" and {len(news) - 4} more" if len(news) > 4 else "")
+    log.log(
+        logging.WARNING if tensors.intersection(news) else logging.INFO,
+        "`%s` of %s changes %s. Attribution puts that back after each of its own calls: training does not notice, and "
+        "every sample is seen from the same state.",
+        function,
+        type(module).__name__,
+        shown,
+    )
