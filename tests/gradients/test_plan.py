@@ -470,7 +470,7 @@ def test_outputs_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_outputs_that_are_not_finite_are_refused() -> None:
     x = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    with pytest.raises(NonFiniteGradientError, match=r"NaN or Inf \(positions \[1, 3\] of the 4 samples\)"):
+    with pytest.raises(NonFiniteGradientError, match=r"NaN or Inf \(positions \[1, 3\] of the 4 samples that"):
         check_batch_independence(lambda x: 1 / x, x, 4)
 
 
