@@ -370,6 +370,11 @@ class MeasuredOutput:
                 f"Expected argument `target_function` to return one value a target, of shape ({batch_size},), but got "
                 f"{found}. Reduce over everything but the batch."
             )
+        if torch.is_grad_enabled() and not values.requires_grad:
+            raise ValueError(
+                f"Expected argument `target_function` to be differentiable in what {type(module).__name__} trains, "
+                "but its result has no gradient: all scores would be zero. Look for `detach()`, `item()`, `no_grad()`."
+            )
         return values, None
 
     def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:

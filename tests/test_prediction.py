@@ -451,6 +451,12 @@ def test_a_function_of_the_targets_gives_one_value_each() -> None:
         attributed(target_function=lambda module, batch: 1.0)
 
 
+@pytest.mark.parametrize("method", [GradDot(IdentityProjector()), GradDot(exact=True)])
+def test_a_function_of_the_targets_has_a_gradient(method: Any) -> None:
+    with pytest.raises(ValueError, match=r"`target_function` to be differentiable .* no gradient.*`detach\(\)`"):
+        attributed(method=method, target_function=lambda module, batch: module(batch[0])[:, 0].detach())
+
+
 def test_a_method_that_runs_the_module_needs_no_features() -> None:
     class Inputs(ModelMethod):
         def score_snapshot(self, snapshot: Any) -> Any:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from dattri.func import hessian as peer
 from torch import Tensor
 
 from lightning_attr.func import hvp, hvp_at_x
+
+peer = pytest.importorskip("dattri.func.hessian")
 
 DOUBLE = torch.float64
 X = torch.randn(6, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))

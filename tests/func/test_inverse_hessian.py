@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from dattri.func import hessian as peer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +20,8 @@ from lightning_attr.func import (
     ihvp_explicit,
     ihvp_lissa,
 )
+
+peer = pytest.importorskip("dattri.func.hessian")
 
 DOUBLE = torch.float64
 RIDGE = 0.1
