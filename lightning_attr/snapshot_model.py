@@ -24,6 +24,7 @@ from lightning_attr.layout import ParameterLayout, real_dtype
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.paths import inside
 from lightning_attr.projectors import GradientFactors, Projection
+from lightning_attr.samples_apart import SamplesApart
 
 __all__ = ["Batches", "Replay", "SnapshotModel"]
 
@@ -31,6 +32,10 @@ Batches: TypeAlias = "Iterator[tuple[Sequence[int], Any]]"
 
 log = logging.getLogger(__name__)
 
+_ON_GRADIENTS = (
+    "Take one on gradients of single samples: TRAK, TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, "
+    "FactGraSS."
+)
 _KEPT_BYTES = 2**28
 """Batches that stay in memory between passes: a solver goes through the data a hundred times."""
 
@@ -187,6 +192,14 @@ class SnapshotModel:
                 parts.append(featurizer(batch, numbers))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    @property
+    def said_apart(self) -> str:
+        """What is said to methods that need whole batches, where samples cannot be taken from them."""
+        return (
+            f"Samples of {type(self.module).__name__} cannot be taken from a batch, and are run one by one, but this "
+            "method runs the module on whole batches."
+        )
+
     def completed(self, rows: Sequence[int], batch: Any) -> Any:
         """Complete a batch with what the module draws for its samples, for what runs the module on it.
 
@@ -200,6 +213,8 @@ class SnapshotModel:
         Raises:
             AttributionError: if the module's output is the mean of several draws, of which this would be one.
         """
+        if isinstance(batch, SamplesApart):
+            raise AttributionError(f"{self.said_apart} {_ON_GRADIENTS}")
         if self.plan.seeded:
             raise AttributionError(
                 f"Expected {type(self.module).__name__} to have nothing random in train mode, but it "

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from cases import loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, attribute
-from lightning_attr.errors import BatchDependenceError, BatchRowsError
+from lightning_attr.errors import AttributionError, BatchDependenceError, BatchRowsError
 from lightning_attr.loader import DataSource
-from lightning_attr.methods import GradDot
+from lightning_attr.methods import GradDot, Influence, RepresentationSimilarity
 from lightning_attr.outputs import Regression
 from lightning_attr.probe_rows import probe_rows
 from lightning_attr.projectors import IdentityProjector
@@ -213,6 +213,12 @@ def test_graphs_with_the_mixin_and_targets_of_their_own(method: str) -> None:
     outputs = rows(lambda batch: model.model_output.output(*model.attribution_step(batch)))
     losses = rows(lambda batch: model.model_output.loss(*model.attribution_step(batch)))
     torch.testing.assert_close(result.scores.values, -losses @ outputs[3:6].T, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [RepresentationSimilarity(), Influence("empirical_fisher")])
+def test_methods_on_whole_batches_say_that_samples_are_apart(method: Any) -> None:
+    with pytest.raises(AttributionError, match=r"Samples of GraphMargins cannot be taken from a batch.*Take one"):
+        attributed(GraphMargins(graph_losses), SEQUENCES, GraphBatch, method=method)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

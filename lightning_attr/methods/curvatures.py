@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_choice
 from lightning_attr.attributed import MixinOutput
+from lightning_attr.attributed_apart import OutputApart
 from lightning_attr.batch import float_tensors, join_batches, map_tensors, select_rows
 from lightning_attr.curvature.products import ggn_product, hessian_product
 from lightning_attr.curvature.rows import Product
@@ -58,6 +59,11 @@ def _check_derivatives(model: SnapshotModel) -> None:
             f"Expected real parameters for a curvature of the loss, but `{pairs[0]}` of {type(model.module).__name__} "
             "is a complex parameter. Take a method on gradients, which treats it as pairs of real numbers (TRAK, "
             "TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS), or freeze it."
+        )
+    if isinstance(model.plan.attributed, OutputApart):
+        raise AttributionError(
+            f"{model.said_apart} Take one without a curvature of the module: TRAK, TracIn, GradDot, GradCos, LESS, "
+            "GAS, ProjectedInfluence, LoGra, FactGraSS."
         )
     if model.plan.inner:
         raise AttributionError(
