@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import GradCos, GradDot
@@ -43,12 +43,20 @@ def train_both(train: Callable[[list[Any]], Any], **arguments: Any) -> Any:
     return trainer
 
 
-def check_scores(trainer: Any, rows: Sequence[int], ones: Iterable[Any], **attribute: Any) -> None:
+def check_scores(
+    trainer: Any,
+    rows: Sequence[int],
+    ones: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    mode: str = "eval",
+    **attribute: Any,
+) -> None:
     """Check the scores of planted targets: ``rows`` are the training rows that they are copies of.
 
-    ``ones`` holds every training sample as a batch of one. What else ``trainer.attribute`` takes comes as keywords.
+    ``ones`` holds every training sample as a batch of one. ``loss`` is the loss of one, by default the training step's,
+    in ``mode``. What else ``trainer.attribute`` takes comes as keywords.
     """
-    rows, loss = list(rows), attribute.pop("loss", step_loss)
+    rows = list(rows)
     usual = trainer.attribute(**attribute).scores.values
     assert usual.isfinite().all()
     cosines = trainer.attribute(method=GradCos(), **attribute).scores.values
@@ -56,19 +64,27 @@ def check_scores(trainer: Any, rows: Sequence[int], ones: Iterable[Any], **attri
     assert cosines.shape[1] == len(rows)
     assert cosines.argmax(0).tolist() == rows
     dots = trainer.attribute(method=GradDot(exact=True), **attribute).scores.values
-    gradients = per_sample_gradients(trainer.lightning_module, ones, loss)
+    gradients = per_sample_gradients(trainer.lightning_module, ones, loss or step_loss, mode)
     expected = gradients @ gradients[rows].T
     assert dots.shape == expected.shape
     error = ((dots.double() - expected).abs().max() / expected.abs().max()).item()
     assert error < 1e-3, f"exact Grad-Dot is off by {error:.3g} of its largest value"
 
 
-def per_sample_gradients(module: Any, ones: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> Tensor:
-    """Gradient of each sample's loss by autograd, one after the other, in eval mode: (n, p), float64."""
+def per_sample_gradients(
+    module: Any, ones: Iterable[Any], loss: Callable[[Any, Any], Tensor], mode: str = "eval"
+) -> Tensor:
+    """Gradient of each sample's loss by autograd, one after the other: (n, p), float64.
+
+    In train mode BatchNorm keeps its statistics, as those of one sample are none.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     training = {m: m.training for m in module.modules()}
     weights = {name: value.clone() for name, value in module.state_dict().items()}
-    module.eval()
+    module.train(mode == "train")
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
     rows = []
     for batch in ones:
         with torch.enable_grad():

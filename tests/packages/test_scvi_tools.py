@@ -12,6 +12,7 @@ from checks import QUIET, check_scores, train_both
 from lightning_attr import AttributionMixin
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import BatchDependenceError
+from lightning_attr.methods import GradCos
 from lightning_attr.outputs import NegativeLoss
 
 pytest.importorskip("scvi")
@@ -37,7 +38,7 @@ def train_model(model: Any, callbacks: list[Any]) -> Any:
 
 
 def loaders(kind: Any, model: Any) -> tuple[Any, Any]:
-    one = model._make_data_loader(cells(), batch_size=1)
+    one = model._make_data_loader(model.adata, batch_size=1)
     return one, model._make_data_loader(cells(copies=True), batch_size=8)
 
 
@@ -66,6 +67,13 @@ def scvi_model(plan: Any = None) -> Any:
 def test_drawn_latents_are_refused_before_training() -> None:
     with pytest.raises(BatchDependenceError, match="is random"):
         train_model(scvi_model(), [AttributionCallback("attribution")])
+
+
+def test_drawn_latents_in_train_mode() -> None:
+    """Each cell has random numbers of its own: a target that is the training cell itself has the same."""
+    trainer = train_both(lambda callbacks: train_model(scvi_model(), callbacks), mode="train")
+    scores = trainer.attribute(method=GradCos(), targets="train").scores.values
+    assert scores.argmax(0).tolist() == list(range(24))
 
 
 def test_latent_means_with_the_mixin() -> None:

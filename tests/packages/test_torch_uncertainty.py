@@ -20,6 +20,7 @@ from torch_uncertainty.routines import ClassificationRoutine, RegressionRoutine
 
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import BatchDependenceError
+from lightning_attr.methods import GradCos
 
 ROWS = [0, 9, 23]
 
@@ -49,6 +50,7 @@ def mlp(last: nn.Module) -> nn.Module:
 def test_classification(loss: Any) -> None:
     def routine() -> Any:
         model = mlp(nn.Linear(16, 3))
+        nn.init.ones_(model[-1].bias)  # of logits below zero, DECLoss has no gradient
         recipe = torch.optim.Adam(model.parameters(), lr=1e-2)
         return ClassificationRoutine(model, num_classes=3, loss=loss(), optim_recipe=recipe)
 
@@ -78,3 +80,10 @@ def bayesian() -> Any:
 def test_sampled_weights_are_refused_before_training() -> None:
     with pytest.raises(BatchDependenceError, match="is random"):
         fit(bayesian, points(classes=True), [AttributionCallback("attribution")])
+
+
+def test_sampled_weights_in_train_mode() -> None:
+    """Each sample has random numbers of its own: a target that is the training sample itself has the same."""
+    trainer = train_both(lambda callbacks: fit(bayesian, points(classes=True), callbacks), mode="train")
+    scores = trainer.attribute(method=GradCos(), targets="train").scores.values
+    assert scores.argmax(0).tolist() == list(range(24))
