@@ -251,7 +251,7 @@ class AttributionStep(nn.Module):
         self.plans.current()  # a module fresh from its constructor may behave like no trained one
         if self.target_data is not None:
             self.target_data.form.apart |= self.train_data.form.apart
-            look_at(self.trainer, self.module, self.datamodule, self.target_data, self.train_data)
+            look_at(self.trainer, self.module, self.datamodule, self.target_data)
         self.looked = True
 
     def _load(self, key: str) -> None:

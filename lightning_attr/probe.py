@@ -50,7 +50,7 @@ def probe(
         >>> probe(trainer, Classifier().eval(), None, source)[0].hooked
         ('layer.weight', 'layer.bias')
     """
-    check = look_at(trainer, module, datamodule, source)
+    check = look_at(trainer, module, datamodule, source, source)
     batch, rows = check.probed(PROBE_SIZE)
     precision, device = trainer.precision_plugin, trainer.strategy.root_device
     # The comparisons want all digits: the default dtype of the precision, but no autocast.
@@ -72,7 +72,7 @@ def look_at(
         module: as in :func:`probe`.
         datamodule: as in :func:`probe`.
         source: as in :func:`probe`; targets as well.
-        train: the training data, of which the module computes what it needs; by default the source.
+        train: the training data, of which the module computes what it needs before it runs; None where it has.
 
     Returns:
         The check, with the samples that it was made on.
@@ -86,7 +86,8 @@ def look_at(
     """
     check = RowCheck(trainer, module, datamodule, source, probe_rows(source))
     difference = check.look()
-    set_up_at("", trainer, module, datamodule, train or source)
+    if train is not None:
+        set_up_at("", trainer, module, datamodule, train)
     if difference is not None:
         precision, device = trainer.precision_plugin, trainer.strategy.root_device
         with precision.forward_context(), torch.autocast(device.type, enabled=False), named_samples(check.rows):
