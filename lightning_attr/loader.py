@@ -155,7 +155,7 @@ class DataSource:
             The batch.
         """
         with preserved_rng(self.dataset, self.loader.collate_fn):
-            return self.collate(SampleReader(self.dataset, stream), list(rows))
+            return self.collate(SampleReader(self.dataset, stream, self.loader.collate_fn), list(rows))
 
     def example(self) -> Any:
         """Collate the first sample.
@@ -311,7 +311,7 @@ class _Batches(Dataset[Any]):
     """The batches of rows, collated, with the rows beside them."""
 
     def __init__(self, source: DataSource) -> None:
-        self.rows = SampleReader(source.dataset)
+        self.rows = SampleReader(source.dataset, collate_fn=source.loader.collate_fn)
         self.collate = source.collate
 
     def __getitems__(self, rows: list[int]) -> tuple[list[int], Any]:

@@ -25,14 +25,16 @@ class SampleReader:
     Args:
         dataset: a map-style data set.
         stream: of the random numbers; all that featurizing reads is of one.
+        collate_fn: what samples go through next, whose own random generators are seeded as well.
 
     Example:
         >>> SampleReader([3.0, 4.0]).one(1)
         4.0
     """
 
-    def __init__(self, dataset: Any, stream: str = "sample") -> None:
+    def __init__(self, dataset: Any, stream: str = "sample", collate_fn: Any = None) -> None:
         self.dataset = dataset
+        self.collate_fn = collate_fn
         self.stream = stream
         self._generators: list[Any] | None = None
 
@@ -50,7 +52,7 @@ class SampleReader:
 
     def _seed(self, row: int) -> None:
         if self._generators is None:  # found in the process that uses them, which may be a worker
-            self._generators = find_generators(self.dataset)
+            self._generators = find_generators([self.dataset, self.collate_fn])
         seed = hashed_seed(self.stream, row)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy stream is what augmentations draw from

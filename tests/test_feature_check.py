@@ -77,3 +77,14 @@ def test_losses_are_compared_as_well() -> None:
     given = {"train_dataloaders": loader_of(blobs(24), 8), "targets": "train", "method": GradDot(IdentityProjector())}
     with pytest.raises(BatchDependenceError, match="what Plain computes"):
         attribute(quiet_trainer(), model=Plain(), **given)
+
+
+def test_what_a_projection_takes_away_is_no_difference() -> None:
+    """Margins of a linear layer have gradients whose rows add up to zero: a projection to their sum leaves rounding."""
+    model = BlobClassifier().eval()
+    model.network[:2].requires_grad_(False)
+    x, y = blobs(8).tensors
+    for seed in range(8):
+        projection = KroneckerProjector(4, seed=seed).bind(ParameterLayout.of(model), "final")
+        featurize = Featurizer(model, plan(model, (x[:4], y[:4]), 4), projection)
+        check_features(featurize, (x, y), range(8), featurize((x, y), range(8))["features"])
