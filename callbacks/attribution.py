@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing_extensions import override
 from lightning_attr.arguments import check_flag, check_int, check_numbers, check_path
 from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
+from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.featurizing import featurize, self_influence_at
 from lightning_attr.callbacks.guard import describe
-from lightning_attr.callbacks.recording import FINAL, Recording, announce
+from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
 from lightning_attr.callbacks.run_store import RunStore
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.callbacks.statistics import self_influence_statistics
@@ -33,19 +34,17 @@ from lightning_attr.data_changes import changed_data
 from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
-from lightning_attr.isolation import undisturbed
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.learning import learn_from, learn_projection, load_projection
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, check_memory_budget
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
-from lightning_attr.modes import check_mode, set_mode
+from lightning_attr.modes import check_mode
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.plans import Plans
-from lightning_attr.projectors import LearnedProjection, Projection
+from lightning_attr.projectors import LearnedProjection
 from lightning_attr.shards import ShardWriter
-from lightning_attr.step_world import StepWorld, replayed
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
@@ -179,9 +178,7 @@ class AttributionCallback(RunStore):
             self._forget()
         resumed = self._path is not None
         self._open_store(trainer, pl_module)
-        weight_bytes = sum(tensor.nbytes for tensor in weights_of(pl_module).values())
-        if self.optimizer_state:
-            weight_bytes += 2 * sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
+        weight_bytes = snapshot_bytes(pl_module, self.optimizer_state)
         snapshots = self.schedule.count(epoch_limit(trainer))
         announce(self.store, bytes_a_row=bytes_a_row, weight_bytes=weight_bytes, snapshots=snapshots)
         epoch = trainer.current_epoch - 1
@@ -207,7 +204,7 @@ class AttributionCallback(RunStore):
         plan, batch, rows = self._plans.probe()
         self._mode = plan.mode
         layout = ParameterLayout.of(pl_module)
-        projection = self._projection(layout, "", self._optimizer_state(trainer, pl_module))
+        projection = self.method.projection_at(layout, "", partial(self._optimizer_state, trainer, pl_module))
         if isinstance(projection, LearnedProjection):
             samples = Samples(len(rows), lambda _: iter([(rows, batch)]))
             learn_from(projection, pl_module, plan, samples, "", trainer.precision_plugin.forward_context)
@@ -216,12 +213,6 @@ class AttributionCallback(RunStore):
         with trainer.precision_plugin.forward_context():
             columns = featurizer(batch, rows)
         return row_bytes(columns, self.feature_dtype) if self.featurize else 0
-
-    def _projection(self, layout: ParameterLayout, key: str, state: OptimizerState | None) -> Projection:
-        projection = self.method.bind(layout, key)
-        if self.method.needs_optimizer_state and state is not None:
-            return self.method.precondition(projection, layout, state)
-        return projection
 
     def _optimizer_state(self, trainer: L.Trainer, pl_module: L.LightningModule) -> OptimizerState | None:
         return OptimizerState.of(trainer.optimizers, pl_module) if self.optimizer_state else None
@@ -368,9 +359,8 @@ class AttributionCallback(RunStore):
     def _featurize(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
         self.store.reload()  # another process has written the snapshot
         snapshot = self.store.snapshot(key)
-        state = self.store.optimizer_state(key) if self.method.needs_optimizer_state else None
         layout, plan = self._plans.current()
-        projection = self._projection(layout, snapshot.projection, state)
+        projection = self.method.projection_at(layout, snapshot.projection, partial(self.store.optimizer_state, key))
         load_projection(projection, self.store, key)
         self.layers = projection.layers
         shards = self.store.missing(key)[trainer.global_rank :: trainer.world_size]
@@ -381,25 +371,11 @@ class AttributionCallback(RunStore):
         featurizer = Featurizer(pl_module, plan, projection, self.memory, snapshot.projection)
         featurize(trainer, pl_module, self.source, batches, featurizer, ShardWriter(self.store, key, self._spare))
 
-    @contextmanager
     def _beside_training(
         self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int | None = None
-    ) -> Iterator[None]:
-        """Leave training untouched, and tell hooks that ask the trainer that this is no training; its step sees one."""
-        datamodule = getattr(trainer, "datamodule", None)
-        world = StepWorld(trainer, pl_module, datamodule)
-        data = (self.source.dataset, self.source.loader.collate_fn)
-        stage, self._stored = trainer.state.stage, None
-        trainer.predicting = True
-        try:
-            with (
-                replayed(pl_module, world.at(trainer.current_epoch if epoch is None else epoch, trainer.global_step)),
-                undisturbed(pl_module, *data, beside=world.beside, values=self._recorded_weights),
-            ):
-                set_mode(pl_module, self._mode)
-                yield
-        finally:
-            trainer.state.stage = stage
+    ) -> AbstractContextManager[None]:
+        self._stored = None
+        return beside_training(trainer, pl_module, self.source, self._mode, epoch, self._recorded_weights)
 
     def _recorded_weights(self) -> Mapping[str, Tensor]:
         """The weights that training is at, once their snapshot has been taken."""
@@ -408,8 +384,8 @@ class AttributionCallback(RunStore):
     # Logging ----------------------------------------------------------------------------------------------------
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, snapshot: Snapshot) -> None:
-        own = self_influence_at(self.store, snapshot, self.method, self.layers)
-        previous, self.self_influence = self.self_influence, own
+        previous = self.self_influence
+        self.self_influence = self_influence_at(self.store, snapshot, self.method, self.layers)
         if self._log:
             metrics = self_influence_statistics(self.self_influence, previous, self.noise_mask)
             for logger in trainer.loggers:
@@ -420,6 +396,4 @@ class AttributionCallback(RunStore):
     def _stop_reporting(self, error: Exception) -> None:
         """A logger that fails is no reason to stop recording."""
         self._reporting = False
-        rank_zero_warn(
-            f"AttributionCallback: logging of self-influence has stopped, recording goes on: {describe(error)}"
-        )
+        rank_zero_warn(f"AttributionCallback: logging of self-influence ended, recording goes on: {describe(error)}")

@@ -11,14 +11,15 @@ from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined
     rank_zero_info,
     rank_zero_warn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_attr.checkpoints import weights_of
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.files import digest
 from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
 from lightning_attr.store import FeatureStore
 
-__all__ = ["FINAL", "Recording", "announce", "give_up", "stopped_warning"]
+__all__ = ["FINAL", "Recording", "announce", "give_up", "snapshot_bytes", "stopped_warning"]
 
 FINAL = "final"
 """Key of the snapshot of the weights that a run ends with, where those are not the last epoch's."""
@@ -218,6 +219,20 @@ def give_up(store: FeatureStore, gone: Sequence[Snapshot]) -> None:
             f"{', '.join(snapshot.key for snapshot in gone)} to {store.path / 'abandoned'}."
         )
         store.set_aside(snapshot.key for snapshot in gone)
+
+
+def snapshot_bytes(module: nn.Module, optimizer_state: bool) -> int:
+    """Count what a snapshot keeps beside features.
+
+    Args:
+        module: the module.
+        optimizer_state: whether the optimizer's two moments are kept as well.
+
+    Returns:
+        Bytes.
+    """
+    moments = sum(p.nbytes for p in module.parameters() if p.requires_grad) if optimizer_state else 0
+    return sum(tensor.nbytes for tensor in weights_of(module).values()) + 2 * moments
 
 
 def announce(store: FeatureStore, *, bytes_a_row: int, weight_bytes: int, snapshots: int | None) -> None:

@@ -6,12 +6,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
+from lightning_attr.checkpoints import weights_of
 from lightning_attr.errors import AttributionError, IncompleteFeaturesError
-from lightning_attr.manifest import Snapshot
+from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.store import FeatureStore
+from lightning_attr.trainable import trainable_names
 from lightning_attr.writing import WriterLock
 
-__all__ = ["open_store", "take", "usable_snapshots"]
+__all__ = ["open_store", "ready_store", "take", "usable_snapshots"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,43 @@ def take(path: Path) -> tuple[WriterLock | None, str | None]:
         if not FeatureStore.exists(path):
             raise
         return None, str(error)
+
+
+def ready_store(
+    path: Path,
+    fingerprint: Fingerprint,
+    module: nn.Module,
+    *,
+    batch_size: int,
+    feature_dtype: str,
+    epoch: int,
+    global_step: int,
+) -> None:
+    """Make a store of a module's current weights where there is none; else enter what a killed run left.
+
+    Args:
+        path: of the store.
+        fingerprint: of data, module and method, for a new one.
+        module: the module.
+        batch_size: samples per batch, for a new one.
+        feature_dtype: how features are stored, for a new one.
+        epoch: that the module was trained to.
+        global_step: optimizer steps that it has taken.
+    """
+    if not FeatureStore.exists(path):
+        store = FeatureStore.create(path, fingerprint, batch_size=batch_size, feature_dtype=feature_dtype)
+        # Nothing was recorded while these weights were trained, and so no learning rate either.
+        store.add_snapshot(
+            "current",
+            weights_of(module),
+            epoch=epoch,
+            global_step=global_step,
+            learning_rate=0.0,
+            trainable=trainable_names(module),
+        )
+    store = FeatureStore.open(path)
+    for snapshot in store.snapshots:
+        store.adopt(snapshot.key)
 
 
 def open_store(path: Path, writer: bool, only_read: str | None) -> FeatureStore:

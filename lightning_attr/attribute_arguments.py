@@ -9,7 +9,8 @@ import lightning as L
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_attr.arguments import argument_message, check_callable, check_instance, check_numbers
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_callable, check_instance, check_numbers
 from lightning_attr.memory import check_memory_budget
 from lightning_attr.methods.base import check_method
 from lightning_attr.worlds import both

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_attr.loader import OrderedLoader
+from lightning_attr.store import FeatureStore
 
-__all__ = ["Jobs"]
+__all__ = ["Jobs", "WorkDivision"]
 
 
 class Jobs:
@@ -39,3 +41,55 @@ class Jobs:
             self.before(key)
             for rows, batch in loader:
                 yield key, train, rows, batch
+
+
+@dataclass(frozen=True)
+class WorkDivision:
+    """Divides the rows of an attribution among its processes.
+
+    Args:
+        store: of the run.
+        n_train: training samples.
+        rank: number of this process.
+        count: how many processes there are.
+        by_shards: whether features are stored, in whole shards.
+    """
+
+    store: FeatureStore
+    n_train: int
+    rank: int
+    count: int
+    by_shards: bool
+
+    @property
+    def shards(self) -> Sequence[int]:
+        """Shards that this process scores."""
+        return range(self.store.manifest.num_shards)[self.rank :: self.count]
+
+    @property
+    def blocks(self) -> list[range]:
+        """Rows that this process scores: whole shards where features are stored, else an equal part in one piece."""
+        if self.by_shards:
+            return [self.store.rows(shard) for shard in self.shards]
+        part = range(self.n_train)[
+            self.n_train * self.rank // self.count : self.n_train * (self.rank + 1) // self.count
+        ]
+        size = self.store.manifest.shard_rows
+        return [part[start : start + size] for start in range(0, len(part), size)]
+
+    @property
+    def rows(self) -> list[int]:
+        """The same, one by one."""
+        return [row for block in self.blocks for row in block]
+
+    def targets(self, rows: range) -> Sequence[int]:
+        """Choose this process's targets.
+
+        Args:
+            rows: of all targets.
+
+        Returns:
+            Those of this process. A loader without batches would leave it out of the run: one that has none repeats a
+            row that is another's.
+        """
+        return rows[self.rank :: self.count] or rows[:1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,39 +12,37 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.access import open_store, take, usable_snapshots
+from lightning_attr.access import open_store, ready_store, take, usable_snapshots
 from lightning_attr.attributed import MeasuredOutput, TargetFunction
-from lightning_attr.checkpoints import load_weights, weights_of
+from lightning_attr.checkpoints import load_weights
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.exposure import from_bitmap, masked
 from lightning_attr.feature_check import check_features
 from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
-from lightning_attr.jobs import Jobs
+from lightning_attr.jobs import Jobs, WorkDivision
 from lightning_attr.learning import learn_projection, settle_projection
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Fingerprint, Snapshot
-from lightning_attr.memory import MemoryBudget, free_bytes
+from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.paths import inside
 from lightning_attr.plans import Plans
 from lightning_attr.probe import look_at
 from lightning_attr.processes import Processes
+from lightning_attr.provenance import provenance_of
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.step_world import StepWorld
-from lightning_attr.store import FeatureStore
-from lightning_attr.trainable import set_trainable, trainable_names
+from lightning_attr.trainable import set_trainable
+from lightning_attr.training_rows import TrainingRows
 from lightning_attr.transfer import placed, samples_on_device, set_up_at
 from lightning_attr.user_calls import set_surroundings
 from lightning_attr.writing import WriterLock
 
 __all__ = ["AttributionStep"]
-
-_KEPT_SHARE = 0.25
-"""Of the free memory, for features that nobody reads later."""
 
 
 class AttributionStep(nn.Module):
@@ -111,7 +109,6 @@ class AttributionStep(nn.Module):
         self.lock: WriterLock | None = None
         self.spare: list[Tensor] = []
         self.world: StepWorld | None = None  # of the user's trainer, before it was lent
-        self.kept: dict[str, RowTable] = {}  # columns of this process's training rows, of snapshots without shards
 
     # What is to be done --------------------------------------------------------------------------------------------
 
@@ -125,7 +122,15 @@ class AttributionStep(nn.Module):
             if self.trainer.is_global_zero:
                 self.lock, only_read = take(self.store_path)
                 if only_read is None:
-                    self._prepare_store()
+                    ready_store(
+                        self.store_path,
+                        self.fingerprint,
+                        self.module,
+                        batch_size=self.train_data.batch_size,
+                        feature_dtype="float32" if self.scratch else "float16",  # the same in memory and on disk
+                        epoch=max(0, self.trainer.current_epoch - 1),
+                        global_step=self.trainer.global_step,
+                    )
         self.only_read: str | None = strategy.broadcast(only_read)
         with self.processes.together():
             self.store = open_store(self.store_path, self.trainer.is_global_zero, self.only_read)
@@ -133,34 +138,14 @@ class AttributionStep(nn.Module):
             usable = usable_snapshots(self.store, self.only_read, self.method.projector is not None)
             self.used: Sequence[Snapshot] = self.method.select(usable)
             self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
+        n, (rank, count) = len(self.train_data), self.share
+        self.work = WorkDivision(self.store, n, rank, count, by_shards=self.method.projector is not None)
+        self.training_rows = TrainingRows(self.work, self.processes, self.scratch, len(self.used))
 
     @property
     def share(self) -> tuple[int, int]:
         """Number of this process, and how many there are."""
         return self.processes.rank, self.processes.count
-
-    def _prepare_store(self) -> None:
-        if not FeatureStore.exists(self.store_path):
-            store = FeatureStore.create(
-                self.store_path,
-                self.fingerprint,
-                batch_size=self.train_data.batch_size,
-                feature_dtype="float32" if self.scratch else "float16",  # the same digits in memory and on disk
-            )
-            step, epoch = self.trainer.global_step, max(0, self.trainer.current_epoch - 1)
-            trainable = trainable_names(self.module)
-            # Nothing was recorded while these weights were trained, and so no learning rate either.
-            store.add_snapshot(
-                "current",
-                weights_of(self.module),
-                epoch=epoch,
-                global_step=step,
-                learning_rate=0.0,
-                trainable=trainable,
-            )
-        store = FeatureStore.open(self.store_path)
-        for snapshot in store.snapshots:
-            store.adopt(snapshot.key)
 
     @property
     def target_rows(self) -> range:
@@ -175,31 +160,16 @@ class AttributionStep(nn.Module):
             blocks = [self.store.rows(shard) for shard in self.store.missing(snapshot.key)[rank::world]]
             if self.method.projector is None:  # only the values beside the features are wanted, for the result
                 # A process without rows reads one that is another's, for the form of the values.
-                blocks = (self.own_blocks or [range(1)]) if snapshot is self.used[-1] else []
+                blocks = (self.work.blocks or [range(1)]) if snapshot is self.used[-1] else []
             batches = [batch for block in blocks for batch in self.train_data.batches(block)]
             jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
             source = self.target_data or self.train_data
-            jobs.append((snapshot.key, False, OrderedLoader(source, source.batches(self._own_targets()))))
+            jobs.append((
+                snapshot.key,
+                False,
+                OrderedLoader(source, source.batches(self.work.targets(self.target_rows))),
+            ))
         return Jobs(jobs, self._before_reading)
-
-    @property
-    def own_shards(self) -> Sequence[int]:
-        """Shards that this process scores."""
-        return range(self.store.manifest.num_shards)[self.share[0] :: self.share[1]]
-
-    @property
-    def own_blocks(self) -> list[range]:
-        """Rows that this process scores: whole shards where features are stored, else an equal part in one piece."""
-        if self.method.projector is not None:
-            return [self.store.rows(shard) for shard in self.own_shards]
-        n, size, (rank, world) = len(self.train_data), self.store.manifest.shard_rows, self.share
-        part = range(n)[n * rank // world : n * (rank + 1) // world]
-        return [part[start : start + size] for start in range(0, len(part), size)]
-
-    def _own_targets(self) -> Sequence[int]:
-        rank, world = self.share
-        # A loader without batches would leave this process out of the run: it repeats a row that is another's.
-        return self.target_rows[rank::world] or self.target_rows[:1]
 
     # The run ------------------------------------------------------------------------------------------------------
 
@@ -227,7 +197,7 @@ class AttributionStep(nn.Module):
             self._load(key)
         featurizer = self.featurizer if train else self.target_featurizer
         assert self.writer is not None  # of this snapshot
-        table = self.kept.get(key, self.writer) if train else self.tables[key]
+        table = self.training_rows.tables.get(key, self.writer) if train else self.tables[key]
         room = table.room(rows, featurizer.projection.dim, featurizer.dtype)
         with named_targets(self.train_data, None if train else self.target_data):
             columns = featurizer(inner, rows, room)
@@ -261,9 +231,7 @@ class AttributionStep(nn.Module):
         layout, plan = self.plans.current()
         stream = self.store.snapshot(key).projection
         self._set_up(stream)
-        projection = self.method.bind(layout, stream)
-        if self.method.needs_optimizer_state:
-            projection = self.method.precondition(projection, layout, self.store.optimizer_state(key))
+        projection = self.method.projection_at(layout, stream, partial(self.store.optimizer_state, key))
         samples, precision = self._samples(self.train_data), self.trainer.precision_plugin.forward_context
         learn = partial(learn_projection, projection, self.store, key, self.module, plan, samples, precision)
         settle_projection(projection, self.store, key, learn, self.processes.together)
@@ -274,8 +242,7 @@ class AttributionStep(nn.Module):
             self.module, target_plan, of_targets, self.memory, stream, self.first_target
         )
         self.writer = ShardWriter(self.store, key, self.spare)
-        if self._stays(projection.dim):
-            self.kept[key] = RowTable(len(self.train_data))
+        self.training_rows.begin(key, projection.dim)
         self.layers[key] = projection.layers
         self.checked = False
         self.current = key
@@ -292,15 +259,6 @@ class AttributionStep(nn.Module):
         if self.target_function is not None:
             plan = replace(plan, attributed=MeasuredOutput(self.target_function))
         return apart_plan(plan) if (self.target_data or self.train_data).form.apart else plan
-
-    def _stays(self, dim: int) -> bool:
-        """Whether training rows stay in memory: nobody reads them later, and they fit."""
-        if dim == 0:
-            return True
-        if not self.scratch or self.share[1] > 1:
-            return False
-        free = free_bytes(torch.device("cpu")) or 0
-        return 8 * dim * len(self.train_data) * len(self.used) <= _KEPT_SHARE * free
 
     def _set_up(self, stream: str) -> None:
         set_up_at(stream, self.trainer, self.module, self.datamodule, self.train_data)
@@ -331,31 +289,25 @@ class AttributionStep(nn.Module):
             self.processes.tell(error)
 
     def _score(self) -> AttributionResult:
-        own = [row for block in self.own_blocks for row in block]
+        own = self.work.rows
         train = Replay(lambda: self._samples(self.train_data).batches(own))
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
         scores, self_influence = score(
             self.method, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on
         )
-        loss, labels = self._training_values()
-        provenance = {
-            **self.method.config,
-            "snapshots": [snapshot.key for snapshot in self.used],
-            "train_data": self.fingerprint.data,
-            "target_probe": self._target_digest,
-        }
-        if self.plans.mode not in (None, "eval"):
-            provenance["mode"] = self.plans.mode
-        evidence = {used.key: own.evidence for used, own in zip(self.used, snapshots, strict=True) if own.evidence}
-        if evidence:
-            provenance["evidence"] = evidence
-        if self.store.manifest.stopped is not None:
-            provenance["stopped"] = str(self.store.manifest.stopped)
-        if self.topk is not None:
-            provenance["topk"] = self.topk
-        if self.target_function is not None:
-            provenance["target_function"] = getattr(self.target_function, "__qualname__", repr(self.target_function))
+        loss, labels = self.training_rows.loss_and_labels(self.used[-1].key)
+        provenance = provenance_of(
+            self.method,
+            self.used,
+            snapshots,
+            train_data=self.fingerprint.data,
+            target_probe=self._target_digest,
+            mode=self.plans.mode,
+            stopped=self.store.manifest.stopped,
+            topk=self.topk,
+            target_function=self.target_function,
+        )
         return AttributionResult(
             replace(scores, provenance=provenance),
             self_influence,
@@ -383,20 +335,10 @@ class AttributionStep(nn.Module):
     def _target_digest(self) -> str | None:
         return self.target_data.digest() if self.target_data is not None else self.fingerprint.data
 
-    def _training_values(self) -> tuple[Tensor, Tensor | None]:
-        """Loss and, if there is one, label of every training sample, at the last snapshot."""
-        last = self.used[-1].key
-        if last in self.kept:
-            own = [row for block in self.own_blocks for row in block]
-            columns = self.processes.joined(self.kept[last].columns, own)
-            return columns["loss"], columns.get("label")
-        columns = next(self.store.blocks(last, [0]))[1]
-        return self.store.column(last, "loss"), self.store.column(last, "label") if "label" in columns else None
-
     def _features(self, snapshot: Snapshot, train: Replay) -> SnapshotFeatures:
         rank, world = self.share
         return SnapshotFeatures(
-            blocks=lambda: masked(self._blocks(snapshot.key), self.trained_on),
+            blocks=lambda: masked(self.training_rows.blocks(snapshot.key), self.trained_on),
             targets=self.processes.joined(self.tables[snapshot.key].columns, self.target_rows[rank::world]),
             learning_rate=snapshot.learning_rate,
             reduce=self.processes.sum,
@@ -407,14 +349,6 @@ class AttributionStep(nn.Module):
             n_drawn=0 if self.trained_on is None else int(self.trained_on.sum()),
             n_train=len(self.train_data),
             key=snapshot.key,
-        )
-
-    def _blocks(self, key: str) -> Iterator[tuple[range, Mapping[str, Tensor]]]:
-        if key not in self.kept:
-            return self.store.blocks(key, self.own_shards)
-        columns = self.kept[key].columns
-        return (
-            (own, {name: values[own.start : own.stop] for name, values in columns.items()}) for own in self.own_blocks
         )
 
     def _model(self, snapshot: Snapshot, train: Replay) -> SnapshotModel:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import argument_message, check_int, check_path, check_tensor
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_int, check_path, check_tensor
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.frames import data_frame
 from lightning_attr.metrics import functional

@@ -12,6 +12,7 @@ import pytest
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("arguments", "samples_apart"),
     (
+        "argument_messages",
         "errors",
         "fields",
         "forms",
@@ -60,9 +61,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("access", "jobs", "shards", "attributed_apart", "mode_choice"),
     ("featurizer",),
-    ("feature_check", "snapshot_model", "positions", "learning"),
+    ("feature_check", "snapshot_model", "positions", "learning", "training_rows"),
     ("methods",),
-    ("attribute_arguments", "scoring", "transfer"),
+    ("attribute_arguments", "provenance", "scoring", "transfer"),
     ("row_checks",),
     ("probe",),
     ("plans",),

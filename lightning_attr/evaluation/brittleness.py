@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import argument_message, check_instance, check_int, check_numbers
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_instance, check_int, check_numbers
 from lightning_attr.evaluation.ground_truth import GroundTruth
 from lightning_attr.metrics.brittleness import FlipCurve, brittleness_curve
 from lightning_attr.scores import ScoreMatrix

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 
-from lightning_attr.arguments import argument_message
+from lightning_attr.argument_messages import argument_message
 from lightning_attr.errors import AttributionError
 from lightning_attr.worlds import both, check_one_world
 

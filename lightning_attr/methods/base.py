@@ -317,6 +317,23 @@ class AttributionMethod(ABC):
         """
         return projection
 
+    def projection_at(
+        self, layout: ParameterLayout, snapshot: str, optimizer_state: Callable[[], OptimizerState | None]
+    ) -> Projection:
+        """Bind the map of the training samples, with what the optimizer knew where the method needs it.
+
+        Args:
+            layout: the parameters.
+            snapshot: key of the projection.
+            optimizer_state: reads it; None where there is none.
+
+        Returns:
+            The map.
+        """
+        projection = self.bind(layout, snapshot)
+        state = optimizer_state() if self.needs_optimizer_state else None
+        return projection if state is None else self.precondition(projection, layout, state)
+
     def bind_targets(self, projection: Projection) -> Projection:
         """Choose the map of the targets.
 

@@ -8,7 +8,8 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import argument_message, check_choice, check_float, check_seed
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_choice, check_float, check_seed
 from lightning_attr.curvature.groups import group_influence
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.curvatures import Curvature, TrainingCurvature

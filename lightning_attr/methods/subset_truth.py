@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightning_attr.arguments import argument_message
+from lightning_attr.argument_messages import argument_message
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.files import digest
 

@@ -30,7 +30,6 @@ def midranks(values: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from lightning_attr.metrics.functional import midranks
         >>> midranks(torch.tensor([3.0, 1.0, 3.0]))
         tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
     """
@@ -294,7 +293,6 @@ def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     Example:
         >>> import torch
-        >>> from lightning_attr.metrics.functional import score_blocks
         >>> [(rows, block.sum().item()) for rows, block in score_blocks(torch.ones(3, 2))]
         [(slice(0, 3, None), 6.0)]
     """

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import argument_message, check_instance, check_int
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_instance, check_int
 from lightning_attr.errors import MissingDependencyError
 from lightning_attr.metrics.functional import (
     _check_matrix,

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import argument_message, check_int
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_int
 from lightning_attr.errors import AttributionError, MissingDependencyError
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from lightning_attr.arguments import argument_message
+from lightning_attr.argument_messages import argument_message
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, check_projector
 

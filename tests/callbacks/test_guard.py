@@ -177,7 +177,7 @@ def test_what_fails_in_logging_ends_the_logging(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(AttributionMonitor, "_table", broken)
     callback = AttributionCallback(tmp_path, TRAK(8), "all")
-    with told(r"logging of self-influence has stopped, recording goes on: .*no network"):
+    with told(r"logging of self-influence ended, recording goes on: .*no network"):
         fit(callback, AttributionMonitor(3))
     assert callback.stopped is None
     assert [len(snapshot.shards) for snapshot in callback.store.snapshots] == [1, 1, 1, 1]

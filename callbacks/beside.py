@@ -1,0 +1,51 @@
+"""Attribution beside training: training is left untouched, and the user's code sees the world that it expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import lightning as L
+from torch import Tensor
+
+from lightning_attr.isolation import undisturbed
+from lightning_attr.loader import DataSource
+from lightning_attr.modes import set_mode
+from lightning_attr.step_world import StepWorld, replayed
+
+__all__ = ["beside_training"]
+
+
+@contextmanager
+def beside_training(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    source: DataSource,
+    mode: str,
+    epoch: int | None,
+    values: Callable[[], Mapping[str, Tensor]],
+) -> Iterator[None]:
+    """Leave training untouched, and tell hooks that ask the trainer that this is no training; its step sees one.
+
+    Args:
+        trainer: the trainer.
+        pl_module: the module in training.
+        source: the training data.
+        mode: that the module is attributed in.
+        epoch: that the step sees; the trainer's by default.
+        values: gives the weights that training is at, where they are stored.
+
+    Yields:
+        Nothing.
+    """
+    world = StepWorld(trainer, pl_module, getattr(trainer, "datamodule", None))
+    at = world.at(trainer.current_epoch if epoch is None else epoch, trainer.global_step)
+    data = (source.dataset, source.loader.collate_fn)
+    stage = trainer.state.stage
+    trainer.predicting = True
+    try:
+        with replayed(pl_module, at), undisturbed(pl_module, *data, beside=world.beside, values=values):
+            set_mode(pl_module, mode)
+            yield
+    finally:
+        trainer.state.stage = stage
