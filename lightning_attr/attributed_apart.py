@@ -27,7 +27,7 @@ class OutputApart:
         inner: the output of a batch of one sample.
 
     Example:
-        >>> from lightning_attr.attributed import MeasuredOutput
+        >>> from lightning_attr.target_function import MeasuredOutput
         >>> total = OutputApart(MeasuredOutput(lambda module, nodes: module(nodes).sum().reshape(1)))
         >>> layer = torch.nn.Linear(1, 1)
         >>> total.forward(layer, SamplesApart([torch.ones(2, 1), torch.ones(3, 1)]), 2)[0].shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from lightning_attr.paths import check_regular
 __all__ = [
     "RESTORE",
     "digest",
+    "file_state",
     "link_file",
+    "link_files",
     "link_tree",
     "move_aside",
     "read_tensors",
@@ -271,3 +273,37 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def _space(path: Path) -> str:
     folder = next((parent for parent in path.parents if parent.exists()), None)
     return f"{shutil.disk_usage(folder).free:,} bytes are free there. " if folder is not None else ""
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Tell one written file from another without reading it.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        What changes when it is written anew; None if there is none.
+
+    Example:
+        >>> file_state(Path("no such file")) is None
+        True
+    """
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
+
+def link_files(files: Iterable[Path], root: Path, target: Path) -> None:
+    """Link files into another directory, at the same places below it.
+
+    Args:
+        files: below ``root``.
+        root: where they are.
+        target: where links are made, and directories for them.
+    """
+    for file in files:
+        place = target / file.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        link_file(file, place)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr.access import open_store, ready_store, take, usable_snapshots
-from lightning_attr.attributed import MeasuredOutput, TargetFunction
 from lightning_attr.checkpoints import load_weights
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
@@ -36,6 +35,7 @@ from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.step_world import StepWorld
+from lightning_attr.target_function import MeasuredOutput, TargetFunction
 from lightning_attr.trainable import set_trainable
 from lightning_attr.training_rows import TrainingRows
 from lightning_attr.transfer import placed, samples_on_device, set_up_at

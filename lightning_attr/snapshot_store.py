@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_attr.arguments import check_path
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
-from lightning_attr.files import digest, link_file, move_aside, read_tensors, write_tensors
+from lightning_attr.files import digest, file_state, link_file, link_files, move_aside, read_tensors, write_tensors
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot, Stopped
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.paths import check_key, inside, regular_files
-from lightning_attr.writing import WriterLock
+from lightning_attr.writing import WriterLock, one_writer
 
-__all__ = ["OPTIMIZER", "SnapshotStore", "one_writer"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="SnapshotStore")
+__all__ = ["OPTIMIZER", "SnapshotStore"]
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
 WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
 BASIS = "basis.safetensors"
-
-
-def one_writer(change: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Let a method change the store while no other process does, and begin with what the store is by now."""
-
-    @wraps(change)
-    def changed(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not self.writer:
-            return change(self, *args, **kwargs)
-        self.check_there()
-        with WriterLock(self.path):
-            self.refresh()
-            return change(self, *args, **kwargs)
-
-    return changed
 
 
 class SnapshotStore:
@@ -67,7 +47,7 @@ class SnapshotStore:
         self.path = Path(path).absolute()  # a run may change its working directory
         self.manifest = manifest
         self.writer = writer
-        self._state = self._on_disk()
+        self._state = file_state(self.path / MANIFEST)
 
     @classmethod
     def open(cls, path: str | Path, writer: bool = True) -> Self:
@@ -90,7 +70,7 @@ class SnapshotStore:
             StoreMismatchError: if the store was deleted, or is another one by now.
         """
         self.check_there()
-        state, manifest = self._on_disk(), Manifest.read(self.path / MANIFEST)
+        state, manifest = file_state(self.path / MANIFEST), Manifest.read(self.path / MANIFEST)
         if manifest.id != self.manifest.id:
             raise StoreMismatchError(
                 f"{self.path} holds another store than the one that was opened here: it was deleted and made anew. "
@@ -100,7 +80,7 @@ class SnapshotStore:
 
     def refresh(self) -> None:
         """Read the manifest again if it is not as this object left it."""
-        if self._state is not None and self._state != self._on_disk():
+        if self._state is not None and self._state != file_state(self.path / MANIFEST):
             self.reload()
 
     def check_there(self) -> None:
@@ -109,19 +89,11 @@ class SnapshotStore:
         Raises:
             StoreMismatchError: if it was deleted.
         """
-        if self._state is not None and self._on_disk() is None:
+        if self._state is not None and file_state(self.path / MANIFEST) is None:
             raise StoreMismatchError(
                 f"{self.path} was deleted while it was in use: its {MANIFEST} is gone, and what was recorded. Let "
                 "nothing clean that directory up, or choose another one."
             )
-
-    def _on_disk(self) -> tuple[int, int, int] | None:
-        """What tells one written manifest from another; None if there is none."""
-        try:
-            info = (self.path / MANIFEST).stat()
-        except OSError:
-            return None
-        return info.st_ino, info.st_mtime_ns, info.st_size
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -157,10 +129,10 @@ class SnapshotStore:
         Raises:
             KeyError: if there is none of this name.
         """
-        by_key = {snapshot.key: snapshot for snapshot in self.snapshots}
-        if key not in by_key:
-            raise KeyError(f"{self.path} has no snapshot {key!r}; it has {list(by_key)}.")
-        return by_key[key]
+        found = next((snapshot for snapshot in self.snapshots if snapshot.key == key), None)
+        if found is None:
+            raise KeyError(f"{self.path} has no snapshot {key!r}; it has {[known.key for known in self.snapshots]}.")
+        return found
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Refuse another data set, model or projection than the store's; adopt the projection if it has none yet.
@@ -345,8 +317,8 @@ class SnapshotStore:
             key: the snapshot.
             basis: as :meth:`basis` gives it.
         """
-        path = inside(self.path, self.snapshot(key).folder, BASIS)
-        self._enter(key, basis=write_tensors(path, basis, self.place(key, "basis")))
+        file = inside(self.path, self.snapshot(key).folder, BASIS)
+        self._enter(key, basis=write_tensors(file, basis, self.place(key, "basis")))
 
     def _enter(self, key: str, **changes: Any) -> None:
         """Record which files a snapshot has."""
@@ -354,8 +326,7 @@ class SnapshotStore:
         self._save(replace(self.manifest, snapshots=snapshots))
 
     def _tensors(self, key: str, file: str, content: str | None, place: Mapping[str, str]) -> dict[str, Tensor]:
-        path = inside(self.path, self.snapshot(key).folder, file)
-        return read_tensors(path, content, self._remedy(key), place=place)
+        return read_tensors(inside(self.path, self.snapshot(key).folder, file), content, self._remedy(key), place=place)
 
     def _remedy(self, key: str) -> str:
         return f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
@@ -393,8 +364,7 @@ class SnapshotStore:
             self._abandon(snapshot.folder)
 
     def _abandon(self, folder: str) -> None:
-        target = inside(self.path, "abandoned", *Path(folder).parts[1:])
-        move_aside(inside(self.path, folder), target)
+        move_aside(inside(self.path, folder), inside(self.path, "abandoned", *Path(folder).parts[1:]))
 
     @classmethod
     def merge(cls, stores: Sequence[str | Path | SnapshotStore], path: str | Path) -> Self:
@@ -419,15 +389,12 @@ class SnapshotStore:
         files = [(root / folder, regular_files(root, folder)) for root, folder in folders]
         with WriterLock(merged.path):
             for (folder, own), snapshot in zip(files, merged.snapshots, strict=True):
-                for file in own:
-                    target = merged.path / snapshot.folder / file.relative_to(folder)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    link_file(file, target)
+                link_files(own, folder, merged.path / snapshot.folder)
             merged._save(merged.manifest)
         return merged
 
     def _save(self, manifest: Manifest) -> None:
         if self.writer:
             manifest.write(inside(self.path, MANIFEST))
-            self._state = self._on_disk()
+            self._state = file_state(self.path / MANIFEST)
         self.manifest = manifest

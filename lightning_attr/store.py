@@ -38,8 +38,8 @@ from lightning_attr.files import digest, read_tensors, remains, write_tensors
 from lightning_attr.headers import config_digest
 from lightning_attr.manifest import Fingerprint, Manifest
 from lightning_attr.paths import inside
-from lightning_attr.snapshot_store import OPTIMIZER, SnapshotStore, one_writer
-from lightning_attr.writing import WriterLock
+from lightning_attr.snapshot_store import OPTIMIZER, SnapshotStore
+from lightning_attr.writing import WriterLock, one_writer
 
 __all__ = ["FeatureStore"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_attr.arguments import check_path
 from lightning_attr.attribute_arguments import check_attribute_arguments, check_noise_mask
-from lightning_attr.attributed import TargetFunction, check_module, describe_output
+from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
@@ -34,6 +34,7 @@ from lightning_attr.projectors import projector_from_config
 from lightning_attr.result import AttributionResult
 from lightning_attr.step_world import StepWorld
 from lightning_attr.store import FeatureStore
+from lightning_attr.target_function import TargetFunction
 from lightning_attr.top_scores import check_topk
 from lightning_attr.trainable import parameter_shapes
 from lightning_attr.user_calls import set_surroundings, surroundings_of

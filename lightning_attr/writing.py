@@ -6,9 +6,12 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from typing_extensions import Self
 
@@ -16,7 +19,7 @@ from lightning_attr.claims import Claim, Claims
 from lightning_attr.errors import AttributionError, StoreInUseError
 from lightning_attr.paths import inside
 
-__all__ = ["WriterLock", "beat"]
+__all__ = ["WriterLock", "beat", "one_writer"]
 
 _NAME = "writer"
 log = logging.getLogger(__name__)
@@ -135,3 +138,38 @@ def beat(path: Path) -> None:
     held = _HELD.get(os.path.realpath(path))
     if held is not None:
         held.claim.beat()
+
+
+class _Store(Protocol):
+    path: Path
+    writer: bool
+
+    def check_there(self) -> None: ...
+    def refresh(self) -> None: ...
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=_Store)
+
+
+def one_writer(change: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a method change a store while no other process does, and begin with what the store is by now.
+
+    Args:
+        change: the method.
+
+    Returns:
+        The method, under the store's :class:`WriterLock`.
+    """
+
+    @wraps(change)
+    def changed(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self.writer:
+            return change(self, *args, **kwargs)
+        self.check_there()
+        with WriterLock(self.path):
+            self.refresh()
+            return change(self, *args, **kwargs)
+
+    return changed

@@ -10,9 +10,9 @@ import pytest
 
 # Modules and subpackages of lightning_attr by level: each imports only from lower levels, and from itself.
 LEVELS: tuple[tuple[str, ...], ...] = (
+    ("argument_messages",),
     ("arguments", "samples_apart"),
     (
-        "argument_messages",
         "errors",
         "fields",
         "forms",
@@ -53,6 +53,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "result",
         "data",
         "attributed",
+        "target_function",
         "data_changes",
         "probe_rows",
         "lost_rows",

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr.arguments import check_instance
-from lightning_attr.attributed import MeasuredOutput, MixinOutput
+from lightning_attr.attributed import MixinOutput
 from lightning_attr.batch import map_tensors
 from lightning_attr.errors import AttributionError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.mixin import attribution_outputs
 from lightning_attr.snapshot_model import Batches, SnapshotModel
+from lightning_attr.target_function import MeasuredOutput
 from lightning_attr.training_step import training_loss
 
 __all__ = ["Observation", "check_layer_name", "class_labels", "observe", "observed", "refuse_target_function"]
