@@ -47,8 +47,9 @@ class DataSource:
         loader: the user's loader, for its ``collate_fn``, workers and pinning.
         role: what it is called in messages, "training" or "target".
         structure: what a batch comes in where the loader came in a collection; see :func:`single_loader`.
-        reading: "rows" where the data set is asked for one row after the other, "lists" where it gives whole batches,
-            "items" where the loader does not batch, so that each row is the whole batch of a step.
+        reading: "rows" where the data set is asked for one row after the other, "lists" where ``dataset[rows]`` gives
+            whole batches, "batches" where its ``__getitems__`` does, "items" where the loader does not batch, so that
+            each row is the whole batch of a step.
         form: how samples lie in a batch, as the first look at it has found.
 
     Example:
@@ -115,7 +116,7 @@ class DataSource:
                 "the attribute `batch_size` nor a length. Give it one of them."
             )
         if reading == "rows" and batched_reading(dataset):
-            reading = "lists"
+            reading = "batches"
         return cls(dataset, size, found, role, structure, reading)
 
     def __len__(self) -> int:
@@ -256,7 +257,7 @@ class DataSource:
             ``row -> sample``; it draws from all random streams.
         """
         view = SampleReader(self.dataset)
-        return (lambda row: view.fetched([row])) if self.reading == "lists" else view.one
+        return (lambda row: view.fetched([row], self.reading)) if self.reading in {"lists", "batches"} else view.one
 
 
 class OrderedLoader:

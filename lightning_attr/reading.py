@@ -45,10 +45,10 @@ class SampleReader:
             return self.dataset.__getitems__([row])[0]
         return self.dataset[row]
 
-    def fetched(self, rows: list[int]) -> Any:
-        """Read a whole batch from a data set that takes lists of rows."""
+    def fetched(self, rows: list[int], reading: str) -> Any:
+        """Read a whole batch from a data set that takes lists of rows, in the way of the loader."""
         self._seed(rows[0])
-        return self.dataset.__getitems__(rows) if hasattr(self.dataset, "__getitems__") else self.dataset[rows]
+        return self.dataset.__getitems__(rows) if reading == "batches" else self.dataset[rows]
 
     def _seed(self, row: int) -> None:
         if self._generators is None:  # found in the process that uses them, which may be a worker
@@ -88,7 +88,7 @@ class Collation:
     Args:
         collate_fn: the user's.
         structure: what a batch comes in.
-        reading: "rows", "lists" or "items"; see :class:`lightning_attr.loader.DataSource`.
+        reading: "rows", "lists", "batches" or "items"; see :class:`lightning_attr.loader.DataSource`.
         apart: collate each sample on its own.
 
     Example:
@@ -110,7 +110,8 @@ class Collation:
         return self._batch(view, rows)
 
     def _batch(self, view: SampleReader, rows: list[int]) -> Any:
-        samples = view.fetched(rows) if self.reading == "lists" else [view.one(row) for row in rows]
+        lists = self.reading in {"lists", "batches"}
+        samples = view.fetched(rows, self.reading) if lists else [view.one(row) for row in rows]
         batch = self.collate_fn(samples[0] if self.reading == "items" else samples)
         return tree_unflatten([batch], self.structure)
 

@@ -100,4 +100,6 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
             f"Expected `training_step` of {type(module).__name__} to return its loss, a tensor of one value, or a dict "
             f'with it under "loss", but got {found}.'
         )
+    if type(loss) is not Tensor:  # a library's subclass carries what it knows of a whole batch
+        loss = loss.as_subclass(Tensor)
     return loss.reshape(()) if loss.ndim else loss

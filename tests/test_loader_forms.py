@@ -26,6 +26,13 @@ class Fetches(Dataset[Any]):
         return X[rows if isinstance(rows, list) else [rows]]
 
 
+class FetchesBoth(Fetches):
+    """A loader that batches would ask for samples by another method than the sampler's lists do."""
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        return [X[row] for row in rows]
+
+
 class Items(Fetches):
     """Item i is a whole batch."""
 
@@ -55,9 +62,10 @@ def read(source: DataSource, rows: range = range(6)) -> list[Any]:
     return list(OrderedLoader(source, source.batches(rows)))
 
 
-def test_data_sets_that_give_whole_batches_are_asked_for_them() -> None:
-    sampler = BatchSampler(RandomSampler(Fetches()), 4, drop_last=False)
-    source = DataSource.of(DataLoader(Fetches(), batch_size=None, sampler=sampler), "training")
+@pytest.mark.parametrize("dataset", [Fetches(), FetchesBoth()])
+def test_data_sets_that_give_whole_batches_are_asked_for_them(dataset: Any) -> None:
+    sampler = BatchSampler(RandomSampler(dataset), 4, drop_last=False)
+    source = DataSource.of(DataLoader(dataset, batch_size=None, sampler=sampler), "training")
     assert source.batch_size == 4
     (first, batch), (last, rest) = read(source)
     assert (first, last) == ([0, 1, 2, 3], [4, 5])

@@ -232,3 +232,23 @@ def test_which_modules_have_a_training_step() -> None:
     assert not has_training_step(Nothing())
     assert not has_training_step(nn.Linear(1, 1))
     check_training_step(Step())
+
+
+class Labelled(Tensor):
+    """What libraries make of tensors: a subclass that knows more of its batch."""
+
+
+def test_the_loss_is_a_plain_tensor_whatever_the_batch_is_made_of() -> None:
+    class Line(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(2.0))
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return (self.slope * batch).mean()
+
+    module, batch = Line(), torch.tensor([1.0, 3.0]).as_subclass(Labelled)
+    assert type(module.training_step(batch)) is Labelled
+    loss = training_loss(module, batch)
+    assert type(loss) is Tensor
+    assert torch.autograd.grad(loss, module.slope)[0] == 2
