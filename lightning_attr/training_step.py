@@ -82,6 +82,7 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
         TypeError: if the step returns no loss of one value.
 
     Example:
+        >>> import torch
         >>> class Line(L.LightningModule):
         ...     def training_step(self, batch, batch_idx):
         ...         self.log("mean", batch.mean())

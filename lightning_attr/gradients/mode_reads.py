@@ -49,7 +49,7 @@ def watch_mode(module: nn.Module) -> Iterator[ModeReads]:
         >>> with watch_mode(dropout) as reads:
         ...     _ = dropout(torch.ones(1))
         ...     print(reads.seen)
-        ...     _ = dropout.training
+        ...     _ = eval("dropout.training", {"dropout": dropout})  # code of another module than this one
         ...     print(reads.seen)
         False
         True
