@@ -187,14 +187,14 @@ def test_outputs_and_targets_that_do_not_fit(output: ModelOutput, outputs: Any, 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_arguments_that_are_not_positive(value: float) -> None:
-    with pytest.raises(ValueError, match=f"`temperature` to be a positive number, but got {value}"):
+    with pytest.raises(ValueError, match=f"`temperature` of MulticlassMargin to be a .*number > 0, but got {value}"):
         MulticlassMargin(value)
-    with pytest.raises(ValueError, match=f"`variance` to be a positive number, but got {value}"):
+    with pytest.raises(ValueError, match=f"`variance` of Regression to be a finite number > 0, but got {value}"):
         Regression(value)
 
 
 def test_a_loss_that_cannot_be_called() -> None:
-    with pytest.raises(TypeError, match="`loss_fn` to be a callable, but got str"):
+    with pytest.raises(TypeError, match=r"`loss_fn` of NegativeLoss to be a function .*, but got 'cross_entropy'"):
         NegativeLoss("cross_entropy")
 
 

@@ -243,7 +243,7 @@ def test_retraining_refuses_parts_of_two_worlds(tmp_path: Path) -> None:
 
 def test_arguments_of_retraining_are_known_in_both_worlds(world: Any, tmp_path: Path) -> None:
     make_trainer = partial(quiet_trainer, world.package.Trainer, max_epochs=1)
-    with pytest.raises(TypeError, match="`module` to be a function"):
+    with pytest.raises(TypeError, match=r"`module` of .+ to be a function"):
         retrain_lds(world.Mixed(), make_trainer, world.Data, dirpath=tmp_path, num_subsets=1)
     with pytest.raises(TypeError, match="`trainer` to return a Trainer, but got Mixed"):
         retrain_lds(world.Mixed, world.Mixed, world.Data, dirpath=tmp_path, num_subsets=1)

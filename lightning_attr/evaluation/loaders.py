@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 
 __all__ = ["SubsetShuffle", "subset_loader"]
 
@@ -58,13 +66,19 @@ def subset_loader(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
         The loader of the subset.
 
     Raises:
-        TypeError: if a custom sampler or batch sampler would draw indices of the whole data set.
+        TypeError: if the data set is a stream, or a custom sampler or batch sampler would draw indices of all of it.
 
     Example:
         >>> loader = DataLoader(torch.arange(5.0), batch_size=2, drop_last=True)
         >>> list(subset_loader(loader, torch.tensor([True, False, True, True, False])))
         [tensor([0., 2.])]
     """
+    if isinstance(loader.dataset, IterableDataset):
+        raise TypeError(
+            f"Expected a map-style data set for the training data, but {type(loader.dataset).__name__} is an "
+            "IterableDataset: retraining leaves samples out by their index. Wrap it in a Dataset with __getitem__(i) "
+            "and __len__()."
+        )
     subset: Subset[Any] = Subset(loader.dataset, kept.nonzero().flatten().tolist())
     batches = loader.batch_sampler
     if type(batches) is not BatchSampler:

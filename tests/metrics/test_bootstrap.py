@@ -125,4 +125,4 @@ def test_undefined_targets_are_counted_and_warned_of_above_one_percent() -> None
 )
 def test_bad_arguments(bootstrap: int, confidence: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_bootstrap(bootstrap, confidence)
+        check_bootstrap(bootstrap, confidence, 0)
