@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_attr.arguments import check_path
 from lightning_attr.attribute_arguments import check_attribute_arguments, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
+from lightning_attr.borrow import attached, lent, same_tensors
 from lightning_attr.checkpoints import loaded
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
@@ -205,7 +202,7 @@ def attribute(
     datamodule = datamodule or (getattr(trainer, "datamodule", None) if train_dataloaders is None else None)
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())  # a datamodule may draw a split
-        stack.enter_context(_attached(trainer, module, datamodule))
+        stack.enter_context(attached(trainer, module, datamodule))
         train = _recorded_source(trainer, record, datamodule, train_dataloaders)
         train = train or train_source(trainer, module, datamodule, train_dataloaders)
         target = target_source(trainer, module, datamodule, target_dataloaders, targets, train)
@@ -243,8 +240,8 @@ def attribute(
         _check_store(step, record)
         step.world = StepWorld(trainer, module, datamodule, train.loader)
         stack.callback(set_surroundings, module, surroundings_of(module))
-        stack.enter_context(_lent(trainer, module))
-        stack.enter_context(_same_tensors(module))
+        stack.enter_context(lent(trainer, module))
+        stack.enter_context(same_tensors(module))
         data = [source.dataset for source in (train, target) if source is not None]
         stack.enter_context(undisturbed(module, *data, beside=step.world.beside))
         stack.enter_context(loaded(module))
@@ -333,69 +330,3 @@ def _recorded_source(
     if loaders is not None or datamodule is not getattr(trainer, "datamodule", None):
         return None
     return getattr(record, "source", None)
-
-
-@contextmanager
-def _attached(
-    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None
-) -> Iterator[None]:
-    """Give the hooks of module and datamodule their trainer."""
-    modules = [(m, m._trainer) for m in module.modules() if isinstance(m, both(L.LightningModule))]
-    own = None if datamodule is None else datamodule.trainer
-    module.trainer = trainer
-    if datamodule is not None:
-        datamodule.trainer = trainer
-    try:
-        yield
-    finally:
-        for m, before in modules:
-            m._trainer = before
-        if datamodule is not None:
-            datamodule.trainer = own
-
-
-@contextmanager
-def _lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Lend the trainer to the predict run: progress bars stay, other callbacks, loggers and datamodule sit it out."""
-    val_loop = trainer.fit_loop.epoch_loop.val_loop
-    loops: list[Any] = [trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop]
-    kept: list[tuple[Any, tuple[str, ...]]] = [
-        (trainer, ("callbacks", "loggers", "datamodule", "state", "limit_predict_batches", "predict_loop")),
-        (trainer, ("_logger_connector",)),  # with the metrics of the runs before
-        (trainer._data_connector, ("_datahook_selector",)),
-        (trainer.strategy, ("_lightning_module", "model")),
-        *((loop, ("_combined_loader",)) for loop in loops),
-        *((loop._data_source, ("instance",)) for loop in loops),
-        *((m, ("_device", "_dtype")) for m in module.modules() if isinstance(m, both(L.LightningModule))),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, names in kept for name in names]
-    trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, both(ProgressBar))]  # type: ignore[attr-defined]
-    trainer.loggers = []
-    trainer.datamodule = None  # type: ignore[attr-defined]  # its hooks are for its own loaders
-    trainer.state = copy.copy(trainer.state)
-    trainer.limit_predict_batches = 1.0
-    trainer.predict_loop = type(trainer.predict_loop)(trainer, inference_mode=False)  # the features need gradients
-    trainer._logger_connector = copy.copy(trainer._logger_connector)
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-
-@contextmanager
-def _same_tensors(module: nn.Module) -> Iterator[None]:
-    """Put parameters and buffers back on their device and into their dtype: the trainer moves and converts them."""
-    parameters = [(p, p.data) for p in module.parameters()]
-    holders: list[dict[str, Any]] = [m._buffers for m in module.modules()]
-    buffers = [(own, name, buffer) for own in holders for name, buffer in own.items() if buffer is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, data in parameters:
-                if p.dtype != data.dtype or p.device != data.device:
-                    p.data = data.copy_(p.data)
-            for own, name, buffer in buffers:
-                if own[name] is not buffer:
-                    own[name] = buffer.copy_(own[name])

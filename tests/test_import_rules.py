@@ -64,7 +64,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("featurizer",),
     ("feature_check", "snapshot_model", "positions", "learning", "training_rows"),
     ("methods",),
-    ("attribute_arguments", "provenance", "scoring", "transfer"),
+    ("attribute_arguments", "borrow", "provenance", "scoring", "transfer"),
     ("row_checks",),
     ("probe",),
     ("plans",),
@@ -81,6 +81,7 @@ LIGHTNING = (
         f"lightning_attr/{name}.py"
         for name in (
             "attribute_arguments",
+            "borrow",
             "data",
             "plans",
             "prediction",
