@@ -18,7 +18,7 @@ from lightning_attr.outputs import ModelOutput
 from lightning_attr.samples_apart import SamplesApart
 from lightning_attr.testing import check_model_output
 from lightning_attr.training_step import check_training_step, has_training_step, training_loss
-from lightning_attr.user_calls import lasting_call, user_call
+from lightning_attr.user_calls import called, lasting_call
 
 __all__ = [
     "Attributed",
@@ -105,8 +105,7 @@ def completed(module: Any, batch: Any, draw: Draw) -> Any:
     if isinstance(batch, SamplesApart):
         draws = (replace(draw, rows=[row]) for row in draw.rows)
         return SamplesApart(completed(module, one, own) for one, own in zip(batch, draws, strict=True))
-    with user_call(module, "attribution_batch", batch) as given:
-        return module.attribution_batch(given, draw)
+    return called(module, "attribution_batch", lambda own: module.attribution_batch(own, draw), batch)
 
 
 def set_up(module: Any, samples: Samples, snapshot: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
@@ -14,7 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["find_generators", "generator_state", "reseed_generator", "restore_generator"]
+__all__ = [
+    "find_generators",
+    "generator_state",
+    "preserved_rng",
+    "remembered_rng",
+    "reseed_generator",
+    "restore_generator",
+]
 
 _MOST_OBJECTS = 10_000
 """How many objects of a data set are searched for generators: a fraction of a second."""
@@ -128,6 +136,65 @@ def generator_state(generator: Any) -> Any:
         return generator.getstate()
     state = generator.get_state()
     return state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state)
+
+
+def remembered_rng(*data: object) -> Callable[[], None]:
+    """Remember all random streams.
+
+    Args:
+        data: data sets that may keep generators of their own.
+
+    Returns:
+        A function that puts them back.
+
+    Example:
+        >>> restore, first = remembered_rng(), torch.rand(())
+        >>> restore()
+        >>> torch.equal(torch.rand(()), first)
+        True
+    """
+    own = [restore_generator(generator) for item in data for generator in find_generators(item)]
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+        for restore_own in own:
+            restore_own()
+
+    return restore
+
+
+@contextmanager
+def preserved_rng(*data: object) -> Iterator[None]:
+    """Restore all random streams in the end.
+
+    Args:
+        data: data sets that may keep generators of their own.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import random
+        >>> state = random.getstate()
+        >>> with preserved_rng():
+        ...     _ = random.random()
+        >>> random.getstate() == state
+        True
+    """
+    restore = remembered_rng(*data)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _is_plain(value: object) -> bool:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from lightning_attr.generators import find_generators, restore_generator
+from lightning_attr.generators import preserved_rng
 from lightning_attr.user_calls import observed
 
 __all__ = ["preserved_rng", "undisturbed"]
@@ -59,39 +56,3 @@ def undisturbed(
         finally:
             for submodule, mode in modes:
                 submodule.training = mode
-
-
-@contextmanager
-def preserved_rng(*data: object) -> Iterator[None]:
-    """Restore all random streams in the end.
-
-    Args:
-        data: data sets that may keep generators of their own.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> import random
-        >>> state = random.getstate()
-        >>> with preserved_rng():
-        ...     _ = random.random()
-        >>> random.getstate() == state
-        True
-    """
-    own = [restore_generator(generator) for item in data for generator in find_generators(item)]
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
-        for restore in own:
-            restore()

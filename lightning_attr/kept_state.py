@@ -63,7 +63,8 @@ class KeptState:
         """Put everything back in the end.
 
         Args:
-            recording: find out what is written to, operation by operation, which is slow: for the first call.
+            recording: find out what is written to, operation by operation, which is slow: for the first call. The graph
+                of a call that changes tensors unforeseen is of no use, for these are put back.
             by_value: compare the values of tensors that were copied, as some statistics are written to without a new
                 version, and leave those alone of which there is no copy: others put them back.
 
@@ -84,7 +85,7 @@ class KeptState:
             swapped = list(self._copies_of_swapped()) if self.changing else []
         written = WrittenTensors(self._tensors.tensors) if recording else None
         try:
-            with self._tensors.graph_keeps_values(recording), written or nullcontext():
+            with self._tensors.graph_keeps_values(), written or nullcontext():
                 yield changed
         finally:
             with torch._C.DisableTorchFunction():
@@ -174,15 +175,15 @@ class _Tensors:
             if stamp is None or n not in self._copies or self._copies[n][0] != stamp:
                 self._copies[n] = (stamp, copied(self.tensors[n]))
 
-    def graph_keeps_values(self, recording: bool) -> AbstractContextManager[Any]:
+    def graph_keeps_values(self) -> AbstractContextManager[Any]:
         """Copy saved tensors that lie in the memory of one that calls change: it is put back before backward runs."""
-        numbers = [n for n in self._dense if recording or n in self._watched]
+        numbers = [n for n in self._dense if n in self._watched]
         floating = [self.tensors[n] for n in numbers if self.tensors[n].is_floating_point()]
         allowed = torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
-        if not (floating and allowed):
+        if not (floating and allowed):  # without hooks: torch.func does not run inside them
             return nullcontext()
         memory = {tensor.untyped_storage().data_ptr() for tensor in floating}
-        moving = [self.tensors[n] for n in numbers if recording or n in self._replaced]
+        moving = [self.tensors[n] for n in numbers if n in self._replaced]
 
         def pack(saved: Tensor) -> Tensor:
             if saved.layout is not torch.strided:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_attr.draws import Draw, Samples
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.outputs import ModelOutput, MulticlassMargin
-from lightning_attr.user_calls import user_call
+from lightning_attr.user_calls import called
 
 __all__ = ["AttributionMixin", "attribution_outputs"]
 
@@ -149,8 +149,7 @@ def attribution_outputs(module: Any, batch: Any) -> tuple[Any, Any]:
         >>> attribution_outputs(Classifier(2, 3), (torch.ones(4, 2), torch.zeros(4)))[0].shape
         torch.Size([4, 3])
     """
-    with user_call(module, "attribution_step", batch) as own:
-        outputs, targets = module.attribution_step(own)
+    outputs, targets = called(module, "attribution_step", module.attribution_step, batch)
     return outputs, targets
 
 

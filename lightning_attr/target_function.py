@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_attr.gradients.functional import call_with
-from lightning_attr.user_calls import user_call
+from lightning_attr.user_calls import called
 
 __all__ = ["MeasuredOutput", "TargetFunction"]
 
@@ -73,5 +74,4 @@ class MeasuredOutput:
         return -self.functional_output(module, params, batch)
 
     def _called(self, module: Any, batch: Any) -> Any:
-        with user_call(module, "target_function", batch) as own:
-            return self.function(module, own)
+        return called(module, "target_function", partial(self.function, module), batch)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_attr.step_world import silent_loggers
-from lightning_attr.user_calls import surroundings_of, user_call
+from lightning_attr.user_calls import called, surroundings_of
 from lightning_attr.worlds import both, overrides
 
 __all__ = ["check_training_step", "has_training_step", "training_loss"]
@@ -69,7 +69,7 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
     """Compute the training loss of a batch by the module's own ``training_step``, and leave no trace of it.
 
     What the step logs or prints through the module goes nowhere; for what it changes see
-    :func:`lightning_attr.user_calls.user_call`.
+    :func:`lightning_attr.user_calls.called`.
 
     Args:
         module: a module that :func:`check_training_step` passes.
@@ -91,9 +91,10 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
         tensor(5.)
     """
     silent = silent_loggers(module._trainer) if surroundings_of(module) is None else nullcontext()
-    with user_call(module, "training_step", batch) as own, silent:
-        step: Callable[..., Any] = module.training_step
-        returned = step(own, 0) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(own)
+    step: Callable[..., Any] = module.training_step
+    index = (0,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
+    with silent:
+        returned = called(module, "training_step", lambda own: step(own, *index), batch)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,11 +19,14 @@ from torchmetrics import Metric
 
 from lightning_attr.batch_copies import OwnBatch
 from lightning_attr.errors import AttributionError
+from lightning_attr.generators import remembered_rng
 from lightning_attr.kept_state import KeptState
 
-__all__ = ["Surroundings", "lasting_call", "observed", "set_surroundings", "surroundings_of", "user_call"]
+__all__ = ["Surroundings", "called", "lasting_call", "observed", "set_surroundings", "surroundings_of", "user_call"]
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 Surroundings: TypeAlias = Callable[[str], AbstractContextManager[object]]
 """Name of a function -> the world that its calls are to see."""
@@ -135,6 +138,43 @@ def surroundings_of(module: nn.Module) -> Surroundings | None:
         The surroundings; None if there are none.
     """
     return _surroundings.get(module)
+
+
+def called(module: nn.Module, function: str, run: Callable[[Any], Result], batch: Any = None) -> Result:
+    """Call the user's code, so that no trace of it is left and the graph of what it returns stays good.
+
+    A call that is found to change tensors is made again: its graph holds tensors that have been put back since, of
+    which calls keep the values once it is known that they change.
+
+    Args:
+        module: the user's module.
+        function: name of what is called.
+        run: calls it with a batch.
+        batch: the batch; its caller may use it again.
+
+    Returns:
+        What ``run`` returns.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> def step(x):
+        ...     layer.weight.data = torch.full_like(layer.weight, 3.0)
+        ...     return layer(x).square().sum()
+        >>> x = torch.ones(1, 1, requires_grad=True)
+        >>> torch.autograd.grad(called(layer, "step", step, x), x)
+        (tensor([[18.]]),)
+    """
+    known = _known.setdefault(module, _Known())
+    count = len(known.changing)
+    restore_rng = None if function in known.called else remembered_rng()
+    with user_call(module, function, batch) as own:
+        result = run(own)
+    if len(known.changing) == count or not torch.is_grad_enabled():
+        return result
+    if restore_rng is not None:
+        restore_rng()
+    with user_call(module, function, batch) as own:
+        return run(own)
 
 
 @contextmanager

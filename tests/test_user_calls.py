@@ -25,6 +25,7 @@ from lightning_attr.errors import AttributionError
 from lightning_attr.isolation import undisturbed
 from lightning_attr.methods import GradDot
 from lightning_attr.outputs import Regression
+from lightning_attr.training_step import training_loss
 from lightning_attr.user_calls import user_call
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -282,6 +283,31 @@ def test_training_and_attribution_beside_it(kind: Any, tmp_path: Any, caplog: py
     if kind not in {Odd, Optimizers}:  # which cannot be copied, or needs its trainer
         rows = gradients_one_by_one(module)
         torch.testing.assert_close(results[0].scores.values, -(rows @ rows.T).T.neg(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MomentumOfResults, MomentumByData, Decay])
+def test_the_graph_of_a_first_call_is_good(kind: Any) -> None:
+    module, batch = kind(), (X, Y)
+    weights = list(module.online.parameters())
+    alone = copy.deepcopy(module)
+    expected = torch.autograd.grad(alone.training_step(batch, 0), list(alone.online.parameters()))
+    for _ in range(2):
+        found = torch.autograd.grad(training_loss(module, batch), weights)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+class Slopes(Step):
+    """Saved tensors may have no hooks here."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.func.vmap(torch.func.jacrev(self.online))(batch[0]).square().sum()
+
+
+def test_a_step_may_use_torch_func() -> None:
+    module = Slopes()
+    values = [training_loss(module, (X, Y)).item() for _ in range(2)]
+    assert values == [module.training_step((X, Y), 0).item()] * 2
 
 
 # Batches ----------------------------------------------------------------------------------------------------------

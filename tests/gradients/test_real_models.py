@@ -207,8 +207,8 @@ def _to(batch: Batch, dtype: torch.dtype) -> Batch:
     return map_tensors(batch, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
-def _plan(module: Classifier, batch: Batch) -> AttributionPlan:
-    return plan(module, select_rows(batch, B, range(4)), 4)
+def _plan(module: Classifier, batch: Batch, mode: str | None = None) -> AttributionPlan:
+    return plan(module, select_rows(batch, B, range(4)), 4, mode)
 
 
 def _features(module: Classifier, batch: Batch, chosen: AttributionPlan | None = None) -> Tensor:
@@ -261,15 +261,15 @@ def test_gradients_under_autocast_are_as_good_as_autograds(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch, of checks without gradients
 @pytest.mark.parametrize(("training", "reentrant"), [(False, False), (True, False), (True, True)])
 def test_gradient_checkpointing_changes_nothing(case: Case, training: bool, reentrant: bool) -> None:
-    module, batch = case.module().train(training), _to(case.batch(), torch.float64)
+    module, batch, mode = case.module(), _to(case.batch(), torch.float64), "train" if training else "eval"
     calls: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_pre_hook(lambda layer, _: calls.append(layer))
     try:
-        chosen = _plan(module, batch)
+        chosen = _plan(module, batch, mode)
         calls.clear()
         expected, without = _features(module, batch, chosen), len(calls)
         module.network.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with_checkpoints = _plan(module, batch)
+        with_checkpoints = _plan(module, batch, mode)
         calls.clear()
         found, count = _features(module, batch, with_checkpoints), len(calls)
     finally:
