@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import multiprocessing
@@ -34,6 +35,19 @@ QUIET: dict[str, Any] = {
 def quiet_trainer(kind: type[L.Trainer] = AttributionTrainer, **settings: Any) -> Any:
     """A trainer on the CPU that prints and writes nothing."""
     return kind(**{**QUIET, **settings})
+
+
+def leave_group_at_exit() -> None:
+    """Let a process leave its process group before the interpreter ends, as Lightning does it for NCCL alone.
+
+    Otherwise a thread of gloo may still hold a tensor then, and torch ends the process with SIGABRT, rarely.
+    """
+
+    def leave() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def blobs(n: int, seed: int = 0, classes: int = 3, size: int = 4) -> TensorDataset:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from cases import BlobClassifier, blobs, leave_group_at_exit, loader_of, quiet_trainer
 from lightning_attr import AttributionResult, FeatureStore, attribute, store
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, GradDot
@@ -23,6 +23,7 @@ METHODS = {"newton": TRAK(proj_dim=16), "published": TRAK(proj_dim=16, newton_we
 METHODS["eigen"] = TRAK(projector=EigenProjector(16))
 METHODS["dot"] = GradDot(METHODS["newton"].projector)
 MASK = torch.arange(21) % 4 == 0
+ROW_OF_NAN = 411  # of 600; not one of the samples that stand for the data set when a module is checked
 SPAWNED = ("odd", "part of a store")  # each takes two fresh interpreters
 
 # name -> (training samples, targets, rows a shard, store, method). One process has fewer shards, targets or batches.
@@ -80,14 +81,14 @@ def main(strategy: str, folder: Path) -> None:
 
 
 def fail(folder: Path) -> None:
-    """A sample that the second process reads is NaN."""
-    data = blobs(21)
-    data.tensors[0][13] = float("nan")
-    store._SHARD_ROWS = 8
+    """A sample that the second process reads is NaN, and none of those that the module is checked on is."""
+    data = blobs(600)
+    data.tensors[0][ROW_OF_NAN] = float("nan")
+    store._SHARD_ROWS = 300
     attribute(
         quiet_trainer(strategy="ddp", devices=2),
         model=BlobClassifier(),
-        train_dataloaders=loader_of(data, batch_size=4),
+        train_dataloaders=loader_of(data, batch_size=50),
         store=folder / "failed",
     )
 
@@ -177,11 +178,15 @@ def check_fit(folder: Path, ranks: int) -> None:
 def test_failure_of_one_process_ends_all_and_keeps_what_was_computed(tmp_path: Path) -> None:
     process = launch("failing", tmp_path)
     assert process.returncode != 0
-    assert "sample 13 is NaN or Inf" in process.stderr
+    assert f"sample {ROW_OF_NAN} is NaN or Inf" in process.stderr
+    assert f"Look at dataset[{ROW_OF_NAN}]" in process.stderr
     failed = FeatureStore.open(tmp_path / "failed")
     failed.adopt("current")
     assert 1 in failed.missing("current")
 
+
+if __name__ in ("__main__", "__mp_main__"):  # the second is what a spawned process calls it
+    leave_group_at_exit()
 
 if __name__ == "__main__":
     if sys.argv[1] == "failing":

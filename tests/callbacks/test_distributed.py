@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from cases import BlobClassifier, blobs, leave_group_at_exit, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK
 from lightning_attr.store import FeatureStore
@@ -60,6 +60,9 @@ def test_two_processes(tmp_path: Path, strategy: str) -> None:
         for name in one.shard(left.key, 0):
             assert torch.equal(two.column(right.key, name), one.column(left.key, name))
 
+
+if __name__ in ("__main__", "__mp_main__"):  # the second is what a spawned process calls it
+    leave_group_at_exit()
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

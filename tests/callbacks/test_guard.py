@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer, told
+from cases import BlobClassifier, blobs, leave_group_at_exit, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
 from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import Featurizer
@@ -229,5 +229,6 @@ def test_all_processes_stand_down_together(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    leave_group_at_exit()
     torch.set_num_threads(1)
     run_two(Path(sys.argv[1]))
