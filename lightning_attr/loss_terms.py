@@ -19,6 +19,7 @@ from lightning_attr.gradients.inner import watch_autograd
 from lightning_attr.reductions import Reductions, weighted_shares
 from lightning_attr.remedies import mixin_lines
 from lightning_attr.training_step import training_loss
+from lightning_attr.user_calls import failed_metrics
 
 __all__ = ["TrainingLoss", "checked_training_loss"]
 
@@ -154,6 +155,7 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
     losses = _losses_of_samples(module, batch, batch_size)
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
+        _check_metrics(module, batch)
         raise NonFiniteGradientError(
             f"The training loss is NaN or Inf (positions {bad} of the {batch_size} samples that were tried). Check the "
             "inputs and the weights.",
@@ -231,11 +233,23 @@ def _losses_of_samples(module: Any, batch: Any, batch_size: int) -> Tensor:
         return _values_apart(module, batch, batch_size)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         name = type(module).__name__
+        _check_metrics(module, batch)
         raise BatchDependenceError(
             f"`training_step` of {name} runs on {batch_size} samples, but not on one alone "
             f"({type(error).__name__}: {error}). Look for `squeeze()` without a dimension, and for comparisons within "
             f"the batch. {mixin_lines(module, batch)}"
         ) from error
+
+
+def _check_metrics(module: Any, batch: Any) -> None:
+    """Refuse a step that does not go on without a metric that raises on one sample."""
+    failed = failed_metrics(module)
+    if failed:
+        raise BatchDependenceError(
+            f"`training_step` of {type(module).__name__} uses metrics that do not run on one sample: {failed}; without "
+            "them it does not run, or its loss is NaN. Compute them where they do not enter the loss. "
+            f"{mixin_lines(module, batch)}"
+        )
 
 
 def _reduces_to(module: Any, reduction: str, losses: Tensor, loss: Tensor) -> bool:

@@ -21,8 +21,18 @@ from lightning_attr.batch_copies import OwnBatch
 from lightning_attr.errors import AttributionError
 from lightning_attr.generators import remembered_rng
 from lightning_attr.kept_state import KeptState
+from lightning_attr.metric_calls import answered_metrics
 
-__all__ = ["Surroundings", "called", "lasting_call", "observed", "set_surroundings", "surroundings_of", "user_call"]
+__all__ = [
+    "Surroundings",
+    "called",
+    "failed_metrics",
+    "lasting_call",
+    "observed",
+    "set_surroundings",
+    "surroundings_of",
+    "user_call",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +51,14 @@ class _Known:
         changing: names of the tensors and arrays that they change.
         written: names of the functions that write to their batch.
         told: names of changes that the user has been told of.
+        failed_metrics: name -> what a metric raised, after a first call in which none did.
     """
 
     called: set[str] = field(default_factory=set)
     changing: set[str] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
+    failed_metrics: dict[str, str] = field(default_factory=dict)
 
 
 class _Observed:
@@ -211,7 +223,10 @@ def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[A
     first = function not in known.called and torch._C._functorch.peek_interpreter_stack() is None
     before = set(known.changing)
     own = OwnBatch(batch, copied=first or function in known.written)
-    with state.kept(recording=first) as changed, _world(module, function), _silenced(state):
+    metrics = [] if first else [(name, inner) for name, inner in state.reachable.modules if isinstance(inner, Metric)]
+    failed: dict[str, str] = {}
+    kept, silenced = state.kept(recording=first), _silenced(state)
+    with kept as changed, _world(module, function), silenced, answered_metrics(metrics, failed):
         yield own.batch
     if own.written() and function not in known.written:
         known.written.add(function)
@@ -222,6 +237,8 @@ def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[A
             )
     if first:
         known.called.add(function)
+    if failed:
+        _tell_of_metrics(module, function, failed, known)
     if changed:
         _tell(module, function, state, changed, known, before)
 
@@ -272,6 +289,37 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 _REPORTS = dict.fromkeys(("log", "log_dict", "print"), _nothing)
+
+
+def failed_metrics(module: nn.Module) -> str:
+    """Say which metrics raised in calls beside training, and were answered with NaN.
+
+    Args:
+        module: the user's module.
+
+    Returns:
+        What to show: names, and what they raised; empty if there are none.
+
+    Example:
+        >>> failed_metrics(nn.Linear(1, 1))
+        ''
+    """
+    known = _known.get(module)
+    return "" if known is None else ", ".join(f"`{name}` ({error})" for name, error in known.failed_metrics.items())
+
+
+def _tell_of_metrics(module: nn.Module, function: str, failed: dict[str, str], known: _Known) -> None:
+    """Say once which metrics do not run on the samples that attribution tries."""
+    news = failed.keys() - known.failed_metrics.keys()
+    known.failed_metrics.update(failed)
+    for name in sorted(news):
+        log.info(
+            "The metric `%s` in `%s` of %s does not run on the samples that attribution tries (%s): it is NaN there.",
+            name,
+            function,
+            type(module).__name__,
+            failed[name],
+        )
 
 
 def _tell(

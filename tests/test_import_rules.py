@@ -39,7 +39,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "contents",
         "batch_copies",
     ),
-    ("optimizer_state", "kept_state"),
+    ("optimizer_state", "kept_state", "metric_calls"),
     ("user_calls",),
     ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
     ("curvature", "reductions", "step_world", "sealed", "claims"),
