@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
     losses = _losses_of_samples(module, batch, batch_size)
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
-        _check_metrics(module, batch)
+        _check_metrics(module, batch, "the loss is NaN or Inf")
         raise NonFiniteGradientError(
             f"The training loss is NaN or Inf (positions {bad} of the {batch_size} samples that were tried). Check the "
             "inputs and the weights.",
@@ -233,22 +234,27 @@ def _losses_of_samples(module: Any, batch: Any, batch_size: int) -> Tensor:
         return _values_apart(module, batch, batch_size)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         name = type(module).__name__
-        _check_metrics(module, batch)
+        _check_metrics(module, batch, f"it raises {type(error).__name__}: {error}")
         raise BatchDependenceError(
             f"`training_step` of {name} runs on {batch_size} samples, but not on one alone "
-            f"({type(error).__name__}: {error}). Look for `squeeze()` without a dimension, and for comparisons within "
-            f"the batch. {mixin_lines(module, batch)}"
+            f"({type(error).__name__}: {error}). {_look_for(error)} {mixin_lines(module, batch)}"
         ) from error
 
 
-def _check_metrics(module: Any, batch: Any) -> None:
+def _look_for(error: Exception) -> str:
+    """Say what makes a step need several samples."""
+    if any(frame.f_globals.get("__name__", "").startswith("torchmetrics") for frame, _ in walk_tb(error.__traceback__)):
+        return "A metric raises that: compute it only where a batch has samples enough, or as a metric of the module's."
+    return "Look for `squeeze()` without a dimension, and for comparisons within the batch."
+
+
+def _check_metrics(module: Any, batch: Any, outcome: str) -> None:
     """Refuse a step that does not go on without a metric that raises on one sample."""
     failed = failed_metrics(module)
     if failed:
         raise BatchDependenceError(
-            f"`training_step` of {type(module).__name__} uses metrics that do not run on one sample: {failed}; without "
-            "them it does not run, or its loss is NaN. Compute them where they do not enter the loss. "
-            f"{mixin_lines(module, batch)}"
+            f"`training_step` of {type(module).__name__} has metrics that do not run on one sample: {failed}. With NaN "
+            f"in their places, {outcome}. Compute them apart from the loss. {mixin_lines(module, batch)}"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection, PearsonCorrCoef, R2Score
+from torchmetrics.functional import r2_score
 
 from cases import quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
@@ -66,6 +67,12 @@ class InLoss(Plain):
         return 1 - self.r2(out, y)
 
 
+class OfAFunction(Plain):
+    def report(self, out: Tensor, y: Tensor) -> float:
+        self.log("r2", r2_score(out, y))
+        return 0.0
+
+
 class MeanInLoss(Plain):
     """A metric that runs on one sample is none of this."""
 
@@ -100,3 +107,10 @@ def test_a_loss_of_such_a_metric_is_refused_by_its_name() -> None:
         BatchDependenceError, match=r"metrics that do not run on one sample: `r2` \(ValueError: Needs at"
     ):
         scores(InLoss)
+
+
+def test_a_function_of_torchmetrics_is_named_as_the_cause() -> None:
+    with pytest.raises(
+        BatchDependenceError, match=r"Needs at least two samples .*A metric raises that: compute it only"
+    ):
+        scores(OfAFunction)
