@@ -30,6 +30,7 @@ from lightning_attr.plans import Plans
 from lightning_attr.probe import look_at
 from lightning_attr.processes import Processes
 from lightning_attr.provenance import provenance_of
+from lightning_attr.recorded_losses import check_recorded_losses
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
@@ -237,6 +238,7 @@ class AttributionStep(nn.Module):
         settle_projection(projection, self.store, key, learn, self.processes.together)
         of_targets = self.method.bind_targets(projection)
         self.featurizer = Featurizer(self.module, plan, projection, self.memory, stream)
+        check_recorded_losses(self.featurizer, self.store, key, samples, precision)
         target_plan = self._target_plan(plan)
         self.target_featurizer = Featurizer(
             self.module, target_plan, of_targets, self.memory, stream, self.first_target

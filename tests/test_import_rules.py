@@ -62,7 +62,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("access", "jobs", "shards", "attributed_apart", "mode_choice"),
     ("featurizer",),
-    ("feature_check", "snapshot_model", "positions", "learning", "training_rows"),
+    ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "training_rows"),
     ("methods",),
     ("attribute_arguments", "borrow", "provenance", "scoring", "transfer"),
     ("row_checks",),

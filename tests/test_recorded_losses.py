@@ -1,0 +1,56 @@
+"""A step that uses what only its fit had is not silently another one later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from lightning_attr import attribute
+from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.errors import StoreMismatchError
+from lightning_attr.methods import GradDot
+from lightning_attr.projectors import IdentityProjector
+
+
+class Annealed(L.LightningModule):
+    """Its loss depends on how far the run has come, as the Trainer's `max_epochs` tells."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.network = BlobClassifier(seed=seed).network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        share = (self.trainer.current_epoch + 1) / self.trainer.max_epochs
+        return F.cross_entropy(self(x), y) + share * self(x).square().mean()
+
+
+@pytest.mark.parametrize("epochs", [4, 400])
+def test_another_trainer_gives_the_same_losses_or_is_refused(tmp_path: Path, epochs: int) -> None:
+    train, targets = loader_of(blobs(20)), loader_of(blobs(5, seed=1))
+    callback = AttributionCallback(tmp_path, method=GradDot(IdentityProjector()), feature_dtype="float32")
+    trainer = quiet_trainer(max_epochs=4, callbacks=[callback])
+    trainer.fit(Annealed(), train)
+    own = trainer.attribute(target_dataloaders=targets)
+    later: dict[str, Any] = {"train_dataloaders": train, "target_dataloaders": targets, "store": tmp_path}
+    later["method"] = callback.method
+    other = quiet_trainer(max_epochs=epochs)
+    if epochs == 4:
+        again = attribute(other, model=Annealed(seed=3), **later)
+        torch.testing.assert_close(again.scores.values, own.scores.values)
+        return
+    with pytest.raises(StoreMismatchError, match=r"not those on record \(dataset\[0\]: .* now .*`max_epochs`"):
+        attribute(other, model=Annealed(seed=3), **later)
