@@ -204,7 +204,8 @@ class AttributionCallback(RunStore):
         plan, batch, rows = self._plans.probe()
         self._mode = plan.mode
         layout = ParameterLayout.of(pl_module)
-        projection = self.method.projection_at(layout, "", partial(self._optimizer_state, trainer, pl_module))
+        state = self._optimizer_state(trainer, pl_module)  # refused now where it is wanted and there is none
+        projection = self.method.projection_at(layout, "", lambda: state)
         if isinstance(projection, LearnedProjection):
             samples = Samples(len(rows), lambda _: iter([(rows, batch)]))
             learn_from(projection, pl_module, plan, samples, "", trainer.precision_plugin.forward_context)
