@@ -175,6 +175,7 @@ def attribute(
             snapshots.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> from lightning_attr import AttributionMixin
         >>> class Classifier(AttributionMixin, L.LightningModule):
