@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_attr.errors import InvalidLabelError, named_samples
 from lightning_attr.outputs import BinaryMargin, ModelOutput, MulticlassMargin, NegativeLoss, Regression
 
 PARTS = ("output", "loss", "out_to_loss", "newton_weight")
@@ -229,3 +230,14 @@ def test_a_loss_of_its_own_has_no_distribution() -> None:
         NotImplementedError, match=r'Ours does not .*`curvature="empirical_fisher"`.*`Ours\.distribution`'
     ):
         Ours(lambda outputs, targets: outputs).distribution(torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("label", [-100, 3])
+def test_labels_that_are_no_class_are_named(label: int) -> None:
+    labels = torch.tensor([0, 2, label, 1])
+    with pytest.raises(
+        InvalidLabelError, match=rf"labels in \[0, 3\).* position 2 of the batch has the label {label}\."
+    ):
+        MulticlassMargin().output(torch.randn(4, 3), labels)
+    with pytest.raises(InvalidLabelError, match=r"Look at dataset\[9\]"), named_samples([5, 7, 9, 11]):
+        MulticlassMargin().output(torch.randn(4, 3), labels)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
 from lightning_attr.arguments import check_float
-from lightning_attr.outputs.base import ModelOutput, at_least_float32, one_column
+from lightning_attr.errors import InvalidLabelError
+from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, one_column
 
 __all__ = ["BinaryMargin", "MulticlassMargin"]
 
@@ -76,6 +77,7 @@ class MulticlassMargin(_Margin):
             ``f``, float32 or wider, ``(b,)``.
 
         Raises:
+            InvalidLabelError: if a label is no class.
             ValueError: if the shapes or dtypes do not fit.
         """
         _check_class_logits(outputs, targets)
@@ -83,6 +85,7 @@ class MulticlassMargin(_Margin):
         if self.temperature != 1:
             logits = logits / self.temperature
         labels = targets.long().unsqueeze(1)
+        _check_labels(labels, logits.shape[1])
         right = logits.gather(1, labels).squeeze(1)
         return right - logits.scatter(1, labels, float("-inf")).logsumexp(1)
 
@@ -143,4 +146,18 @@ def _check_class_logits(outputs: Any, targets: Any) -> None:
         raise ValueError(
             f"Expected the targets for MulticlassMargin to be integer labels of shape ({outputs.shape[0]},), but got "
             f"{found}. For soft labels use NegativeLoss."
+        )
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    """Name the first sample whose label, ``(b, 1)``, is no class."""
+    _, outside = bad_labels(labels, torch.ones_like(labels, dtype=torch.bool), classes)
+    if outside:
+        sample = outside[0][0]
+        raise InvalidLabelError(
+            f"Expected labels in [0, {classes}), the classes of the logits, but the sample at position {sample} of the "
+            f"batch has the label {int(labels[sample, 0])}. If it means that the sample has no label, leave it out of "
+            "the data set (torch.utils.data.Subset).",
+            [sample],
+            len(labels),
         )
