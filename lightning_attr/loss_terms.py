@@ -159,7 +159,7 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
         _check_metrics(module, batch, "the loss is NaN or Inf")
         raise NonFiniteGradientError(
             f"The training loss is NaN or Inf (positions {bad} of the {batch_size} samples that were tried). Check the "
-            "inputs and the weights. A mean over no label is NaN, too: that of a sample whose label is the ignored one.",
+            "inputs and the weights. A mean over no label is NaN, too: that of a sample whose label is ignored.",
             bad,
             batch_size,
         )
