@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_attr.errors import StoreMismatchError
 
-__all__ = ["load_weights", "loaded", "weights_of"]
+__all__ = ["check_fits", "load_weights", "loaded", "weights_of"]
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -65,6 +65,25 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         >>> module(torch.ones(1)).item()
         1.0
     """
+    check_fits(module, weights)
+    with torch.no_grad():
+        for name, tensor in weights_of(module).items():
+            _write(tensor, weights[name])
+
+
+def check_fits(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Check that weights are those of a module of this layout.
+
+    Args:
+        module: any module.
+        weights: as :func:`weights_of` lists them.
+
+    Raises:
+        StoreMismatchError: if names or shapes differ.
+
+    Example:
+        >>> check_fits(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)})
+    """
     own = weights_of(module)
     different = sorted(
         name
@@ -76,9 +95,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"The snapshot does not fit {type(module).__name__}: {', '.join(different[:4])}"
             f"{' and more' if len(different) > 4 else ''} differ in presence or shape. Pass the model that was trained."
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            _write(tensor, weights[name])
 
 
 def _write(tensor: Tensor, values: Tensor) -> None:

@@ -25,6 +25,7 @@ from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod
+from lightning_attr.model_check import check_model
 from lightning_attr.modes import MODES, check_mode
 from lightning_attr.prediction import AttributionStep
 from lightning_attr.projectors import projector_from_config
@@ -238,7 +239,7 @@ def attribute(
             mode=mode,
             scratch=path is None,
         )
-        _check_store(step, record)
+        _check_store(step, record, trainer.is_global_zero)
         step.world = StepWorld(trainer, module, datamodule, train.loader)
         stack.callback(set_surroundings, module, surroundings_of(module))
         stack.enter_context(lent(trainer, module))
@@ -288,7 +289,7 @@ def _recorded_mode(path: Path | None) -> str | None:
     return fingerprint.mode if fingerprint.mode in MODES else None
 
 
-def _check_store(step: AttributionStep, record: AttributionRecord | None) -> None:
+def _check_store(step: AttributionStep, record: AttributionRecord | None, first: bool) -> None:
     """Refuse before Lightning sets anything up."""
     if FeatureStore.exists(step.store_path):
         store = FeatureStore.open(step.store_path, writer=False)
@@ -306,6 +307,7 @@ def _check_store(step: AttributionStep, record: AttributionRecord | None) -> Non
         if stopped is not None:
             keys = ", ".join(snapshot.key for snapshot in usable)
             rank_zero_warn(f"In {step.store_path}, {stopped} Scores are by the snapshots before that: {keys}.")
+        check_model(store, step.module, first)
 
 
 def _recorded_path(trainer: L.Trainer, record: AttributionRecord | None) -> Path | None:

@@ -60,7 +60,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "contrastive",
         "diffusion",
     ),
-    ("access", "jobs", "shards", "attributed_apart", "mode_choice"),
+    ("access", "model_check", "jobs", "shards", "attributed_apart", "mode_choice"),
     ("featurizer",),
     ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "training_rows"),
     ("methods",),
