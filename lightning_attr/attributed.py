@@ -15,8 +15,8 @@ from lightning_attr.gradients import check_batch_independence
 from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
 from lightning_attr.mixin import AttributionMixin, attribution_outputs
 from lightning_attr.outputs import ModelOutput
+from lightning_attr.outputs.check import check_model_output
 from lightning_attr.samples_apart import SamplesApart
-from lightning_attr.testing import check_model_output
 from lightning_attr.training_step import check_training_step, has_training_step, training_loss
 from lightning_attr.user_calls import called, lasting_call
 

@@ -13,8 +13,8 @@ from lightning_attr.attributed import Attributed, MixinOutput, TrainingLoss, att
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.mixin import attribution_outputs
+from lightning_attr.outputs.check import check_model_output
 from lightning_attr.samples_apart import SamplesApart
-from lightning_attr.testing import check_model_output
 
 __all__ = ["OutputApart", "attributed_apart", "subject_of"]
 

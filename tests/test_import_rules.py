@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "remedies",
         "texts",
         "tokens",
+        "tolerance",
         "highlights",
         "trainable",
     ),
