@@ -57,7 +57,7 @@ class CharacterModule(AttributionMixin, L.LightningModule):
         (sequences,) = batch
         return self.network(sequences[:, :-1]), sequences[:, 1:]
 
-    def training_step(self, batch: Any) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (sequences,) = batch
         return -log_likelihood(self.network(sequences[:, :-1]), sequences).mean()
 

@@ -1,6 +1,9 @@
-"""Linear datamodeling score on scikit-learn's digits: how well each method's scores predict 300 retrained models.
+"""Linear datamodeling score: how well each method's scores predict models retrained on half subsets.
 
-Run `python tests/benchmarks/lds.py [--setting mlp|cnn] [--cache DIR] [--json FILE]`.
+    python tests/benchmarks/lds.py [--setting mlp ...] [--data FOLDER] [--rows TEXT ...] [--cache DIR] [--json FILE]
+
+Settings are in `lds_settings.py`: scikit-learn's digits, a character language model, and real data in a folder. With
+`--truth` only the retrained models are made. Seconds are of this process on one thread, training included.
 """
 
 from __future__ import annotations
@@ -11,89 +14,43 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lds_peers
 import lightning as L
 import torch
+from lds_settings import SETTINGS, LdsSetting
 from torch import Tensor
-from trak import TRAKer  # type: ignore[import-untyped]  # ships no types
-from trak.projectors import BasicProjector, ProjectionType  # type: ignore[import-untyped]  # ships no types
 
-from digits import (
-    CACHE,
-    SETTINGS,
-    SUBSET_SEEDS,
-    DigitsClassifier,
-    DigitsData,
-    Setting,
-    ground_truth,
-    load,
-    trained,
-)
+from digits import CACHE, SUBSET_SEEDS
 from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.methods import TRAK, AttributionMethod, GradDot
+from lightning_attr.methods import TRAK, AttributionMethod, GradDot, Influence
 from lightning_attr.metrics import linear_datamodeling_score
-from lightning_attr.projectors import RademacherProjector
+from lightning_attr.projectors import EigenProjector, KroneckerProjector, RademacherProjector
 
 
-def traker(setting: Setting, n_models: int, proj_dim: int = 512) -> Tensor:
-    """TRAK as released (traker 0.3.2, no ridge), over models trained on all samples from different seeds."""
-    x_train, x_test, y_train, y_test = load(setting)
-    models = [trained(setting, x_train, y_train, seed) for seed in range(n_models)]
-    # Its half precision, the default, takes 25 times as long on a CPU and scores no better: 0.191 for one MLP.
-    projector = BasicProjector(
-        grad_dim=sum(parameter.numel() for parameter in models[0].parameters()),
-        proj_dim=proj_dim,
-        seed=0,
-        proj_type=ProjectionType.rademacher,
-        device="cpu",
-    )
-    with tempfile.TemporaryDirectory() as save_dir:
-        trak = TRAKer(
-            model=setting.network(),
-            task="image_classification",
-            train_set_size=len(x_train),
-            save_dir=save_dir,
-            device="cpu",
-            projector=projector,
-            use_half_precision=False,
-            logging_level=logging.ERROR,
-        )
-        # One batch: its projector draws the whole matrix again for every batch.
-        for model_id, model in enumerate(models):
-            trak.load_checkpoint(model.state_dict(), model_id)
-            trak.featurize((x_train, y_train), num_samples=len(x_train))
-        trak.finalize_features()
-        for model_id, model in enumerate(models):
-            trak.start_scoring_checkpoint("digits", model.state_dict(), model_id, num_targets=len(x_test))
-            trak.score((x_test, y_test), num_samples=len(x_test))
-        return torch.tensor(trak.finalize_scores("digits"))
-
-
-def one_run(
-    setting: Setting, method: AttributionMethod, snapshots: str | list[int] = "geometric", seed: int = 0
-) -> Tensor:
-    """This package: the callback in one training run, and nothing else."""
+def one_run(setting: LdsSetting, method: AttributionMethod | None = None, seed: int = 0, **options: Any) -> Tensor:
+    """This package: the callback in one training run, and nothing else; `options` are the callback's."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = fit(setting, AttributionCallback(folder, method=method, snapshots=snapshots), seed)
-        return trainer.attribute().scores.values
+        trainer = fit(setting, AttributionCallback(folder, method=method, **options), seed)
+        return trainer.attribute(setting.datamodule()).scores.values
 
 
-def merged_runs(setting: Setting, n_runs: int, method: AttributionMethod) -> Tensor:
+def merged_runs(setting: LdsSetting, n_runs: int, method: AttributionMethod) -> Tensor:
     """The callback in several runs from different seeds, their stores merged."""
     with tempfile.TemporaryDirectory() as folder:
         stores = [Path(folder) / str(seed) for seed in range(n_runs)]
         for seed, store in enumerate(stores):
             trainer = fit(setting, AttributionCallback(store, method=method), seed)
         FeatureStore.merge(stores, Path(folder) / "merged")
-        return trainer.attribute(store=Path(folder) / "merged", method=method).scores.values
+        return trainer.attribute(setting.datamodule(), store=Path(folder) / "merged", method=method).scores.values
 
 
-def fit(setting: Setting, callback: AttributionCallback, seed: int) -> AttributionTrainer:
+def fit(setting: LdsSetting, callback: AttributionCallback, seed: int) -> AttributionTrainer:
     """One training run with the callback."""
     L.seed_everything(seed, verbose=False)
     trainer = AttributionTrainer(
@@ -105,79 +62,94 @@ def fit(setting: Setting, callback: AttributionCallback, seed: int) -> Attributi
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(DigitsClassifier(setting), datamodule=DigitsData(setting))
+    trainer.fit(setting.module(), datamodule=setting.datamodule())
     return trainer
 
 
+Row = Callable[[LdsSetting], Tensor]
+FROM_START = "start+geometric"
+
 # Each row trains its models and returns their scores (n_train, n_target); its seconds count both.
-ROWS: dict[str, Callable[[Setting], Tensor]] = {
-    "TRAK(), one run": partial(one_run, method=TRAK()),
-    "TRAK(), one run, another seed": partial(one_run, method=TRAK(), seed=1),
-    "TRAK(), one run from the start": partial(one_run, method=TRAK(), snapshots="start+geometric"),
+ROWS: dict[str, Row] = {
+    "TRAK(), one run": one_run,
+    "TRAK(), one run, another seed": partial(one_run, seed=1),
+    "TRAK(), one run from the start": partial(one_run, snapshots=FROM_START),
     "TRAK(balanced=False), one run": partial(one_run, method=TRAK(balanced=False)),
     "TRAK(), three runs merged": partial(merged_runs, n_runs=3, method=TRAK()),
     "TRAK(exact=True), one run": partial(one_run, method=TRAK(exact=True)),
-    "TRAK(exact=True), one run from the start": partial(one_run, method=TRAK(exact=True), snapshots="start+geometric"),
+    "TRAK(exact=True), one run from the start": partial(one_run, method=TRAK(exact=True), snapshots=FROM_START),
     "TRAK(exact=True), three runs merged": partial(merged_runs, n_runs=3, method=TRAK(exact=True)),
     "TRAK(newton_weights=False), one run": partial(one_run, method=TRAK(newton_weights=False)),
-    "TRAK(), one run, dense projection": partial(one_run, method=TRAK(projector=RademacherProjector(2048))),
+    **{f"TRAK, Kronecker {k}": partial(one_run, method=TRAK(projector=KroneckerProjector(k))) for k in (512, 2048)},
+    "TRAK, dense 2048": partial(one_run, method=TRAK(projector=RademacherProjector(2048))),
+    **{
+        f"TRAK, eigenbasis {k}": partial(one_run, method=TRAK(projector=EigenProjector(k)))
+        for k in (256, 512, 1024, 2048, 4096)
+    },
     "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
-    "TRAK(), last snapshot of the run": partial(one_run, method=TRAK(), snapshots=[]),
+    "TRAK(), last snapshot of the run": partial(one_run, snapshots=[]),
     "GradDot(), last snapshot of the run": partial(one_run, method=GradDot()),
-    "traker, 1 model": partial(traker, n_models=1),
-    "traker, 10 models": partial(traker, n_models=10),
+    "EK-FAC, last snapshot of the run": partial(one_run, method=Influence("empirical_fisher", damping=0.01)),
+}
+PEERS: dict[str, Row] = {
+    "traker, 1 model": partial(lds_peers.traker, n_models=1),
+    "traker, 10 models": partial(lds_peers.traker, n_models=10),
+    "dattri TRAK, snapshots of our run": lds_peers.dattri_trak,
+    "kronfluence EK-FAC, 1 model": lds_peers.kronfluence,
 }
 REFERENCE = "traker, 10 models"
 
 
-def measure(setting: Setting, masks: Tensor, outputs: Tensor, wanted: str) -> list[dict[str, Any]]:
+def measure(setting: LdsSetting, masks: Tensor, outputs: Tensor, wanted: Sequence[str]) -> list[dict[str, Any]]:
     """The score of every row with its 95 % interval and its ratio to the reference, and the noise ceiling."""
     rows: list[dict[str, Any]] = []
-    for name, attribute in ROWS.items():
-        if wanted not in name:
+    known = {**ROWS, **(PEERS if setting.classifies else {})}
+    for name in [name for name in known if any(text in name for text in wanted)]:
+        start = time.process_time()
+        try:
+            scores = known[name](setting)
+        except ModuleNotFoundError as error:
+            print(f"{name:42}  is left out: {error}", flush=True)
             continue
-        start = time.perf_counter()
-        scores = attribute(setting)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         lds = linear_datamodeling_score(scores, masks, outputs)
         mean, low, high, ceiling = (value.item() for value in lds[:4])
-        rows.append({
-            "setting": setting.name,
-            "what": name,
-            "figure": mean,
-            "low": low,
-            "high": high,
-            "seconds": seconds,
-        })
-    rows.append({"setting": setting.name, "what": "noise ceiling of the retrained models", "figure": ceiling})
-    reference = next((row["figure"] for row in rows if row["what"] == REFERENCE), rows[0]["figure"])
+        row = {"setting": setting.name, "what": name, "figure": mean, "low": low, "high": high, "seconds": seconds}
+        rows.append(row)
+        print(f"{name:42}{mean:6.3f}  {low:.3f} to {high:.3f} {seconds:9.1f}", flush=True)
+    if rows:
+        rows.append({"setting": setting.name, "what": "noise ceiling of the retrained models", "figure": ceiling})
+        print(f"{rows[-1]['what']:42}{ceiling:6.3f}")
+    reference = next((row["figure"] for row in rows if row["what"] == REFERENCE), rows[0]["figure"] if rows else 1.0)
     return [row | {"reference": reference, "ratio": row["figure"] / reference} for row in rows]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--setting", choices=SETTINGS, default="mlp")
-    parser.add_argument("--rows", default="", help="only those with this text in their names")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=["mlp"])
+    parser.add_argument("--data", type=Path, help="folder of the real data")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only those with one of these texts in their names")
     parser.add_argument("--subsets", choices=SUBSET_SEEDS, default="report", help="choose defaults on `tune` only")
+    parser.add_argument("--truth", action="store_true", help="make the retrained models, and score nothing")
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="directory of the ground truth (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning_attr"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-
-    setting = SETTINGS[arguments.setting]
-    rows = measure(setting, *ground_truth(setting, arguments.subsets, arguments.cache), arguments.rows)
-    print(f"digits, {arguments.setting}, subsets `{arguments.subsets}`; seconds on one CPU thread, training included")
-    print(f"{'':40}{'LDS':>6}  {'95 % interval':15}{'ratio':>6}{'seconds':>9}")
-    for row in rows:
-        interval = f"{row['low']:.3f} to {row['high']:.3f}" if "low" in row else ""
-        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
-        print(f"{row['what']:40}{row['figure']:6.3f}  {interval:15}{row['ratio']:6.2f}{seconds:>9}")
-    known = {row["what"] for row in rows}
-    print(f"ratio: to `{REFERENCE if REFERENCE in known else rows[0]['what']}`")
+    rows = []
+    for name in arguments.setting:
+        setting = SETTINGS[name](arguments.data)
+        masks, outputs = setting.truth(setting, arguments.subsets, arguments.cache)
+        size = sum(parameter.numel() for parameter in setting.module().parameters())
+        print(f"{setting.title}: {size:,} parameters, {len(setting.train):,} samples, {len(setting.targets)} targets, "
+              f"{outputs.shape[0]} x {len(masks)} models, subsets `{arguments.subsets}`")  # fmt: skip
+        if not arguments.truth:
+            print(f"{'':42}{'LDS':>6}  {'95 % interval':14}{'seconds':>10}")
+            rows += measure(setting, masks, outputs, arguments.rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
