@@ -69,6 +69,14 @@ class HighlightedText:
         largest = max(map(abs, values), default=0.0)
         return [value / largest if largest else 0.0 for value in values]
 
+    def html(self) -> str:
+        """Write the tokens for a browser.
+
+        Returns:
+            HTML: a ``<span>`` a token, coloured by its share, with its contribution as tooltip; tokens are text in it.
+        """
+        return "".join(map(_span, self.tokens, self.contributions, self.shares))
+
     @property
     def heading(self) -> str:
         """Score and caption."""
@@ -196,7 +204,7 @@ def _step(share: float) -> int:
 
 def _paragraph(text: HighlightedText, attributes: str) -> str:
     heading = f"<b>{_escaped(text.heading)}</b>" if text.heading else ""
-    return f"<p{attributes}>{heading}{''.join(map(_span, text.tokens, text.contributions, text.shares))}</p>"
+    return f"<p{attributes}>{heading}{text.html()}</p>"
 
 
 def _span(token: str, contribution: float, share: float) -> str:

@@ -16,8 +16,11 @@ from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.frames import data_frame
 from lightning_attr.headers import config_digest
-from lightning_attr.metrics import comparison_plots, functional, plotting
+from lightning_attr.metrics import comparison_plots, plotting
 from lightning_attr.paths import inside
+from lightning_attr.report.overview import overview, overview_html
+from lightning_attr.report.page import write_report
+from lightning_attr.result_metrics import result_metrics
 from lightning_attr.saved_scores import REMEDY, check_tensors, saved_scores
 from lightning_attr.scores import ScoreMatrix
 from lightning_attr.texts import text_table
@@ -79,7 +82,7 @@ class AttributionResult:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_value", self.scores.data_value)
-        object.__setattr__(self, "metrics", _metrics(self))
+        object.__setattr__(self, "metrics", result_metrics(self))
 
     def select(self, fraction: float, by: str = "data_value", per_class: bool = False) -> Tensor:
         """Choose training samples to keep.
@@ -117,6 +120,35 @@ class AttributionResult:
             order = value[members].argsort(descending=True, stable=True)
             kept.append(members[order[: max(1, round(fraction * len(members)))]])
         return self.scores.train_indices[torch.cat(kept).sort().values]
+
+    def __repr__(self) -> str:
+        return overview(self)
+
+    def _repr_html_(self) -> str:
+        return overview_html(self)
+
+    def report(self, path: str | Path, train: Any = None, targets: Any = None, **options: Any) -> Path:
+        """Write a page that opens in any browser, without a network.
+
+        It shows what was attributed and how, the most suspicious training samples, distributions by class, and each
+        target beside its proponents and opponents; rows can be searched, sorted, filtered and saved as CSV of indices.
+
+        Args:
+            path: the file; it is replaced when the page is complete.
+            train: ``train[i]`` is the training sample of index ``i``, or a tuple or mapping of it and its label; None
+                shows numbers alone.
+            targets: the same for targets.
+            **options: ``k=5`` proponents and opponents; ``renderer``, from a sample to HTML, see
+                :mod:`lightning_attr.report`; ``outputs`` of each target, numbers or words; ``classes``, names of the
+                labels; ``title``.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if an argument is out of range, or a sample cannot be read or drawn.
+        """
+        return write_report(self, path, train, targets, **options)
 
     def save(self, path: str | Path) -> None:
         """Write everything into a directory.
@@ -353,25 +385,3 @@ class AttributionResult:
 def _place(scores: Mapping[str, Any]) -> dict[str, str]:
     """What the file of the columns is: that of these very scores."""
     return {"kind": "result", "scores": scores["content"], "provenance": config_digest(scores["provenance"])}
-
-
-def _metrics(result: AttributionResult) -> dict[str, float]:
-    """Figures that need no retraining; with a noise mask also how well the noise is found, beside plain loss."""
-    drawn = slice(None) if result.trained_on is None else result.trained_on
-    value, loss, self_influence = result.data_value[drawn], result.loss[drawn], result.self_influence[drawn]
-    mask = None if result.noise_mask is None else result.noise_mask[drawn]
-    metrics: dict[str, Any] = {
-        "share_helpful": functional.share_helpful(value[:, None]),
-        "share_harmful": functional.share_harmful(value[:, None]),
-        "effective_proponents": result.scores.effective_proponents,
-        "self_influence_overlap@10%": functional.overlap(self_influence, value),
-    }
-    if mask is not None and mask.any() and not mask.all():
-        suspicion: Mapping[str, Tensor] = {"": self_influence, "loss_": loss}
-        for prefix, suspicious in suspicion.items():
-            metrics[f"{prefix}noisy_label_auroc"] = functional.noisy_label_auroc(suspicious, mask)
-            metrics[f"{prefix}noisy_label_recall@10%"] = functional.noisy_label_recall(suspicious, mask)
-        for prefix, worth in {"": value, "loss_": -loss}.items():
-            dropped = worth.argsort(stable=True)[: max(1, round(0.1 * len(worth)))]
-            metrics[f"{prefix}selection_noise_share@10%"] = mask[dropped].double().mean()
-    return {name: float(figure) for name, figure in metrics.items()}

@@ -45,8 +45,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
     ("curvature", "reductions", "step_world", "sealed", "claims"),
     ("training_step",),
-    ("func", "loss_terms", "saved_scores", "writing"),
-    ("manifest", "scores", "top_scores", "mixin", "loader_forms", "reading", "exposure", "testing"),
+    ("func", "loss_terms", "report", "saved_scores", "writing"),
+    ("manifest", "scores", "top_scores", "mixin", "loader_forms", "reading", "exposure", "testing", "result_metrics"),
     ("loader",),
     (
         "snapshot_store",
@@ -107,11 +107,13 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "pytorch_lightning": (),  # `lightning` is the name we use; worlds.py looks the other one up
     "fast_jl": ("lightning_attr/projectors/fast_jl.py",),
     "matplotlib": ("lightning_attr/metrics/plotting.py",),
+    "PIL": ("lightning_attr/report/renderers.py",),
+    "jinja2": ("lightning_attr/report/page.py",),
     "pandas": ("lightning_attr/frames.py",),
     "dattri": ("lightning_attr/interop.py",),
 }
 # Optional distributions: imported only inside functions, and for their types anywhere.
-OPTIONAL = {"matplotlib", "pandas", "dattri"}
+OPTIONAL = {"PIL", "matplotlib", "pandas", "dattri"}
 
 FOLDERS = ("lightning_attr", "callbacks", "tests", "examples")
 

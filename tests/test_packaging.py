@@ -85,7 +85,7 @@ def test_version_is_that_of_the_metadata() -> None:
 def test_runtime_dependencies() -> None:
     requirements = map(Requirement, requires("lightning_attr") or [])
     runtime = {requirement.name for requirement in requirements if "extra" not in str(requirement.marker)}
-    assert runtime == {"lightning", "numpy", "safetensors", "torch", "torchmetrics"}
+    assert runtime == {"jinja2", "lightning", "numpy", "safetensors", "torch", "torchmetrics"}
 
 
 def test_extras() -> None:

@@ -1,0 +1,81 @@
+"""Figures of a report, as numbers that its page draws: distributions by class, and how fast known noise is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.metrics import functional
+from lightning_attr.report.shown import ShownResult
+
+__all__ = ["detection_curve", "distributions"]
+
+_CLASSES = 20
+"""Rows of a distribution; the largest classes have one each."""
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_POINTS = 101
+
+
+def distributions(result: ShownResult, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Quantiles of data value and self-influence, over all samples and in each class.
+
+    Args:
+        result: what is shown.
+        names: of classes.
+
+    Returns:
+        A dictionary per figure: its title, the range of its axis, and its rows, each with a name, how many samples it
+        has, and the quantiles as shares of the range.
+    """
+    figures = []
+    for title, column in {"Data value": result.data_value, "Self-influence": result.self_influence}.items():
+        groups = {"all": torch.ones(len(column), dtype=torch.bool)}
+        if result.labels is not None:
+            classes, counts = result.labels.unique(return_counts=True)
+            largest = classes[counts.argsort(descending=True, stable=True)[:_CLASSES]].sort().values
+            groups |= {names.get(int(label), str(int(label))): result.labels == label for label in largest}
+        levels = torch.tensor(_QUANTILES, dtype=torch.float64)
+        quantiles = {name: _quantiles(column[members], levels) for name, members in groups.items()}
+        low, high = (float(edge) for edge in torch.stack(list(quantiles.values())).aminmax())
+        span = (high - low) or 1.0
+        figures.append({
+            "title": title,
+            "low": low,
+            "high": high,
+            "zero": -low / span if low < 0 < high else None,
+            "rows": [
+                {"name": name, "count": int(groups[name].sum()), "at": ((values - low) / span).tolist()}
+                for name, values in quantiles.items()
+            ],
+            "left_out": 0 if result.labels is None else max(0, len(classes) - _CLASSES),
+        })
+    return figures
+
+
+def detection_curve(result: ShownResult) -> dict[str, list[tuple[float, float]]] | None:
+    """Share of the known noise found against the share of samples inspected, most suspicious first.
+
+    Args:
+        result: what is shown.
+
+    Returns:
+        Points by what samples are ranked by; None without known noise.
+    """
+    mask = result.noise_mask
+    if mask is None or not mask.any() or mask.all():
+        return None
+    suspicion = {"self-influence": result.self_influence, "training loss": result.loss}
+    return {name: _thinned(*functional.noisy_label_recall_curve(values, mask)) for name, values in suspicion.items()}
+
+
+def _quantiles(values: Tensor, levels: Tensor) -> Tensor:
+    """By sorting: torch's own quantile takes 16 million values at most."""
+    ordered = values.double().nan_to_num().sort().values
+    return ordered[(levels * (len(ordered) - 1)).round().long()]
+
+
+def _thinned(inspected: Tensor, found: Tensor) -> list[tuple[float, float]]:
+    chosen = torch.linspace(0, len(inspected) - 1, min(_POINTS, len(inspected))).round().long()
+    return list(zip(inspected[chosen].tolist(), found[chosen].tolist(), strict=True))
