@@ -19,6 +19,7 @@ from lightning_attr.callbacks.attribution import AttributionCallback
 from lightning_attr.files import write_bytes
 from lightning_attr.manifest import Snapshot
 from lightning_attr.metrics import plotting
+from lightning_attr.sample_errors import read_sample
 from lightning_attr.worlds import AnyCallback, both
 
 __all__ = ["AttributionMonitor"]
@@ -98,7 +99,7 @@ class AttributionMonitor(AnyCallback):
 
     def _figure(self, self_influence: Tensor, top: Sequence[int], rows: Sequence[dict[str, Any]]) -> Any:
         assert self._recorder is not None
-        images = [_image(self._recorder.source.dataset[i]) for i in top]
+        images = [_image(read_sample(self._recorder.source.dataset, i)) for i in top]
         if any(image is None for image in images):
             return plotting.plot_self_influence(self_influence, self._recorder.noise_mask)[0]
         labels = [f": “{row['label']}”" if "label" in row else "" for row in rows]

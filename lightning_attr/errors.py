@@ -17,6 +17,7 @@ __all__ = [
     "MissingDependencyError",
     "NegativeCurvatureError",
     "NonFiniteGradientError",
+    "SampleReadError",
     "StoreInUseError",
     "StoreMismatchError",
     "UnsupportedLayerError",
@@ -60,6 +61,10 @@ class BatchDependenceError(AttributionError):
 
 class BatchRowsError(AttributionError):
     """A batch does not hold the samples that were asked for; the message names what made it, and the samples."""
+
+
+class SampleReadError(AttributionError):
+    """A data set, its collate function or a worker raised; the message names the samples, the cause is their error."""
 
 
 class NonFiniteGradientError(AttributionError):

@@ -22,10 +22,12 @@ from torch.utils.data import (
 )
 
 from lightning_attr.batch_form import BatchForm
+from lightning_attr.errors import AttributionError
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader_forms import OnePass, batch_size_of, fetches_lists, single_loader
 from lightning_attr.reading import Collation, SampleReader, SeededSamples, batched_reading
 from lightning_attr.sample_digest import sample_digest
+from lightning_attr.sample_errors import failed_batch, named_batches, refuse_samples
 from lightning_attr.samples_apart import SamplesApart
 
 __all__ = ["DataSource", "OrderedLoader"]
@@ -86,6 +88,11 @@ class DataSource:
         found, structure = single_loader(loaders, role)
         dataset: Any = OnePass(found.dataset, role) if isinstance(found.dataset, IterableDataset) else found.dataset
         name = type(found.dataset).__name__
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"Expected the {role} data set to have a length, but {name} has no `__len__`. Scores have one row for "
+                "each dataset[i]: let `__len__` return how many there are."
+            )
         if len(dataset) == 0:
             raise ValueError(f"Expected the {role} data set to have samples, but {name} is empty.")
         reading = "rows"
@@ -192,7 +199,12 @@ class DataSource:
         vars(own).update(generator=torch.Generator(), prefetch_factor=None)
         found = iter(own)
         for rows in batches:
-            parts = list(islice(found, len(rows) if self.form.apart else 1))
+            try:
+                parts = list(islice(found, len(rows) if self.form.apart else 1))
+            except Exception as error:
+                if isinstance(error, AttributionError):
+                    raise
+                refuse_samples(self.dataset, rows, error, f"`__iter__` of {type(own).__name__}")
             if len(parts) != (len(rows) if self.form.apart else 1):
                 break
             batch = [tree_unflatten([part], self.structure) for part in parts]
@@ -305,7 +317,7 @@ class OrderedLoader:
             prefetch_factor=given.prefetch_factor if workers else None,
             generator=torch.Generator(),  # else making an iterator draws from the global stream
         )
-        return iter(loader)
+        return named_batches(iter(loader), self.source.dataset, self.batches, self.source.role, workers)
 
 
 class _Batches(Dataset[Any]):
@@ -315,8 +327,11 @@ class _Batches(Dataset[Any]):
         self.rows = SampleReader(source.dataset, collate_fn=source.loader.collate_fn)
         self.collate = source.collate
 
-    def __getitems__(self, rows: list[int]) -> tuple[list[int], Any]:
-        return rows, self.collate(self.rows, rows)
+    def __getitems__(self, rows: list[int]) -> Any:
+        try:
+            return rows, self.collate(self.rows, rows)
+        except Exception as error:
+            return failed_batch(error)
 
 
 class _Indexed(Dataset[Any]):
@@ -325,13 +340,19 @@ class _Indexed(Dataset[Any]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, rows: list[int]) -> tuple[list[int], list[torch.Tensor]]:
+    def __getitems__(self, rows: list[int]) -> Any:
+        try:
+            return rows, self._indexed(rows)
+        except Exception as error:
+            return failed_batch(error)
+
+    def _indexed(self, rows: list[int]) -> list[torch.Tensor]:
         dataset: Any = self.dataset
         indices = rows
         while type(dataset) is Subset:
             dataset, indices = dataset.dataset, [int(dataset.indices[i]) for i in indices]
         index = torch.tensor(indices)
-        return rows, [values[index] for values in dataset.tensors]
+        return [values[index] for values in dataset.tensors]
 
 
 def _same(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.sample_digest import sample_digest
+from lightning_attr.sample_errors import stream_samples
 
 __all__ = ["OnePass", "batch_size_of", "fetches_lists", "single_loader"]
 
@@ -137,7 +138,7 @@ class OnePass(Dataset[Any]):
 
     def _bounded(self, dataset: IterableDataset[Any], role: str) -> Iterator[Any]:
         size, start = 0, time.monotonic()
-        for number, sample in enumerate(dataset):
+        for number, sample in enumerate(stream_samples(dataset, role)):
             size += _bytes(sample)
             if number >= _MOST_SAMPLES or size > _MOST_BYTES or time.monotonic() - start > _MOST_SECONDS:
                 raise TypeError(

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from lightning_attr.generators import find_generators, reseed_generator
 from lightning_attr.isolation import preserved_rng
 from lightning_attr.randomness import hashed_seed
+from lightning_attr.sample_errors import collated, first_failure, read_sample, refuse_samples
 from lightning_attr.samples_apart import SamplesApart
 
 __all__ = ["Collation", "SampleReader", "SeededSamples", "batched_reading"]
@@ -41,13 +42,25 @@ class SampleReader:
     def one(self, row: int) -> Any:
         """Read a sample."""
         self._seed(row)
-        if hasattr(self.dataset, "__getitems__"):  # what training calls, if there is one
-            return self.dataset.__getitems__([row])[0]
-        return self.dataset[row]
+        if not hasattr(self.dataset, "__getitems__"):
+            return read_sample(self.dataset, row)
+        try:
+            return self.dataset.__getitems__([row])[0]  # what training calls, if there is one
+        except Exception as error:
+            refuse_samples(self.dataset, [row], error)
 
     def fetched(self, rows: list[int], reading: str) -> Any:
         """Read a whole batch from a data set that takes lists of rows, in the way of the loader."""
         self._seed(rows[0])
+        try:
+            return self._list(rows, reading)
+        except Exception as error:
+            found = first_failure(lambda i: self._list([rows[i]], reading), len(rows) if len(rows) > 1 else 0)
+            if found is not None:
+                refuse_samples(self.dataset, [rows[found[0]]], found[1])
+            refuse_samples(self.dataset, rows, error)
+
+    def _list(self, rows: list[int], reading: str) -> Any:
         return self.dataset.__getitems__(rows) if reading == "batches" else self.dataset[rows]
 
     def _seed(self, row: int) -> None:
@@ -112,7 +125,7 @@ class Collation:
     def _batch(self, view: SampleReader, rows: list[int]) -> Any:
         lists = self.reading in {"lists", "batches"}
         samples = view.fetched(rows, self.reading) if lists else [view.one(row) for row in rows]
-        batch = self.collate_fn(samples[0] if self.reading == "items" else samples)
+        batch = collated(self.collate_fn, samples, rows, view.dataset, self.reading)
         return tree_unflatten([batch], self.structure)
 
 
@@ -132,5 +145,5 @@ def batched_reading(dataset: Any) -> bool:
     if not hasattr(dataset, "__getitems__") or type(dataset).__module__.startswith("torch."):
         return False
     with preserved_rng(dataset):
-        found = dataset.__getitems__([0])
+        found = SampleReader(dataset).fetched([0], "batches")
     return not (isinstance(found, list) and len(found) == 1)

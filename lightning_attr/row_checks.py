@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_attr.attributed import completed, has_mixin, sample_values
 from lightning_attr.batch import batched_tensors, select_rows
 from lightning_attr.draws import Draw
-from lightning_attr.errors import AttributionError, BatchDependenceError
+from lightning_attr.errors import AttributionError, BatchDependenceError, SampleReadError
 from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.loader import DataSource
 from lightning_attr.lost_rows import dropped_rows, refuse_lost_rows, same_content
@@ -69,7 +69,8 @@ class RowCheck:
 
     def _raw(self, rows: Sequence[int]) -> Any:
         """A batch as training has it, whatever its size."""
-        return to_device(self._collated(rows), self.module, self.datamodule, self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        return to_device(self._collated(rows), self.module, self.datamodule, device, rows, self.source)
 
     def _each(self) -> list[Any]:
         self._alone = self._alone or [self._raw([row]) for row in self.rows]
@@ -96,7 +97,8 @@ class RowCheck:
             whole, fewer = self._raw(rows), self._raw(rows[:-1])
         except _RAISED as error:
             self._each()  # an error of its own says more
-            return f"they cannot be collated together ({type(error).__name__}: {error})"
+            cause = error.__cause__ if isinstance(error, SampleReadError) else error
+            return f"they cannot be collated together ({type(cause).__name__}: {cause})"
         form.learn(whole, len(rows), fewer, len(rows) - 1)
         size = form.wrong_size(whole, len(rows))
         if size is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 __all__ = ["SamplesApart"]
@@ -30,14 +29,3 @@ class SamplesApart(list[Any]):
             These samples, apart.
         """
         return SamplesApart(self[int(position)] for position in positions)
-
-    def each(self, function: Callable[[Any], Any]) -> SamplesApart:
-        """Apply a function to the batch of each sample.
-
-        Args:
-            function: takes a batch of one sample.
-
-        Returns:
-            The results, apart.
-        """
-        return SamplesApart(function(one) for one in self)

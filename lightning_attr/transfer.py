@@ -10,8 +10,10 @@ import torch
 
 from lightning_attr.attributed import set_up
 from lightning_attr.draws import Samples
+from lightning_attr.errors import AttributionError
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.lost_rows import refuse_lost_rows
+from lightning_attr.sample_errors import refuse_samples
 from lightning_attr.samples_apart import SamplesApart
 from lightning_attr.user_calls import user_call
 from lightning_attr.worlds import overrides
@@ -24,6 +26,8 @@ def to_device(
     module: L.LightningModule,
     datamodule: L.LightningDataModule | None,
     device: torch.device,
+    rows: Sequence[int] = (),
+    source: DataSource | None = None,
 ) -> Any:
     """Move a batch to the device through the transfer hooks of the user's datamodule or module, as training does.
 
@@ -32,9 +36,15 @@ def to_device(
         module: the user's module.
         datamodule: the user's datamodule, if any; a hook that it overrides wins.
         device: where to.
+        rows: its row numbers, for messages.
+        source: the data that they are of, likewise.
 
     Returns:
         The batch on the device.
+
+    Raises:
+        SampleReadError: if a hook raises on a batch of a source.
+        Exception: what a hook raises on any other.
 
     Example:
         >>> to_device((torch.ones(1),), L.LightningModule(), None, torch.device("cpu"))
@@ -44,10 +54,16 @@ def to_device(
     def owner(hook: str) -> Any:
         return datamodule if datamodule is not None and overrides(hook, datamodule) else module
 
-    with user_call(module, "the transfer hooks"):  # a batch comes here once
-        batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
-        batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
-        return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+    try:
+        with user_call(module, "the transfer hooks"):  # a batch comes here once
+            batch = owner("on_before_batch_transfer").on_before_batch_transfer(batch, 0)
+            batch = owner("transfer_batch_to_device").transfer_batch_to_device(batch, device, 0)
+            return owner("on_after_batch_transfer").on_after_batch_transfer(batch, 0)
+    except Exception as error:
+        if source is None or isinstance(error, AttributionError):
+            raise
+        what = ", ".join(own_hooks(module, datamodule)) or "The transfer to the device"
+        refuse_samples(source.dataset, rows, error, what)
 
 
 def placed(
@@ -81,8 +97,10 @@ def placed(
         lightning_attr.errors.BatchRowsError: The `collate_fn` of the target DataLoader (<lambda>) returned ...
     """
     if isinstance(batch, SamplesApart):
-        return batch.each(lambda one: to_device(one, module, datamodule, device))
-    moved = to_device(batch, module, datamodule, device)
+        return SamplesApart(
+            to_device(one, module, datamodule, device, [row], source) for one, row in zip(batch, rows, strict=True)
+        )
+    moved = to_device(batch, module, datamodule, device, rows, source)
     size = source.form.wrong_size(moved, len(rows))
     if size is not None:
         refuse_lost_rows(source, list(rows), size, own_hooks(module, datamodule))

@@ -32,6 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "batch_form",
         "sample_digest",
+        "sample_errors",
         "draws",
         "processes",
         "trajectories",

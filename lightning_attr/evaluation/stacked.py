@@ -32,6 +32,7 @@ from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.loader import DataSource
 from lightning_attr.memory import free_bytes, peak_bytes
+from lightning_attr.sample_errors import read_sample
 from lightning_attr.transfer import to_device
 from lightning_attr.worlds import both, own
 
@@ -277,14 +278,14 @@ def _read(source: DataSource, device: torch.device) -> Any:
     """Read all samples into one batch, if a batch is nothing but its samples."""
     dataset, collate, n = source.dataset, source.loader.collate_fn, len(source)
     free, before = free_bytes(device), _streams(dataset)
-    first = collate([dataset[0]])
+    first = collate([read_sample(dataset, 0)])
     leaves = tree_leaves(first)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == 1 for leaf in leaves):
         raise NotVectorisableError("a batch holds more than tensors whose first dimension is the batch")
     size = n * sum(leaf.nbytes for leaf in leaves)
     if free is not None and size > _SHARE * free:
         raise NotVectorisableError(f"the training data take {size:,} bytes, and {int(_SHARE * free):,} are to spend")
-    samples = [dataset[row] for row in range(n)]
+    samples = [read_sample(dataset, row) for row in range(n)]
     batch = collate(samples)
     rows = sorted({0, n // 2, n - 1})
     few = collate([samples[row] for row in rows])
