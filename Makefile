@@ -17,6 +17,9 @@ BENCHMARK_SCRIPTS ?= $(shell grep -ls __main__ tests/benchmarks/*.py)
 # Quoted word by word: the shell must not read `torch>=2.4` as a redirection.
 INSTALL_TORCH = $(if $(TORCH),install $(foreach word,$(TORCH),'$(word)'))
 
+# Tests start many processes: each would compile the package, and pytest every test file, anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help demo test test-slow test-all test-packages setup lint types typing doctest examples bench wheel-check clean
 .DEFAULT_GOAL := help
 

@@ -4,25 +4,73 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from optional_packages import missing_package
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 torch.set_num_threads(1)  # on matrices as small as the tests', threads only wait for each other
 
 REPOSITORY = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file that imports an optional package which is not installed is skipped as a whole."""
+    report = yield
+    call = getattr(report, "call", None)
+    if report.failed and call is not None and (package := missing_package(call.excinfo.value)):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: needs {package}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """A test that comes to need one is skipped itself."""
+    try:
+        return (yield)
+    except Exception as error:
+        if package := missing_package(error):
+            pytest.skip(f"needs {package}")
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call  # its fixtures may need one as well
+
+
+@pytest.fixture(scope="session")
+def new_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes an empty directory, without the look at all names that there are which `tmp_path` takes for each test."""
+    paths = map(tmp_path_factory.mktemp("own").joinpath, map(str, count()))
+
+    def make() -> Path:
+        path = next(paths)
+        path.mkdir()
+        return path
+
+    return make
+
+
 @pytest.fixture(autouse=True)
-def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning writes into the working directory: `lightning_logs/` belongs to the test, not to the repository."""
-    monkeypatch.chdir(tmp_path)
+def own_directory(request: pytest.FixtureRequest, new_directory: Callable[[], Path]) -> Iterator[None]:
+    """Lightning writes into the working directory: `lightning_logs/` belongs to the test, not to the repository.
+
+    It is `tmp_path` where the test has it.
+    """
+    before = Path.cwd()
+    os.chdir(request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else new_directory())
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +82,8 @@ def own_seeds_and_environment() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    torch.manual_seed(0)
+    # `torch.manual_seed` formats the stack for CUDA, which takes a millisecond where there is none.
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
     yield
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
