@@ -62,7 +62,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "contrastive",
         "diffusion",
     ),
-    ("access", "model_check", "jobs", "shards", "attributed_apart", "mode_choice"),
+    ("access", "inspection", "model_check", "jobs", "shards", "attributed_apart", "mode_choice"),
     ("featurizer",),
     ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "training_rows"),
     ("methods",),
@@ -71,7 +71,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("probe",),
     ("plans",),
     ("prediction",),
-    ("trainer", "evaluation", "interop"),
+    ("trainer", "evaluation", "interop", "command_line"),
     ("callbacks", "__init__"),
 )
 # Further imports, from a module to another of its own level.
