@@ -112,9 +112,9 @@ class Recording:
             store: the run's.
 
         Returns:
-            Those after the last recorded one.
+            Those after the last recorded one; pilots are no part of the run.
         """
-        return [snapshot for snapshot in store.snapshots if snapshot.global_step > self.global_step]
+        return [s for s in store.snapshots if s.pilot is None and s.global_step > self.global_step]
 
     def add(
         self,

@@ -13,12 +13,13 @@ from typing_extensions import override
 
 from lightning_attr.callbacks.drawing import note_drawable_rows
 from lightning_attr.callbacks.guard import Guard, describe
-from lightning_attr.callbacks.rates import LearningRates
 from lightning_attr.callbacks.recording import Recording, give_up, stopped_warning
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.files import digest
+from lightning_attr.learning_rates import LearningRates
 from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
+from lightning_attr.pilots import training_settings
 from lightning_attr.store import FeatureStore
 from lightning_attr.worlds import AnyCallback
 from lightning_attr.writing import WriterLock
@@ -73,7 +74,9 @@ class RunStore(AnyCallback):
             started=digest(weights_of(pl_module)) if trainer.global_step == 0 else None,
             feature_dtype=self.feature_dtype,
         )
-        note_drawable_rows(trainer, pl_module, self.source, FeatureStore.open(path))
+        store = FeatureStore.open(path)
+        note_drawable_rows(trainer, pl_module, self.source, store)
+        store.mark_training(training_settings(trainer))
 
     def _beat(self) -> None:
         """Show to other machines that this run lives, every so many seconds."""

@@ -131,6 +131,7 @@ class Snapshot:
         rates: parameter name -> sum of its own learning rate, where those of the trainable parameters differ; None
             where all are ``learning_rate``, which is their mean over all entries otherwise.
         basis: digest of what its projection learned from training samples; None where it learns nothing.
+        pilot: number of the pilot that it is the end of; None for a snapshot of the recorded run.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -151,6 +152,7 @@ class Snapshot:
     trainable: tuple[str, ...] | None = None
     rates: Mapping[str, float] | None = None
     basis: str | None = None
+    pilot: int | None = None
 
 
 _SNAPSHOT = {
@@ -168,6 +170,7 @@ _SNAPSHOT = {
     "trainable": optional(items(text())),
     "rates": optional(pairs(text(), real(0))),
     "basis": optional(sha256),
+    "pilot": optional(integer(0)),
 }
 """What each field of a snapshot must be in a file."""
 _FINGERPRINT = {
@@ -225,8 +228,8 @@ class Manifest:
         feature_dtype: how features are stored, "float16", "bfloat16" or "float32"; see :mod:`lightning_attr.encoding`.
         stopped: why the recording ended before the run did; None if it did not.
         id: of the store, in all of its files; drawn at random when it is made.
-        trained_on: which rows training can draw, as :func:`lightning_attr.exposure.to_bitmap` writes it; None where
-            nothing says that it leaves some out.
+        trained_on: which rows training can draw, as :func:`lightning_attr.exposure.to_bitmap` writes it; None for all.
+        training: settings of the Trainer that a step depends on, name -> value; None where they were not recorded.
 
     Example:
         >>> Manifest(Fingerprint(10, None, {"w": (2,)}, None), shard_rows=4, run=None).num_shards
@@ -241,6 +244,7 @@ class Manifest:
     stopped: Stopped | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
     trained_on: str | None = None
+    training: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_feature_dtype(self.feature_dtype)
@@ -264,14 +268,14 @@ class Manifest:
         """
         length, rows = self.fingerprint.length, self.shard_rows
         record = {"format": FORMAT, **dataclasses.asdict(self)}
-        for name in ("stopped", "trained_on"):
+        for name in ("stopped", "trained_on", "training"):
             if record[name] is None:
                 del record[name]
         for snapshot in record["snapshots"]:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
             snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
-            for name in ("optimizer", "frozen", "origin", "trainable", "rates", "basis"):
+            for name in ("optimizer", "frozen", "origin", "trainable", "rates", "basis", "pilot"):
                 if snapshot[name] is None:
                     del snapshot[name]
         write_record(path, record)
@@ -291,7 +295,7 @@ class Manifest:
         """
         record = read_record(path, "attribution store", FORMAT)
         del record["format"]
-        for name in ("stopped", "trained_on"):
+        for name in ("stopped", "trained_on", "training"):
             record.setdefault(name, None)
         try:
             manifest = read_fields(cls, record, _MANIFEST, whole=True)
@@ -369,6 +373,7 @@ class Manifest:
             tuple(snapshots),
             first.feature_dtype,
             trained_on=first.trained_on,
+            training=first.training if all(other.training == first.training for _, other in others) else None,
         )
 
 
@@ -381,6 +386,7 @@ _MANIFEST = {
     "stopped": optional(lambda found: read_fields(Stopped, found, _STOPPED)),
     "id": text(100),
     "trained_on": optional(text(2**28)),
+    "training": optional(plain),
 }
 
 

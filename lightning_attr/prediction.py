@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from lightning_attr.access import open_store, ready_store, take, usable_snapshot
 from lightning_attr.checkpoints import load_weights
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
+from lightning_attr.ensemble import Ensemble, parts_of
 from lightning_attr.exposure import from_bitmap, masked
 from lightning_attr.feature_check import check_features
 from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
@@ -67,6 +68,7 @@ class AttributionStep(nn.Module):
         mode: that the module is attributed in, "eval" or "train"; None where nobody chose.
         scratch: whether the store is thrown away in the end: features keep all digits then, and stay in memory where
             they fit.
+        pilots: how many of the store's pilots score together with the recorded run.
     """
 
     trainer: L.Trainer
@@ -87,6 +89,7 @@ class AttributionStep(nn.Module):
         target_function: TargetFunction | None = None,
         mode: str | None = None,
         scratch: bool = False,
+        pilots: int = 0,
     ) -> None:
         super().__init__()
         self.module = module
@@ -103,6 +106,7 @@ class AttributionStep(nn.Module):
         self.target_function = target_function
         self.mode = mode
         self.scratch = scratch
+        self.pilots = pilots
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.processes = Processes(0, 1, torch.device("cpu"))  # until the strategy is set up
         self.result: AttributionResult | None = None
@@ -137,7 +141,8 @@ class AttributionStep(nn.Module):
             self.store = open_store(self.store_path, self.trainer.is_global_zero, self.only_read)
             self.store.check(self.fingerprint)
             usable = usable_snapshots(self.store, self.only_read, self.method.projector is not None)
-            self.used: Sequence[Snapshot] = self.method.select(usable)
+            self.parts = parts_of(usable, self.pilots, self.method.select)
+            self.used = [snapshot for part in self.parts for snapshot in part.snapshots]
             self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
         n, (rank, count) = len(self.train_data), self.share
         self.work = WorkDivision(self.store, n, rank, count, by_shards=self.method.projector is not None)
@@ -295,8 +300,9 @@ class AttributionStep(nn.Module):
         train = Replay(lambda: self._samples(self.train_data).batches(own))
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
+        ensemble = Ensemble(self.method, [(part.share, len(part.snapshots)) for part in self.parts])
         scores, self_influence = score(
-            self.method, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on
+            ensemble, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on
         )
         loss, labels = self.training_rows.loss_and_labels(self.used[-1].key)
         provenance = provenance_of(
@@ -309,6 +315,7 @@ class AttributionStep(nn.Module):
             stopped=self.store.manifest.stopped,
             topk=self.topk,
             target_function=self.target_function,
+            parts=dict(zip((part.name for part in self.parts), ensemble.weights, strict=True)),
         )
         return AttributionResult(
             replace(scores, provenance=provenance),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_attr.manifest import Snapshot, Stopped
@@ -22,6 +22,7 @@ def provenance_of(
     stopped: Stopped | None = None,
     topk: int | None = None,
     target_function: Callable[..., Any] | None = None,
+    parts: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Gather what a result records beside its scores; what does not apply is left out.
 
@@ -35,6 +36,7 @@ def provenance_of(
         stopped: why the recording of the run ended early.
         topk: how many scores each target keeps.
         target_function: what was measured of the targets.
+        parts: name -> weight of each run and pilot in the sum, where there are several.
 
     Returns:
         Name -> plain value.
@@ -47,6 +49,7 @@ def provenance_of(
         "stopped": None if stopped is None else str(stopped),
         "topk": topk,
         "target_function": name,
+        "parts": dict(parts) if parts is not None and len(parts) > 1 else None,
     }
     return {
         **method.config,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_attr.ensemble import Ensemble
 from lightning_attr.methods import AttributionMethod, ScoreBlock, SnapshotFeatures
 from lightning_attr.scores import ScoreMatrix, zeros
 from lightning_attr.top_scores import TopScores, TopScoresSum
@@ -23,7 +24,7 @@ _TILE_ELEMENTS = 2**25
 
 
 def score(
-    method: AttributionMethod,
+    method: AttributionMethod | Ensemble,
     snapshots: Sequence[SnapshotFeatures],
     n_train: int,
     topk: int | None = None,
@@ -37,7 +38,7 @@ def score(
     the tile, and what the method keeps of a snapshot.
 
     Args:
-        method: what scores.
+        method: what scores: a method, or one in an ensemble of several runs.
         snapshots: features of this process's rows, and of all targets.
         n_train: training samples, of all processes.
         topk: keep only this many proponents and opponents of each target, and never build the score matrix.
@@ -73,12 +74,14 @@ def score(
     found = TopScoresSum(n_train, m, topk) if topk is not None else None
     values = zeros(n_train, m if found is None else 0, folder)
     self_influence = torch.zeros(n_train)
-    width = max(1, min(m, _MOST_TARGETS, _TARGET_ELEMENTS // max(1, len(snapshots) * k)))
+    ensemble = method if isinstance(method, Ensemble) else Ensemble(method)
+    most = min(_MOST_TARGETS, ensemble.most_targets(n_train))
+    width = max(1, min(m, most, _TARGET_ELEMENTS // max(1, len(snapshots) * k)))
     height = max(1, _TILE_ELEMENTS // max(width, len(snapshots) * k))
-    method.prepare(snapshots)
+    ensemble.method.prepare(snapshots)
     for start in range(0, m, width):
         targets = slice(start, min(start + width, m))
-        for block in method.score([_tile(snapshot, targets, height) for snapshot in snapshots]):
+        for block in ensemble.score([_tile(snapshot, targets, height) for snapshot in snapshots]):
             rows = slice(block.rows.start, block.rows.stop)
             left_out = None if trained_on is None else ~trained_on[rows]
             own = block if left_out is None else _without(block, left_out)

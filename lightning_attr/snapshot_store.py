@@ -160,6 +160,7 @@ class SnapshotStore:
         optimizer: Mapping[str, Tensor] | None = None,
         trainable: tuple[str, ...] | None = None,
         rates: Mapping[str, float] | None = None,
+        pilot: int | None = None,
     ) -> Snapshot:
         """Store the weights of a moment of training.
 
@@ -172,6 +173,7 @@ class SnapshotStore:
             optimizer: the optimizer's state, as :meth:`OptimizerState.tensors` gives it; None for none.
             trainable: names of the parameters that are not frozen; None for all.
             rates: that sum for each trainable parameter, where they differ.
+            pilot: number of the pilot that ends here; None for the recorded run.
 
         Returns:
             The snapshot.
@@ -201,6 +203,7 @@ class SnapshotStore:
             frozen=frozen,
             trainable=trainable,
             rates=rates,
+            pilot=pilot,
         )
         self._save(replace(self.manifest, snapshots=(*self.snapshots, snapshot)))
         return snapshot
@@ -229,7 +232,7 @@ class SnapshotStore:
         return tensors
 
     def place(self, key: str, kind: str) -> dict[str, str]:
-        """Say what a file of a snapshot is, for its header: of which store, of which snapshot, with which weights.
+        """Say what a file of a snapshot is, for its header: of which store and snapshot, with which weights.
 
         Args:
             key: the snapshot.
@@ -245,11 +248,7 @@ class SnapshotStore:
     def _write_weights(
         self, folder: str, key: str, weights: Mapping[str, Tensor], trainable: tuple[str, ...] | None
     ) -> tuple[str, str | None]:
-        """Write weights; most of them are frozen under adapters, and are written once for all snapshots.
-
-        Returns:
-            The digests of the file, and of that of the frozen ones if there is one.
-        """
+        """Write weights, the frozen ones under adapters once for all snapshots; return the digests of both files."""
         place = {"kind": "weights", "store": self.manifest.id, "snapshot": key}
         shared = {"kind": "frozen", "store": self.manifest.id}
         file, beside = (inside(self.path, folder, name) for name in (WEIGHTS, FROZEN))

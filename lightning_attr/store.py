@@ -26,7 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +114,16 @@ class FeatureStore(SnapshotStore):
                 raise StoreMismatchError(f"{path} already holds an attribution store, made this very moment. Open it.")
             store._save(store.manifest)
         return store
+
+    @one_writer
+    def mark_training(self, settings: Mapping[str, Any]) -> None:
+        """Note how the run is trained, so that pilots can be trained like it.
+
+        Args:
+            settings: of its Trainer, as :func:`lightning_attr.pilots.training_settings` gives them.
+        """
+        if self.manifest.training != settings:
+            self._save(replace(self.manifest, training=dict(settings)))
 
     # Features -------------------------------------------------------------------------------------------------------
 

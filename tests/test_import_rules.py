@@ -41,7 +41,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "contents",
         "batch_copies",
     ),
-    ("optimizer_state", "kept_state", "metric_calls"),
+    ("optimizer_state", "learning_rates", "kept_state", "metric_calls"),
     ("user_calls",),
     ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
     ("curvature", "reductions", "step_world", "sealed", "claims"),
@@ -66,12 +66,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("featurizer",),
     ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "training_rows"),
     ("methods",),
+    ("ensemble",),
     ("attribute_arguments", "borrow", "provenance", "scoring", "transfer"),
     ("row_checks",),
     ("probe",),
     ("plans",),
     ("prediction",),
-    ("trainer", "evaluation", "interop", "command_line"),
+    ("evaluation", "interop", "command_line"),
+    ("pilots",),
+    ("trainer",),
     ("callbacks", "__init__"),
 )
 # Further imports, from a module to another of its own level.
@@ -100,6 +103,7 @@ LIGHTNING = (
         f"lightning_attr/evaluation/{name}.py"
         for name in ("factories", "pilot", "retrain", "retraining", "stacked", "targets")
     ),
+    "lightning_attr/pilots/*",
     "callbacks/*",
 )
 ONLY_IN: dict[str, tuple[str, ...]] = {
