@@ -14,6 +14,7 @@ from lightning_attr.arguments import check_flag
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision, tell_zero
 from lightning_attr.methods.damping import DampedMethod, check_damping
+from lightning_attr.methods.sampling import RowSample, leverage_error, leverage_sketch, sampled_rows
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projection, Projector
 
@@ -38,7 +39,8 @@ class SolvedKernel:
 
     Args:
         targets: :math:`K^{-1} \Psi^\top`, ``(k, m)``.
-        inverses: columns of a block and its :math:`L^{-1}`, lower triangular.
+        inverses: columns of a block and its :math:`L^{-1}`, lower triangular; or a sketch of it, ``(s, k)``, that is
+            good for leverages only.
         known: leverages of training rows; :meth:`leverage` adds to them.
 
     Example:
@@ -62,7 +64,7 @@ class SolvedKernel:
             ``(b,)``.
         """
         if rows not in self.known:
-            norms = [squared_norms(features[:, columns], inverse) for columns, inverse in self.inverses]
+            norms = [_norms(features[:, columns], inverse) for columns, inverse in self.inverses]
             self.known[rows] = norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
         return self.known[rows]
 
@@ -87,6 +89,10 @@ class KernelMethod(DampedMethod):
         per_layer: one kernel a layer, whose features do not interact, instead of one for all.
         truth: models retrained on subsets, for ``damping="auto"`` to choose by.
 
+    Attributes:
+        sampling: whether kernels and leverages of many samples may be estimated, see
+            :mod:`lightning_attr.methods.sampling`.
+
     Raises:
         ValueError: if the damping is negative, or does not go with the truth.
 
@@ -101,6 +107,8 @@ class KernelMethod(DampedMethod):
         >>> next(Plain(None, damping=1.0).score([SnapshotFeatures.of(train, targets)])).flatten()
         tensor([0.5000, 0.5000])
     """
+
+    sampling: bool = False
 
     def __init__(
         self,
@@ -158,10 +166,12 @@ class KernelMethod(DampedMethod):
         Raises:
             ValueError: if a kernel is singular, or not finite.
         """
-        if "kernels" not in snapshot.memo:  # not damped: one serves every damping
-            snapshot.memo["kernels"] = self.kernels(snapshot)
-        kernels: Blocks = snapshot.memo["kernels"]
         damping = self.damping_at(snapshot)
+        rows = self._sampled(snapshot, damping)
+        name = "kernels" if rows is None else f"kernels of {rows} rows"
+        if name not in snapshot.memo:  # not damped: one serves every damping
+            snapshot.memo[name] = self.kernels(snapshot, rows)
+        kernels: Blocks = snapshot.memo[name]
         targets = compute_precision(snapshot.targets["features"])
         solved = targets.new_empty(targets.shape[1], len(targets))
         inverses, dimension = [], 0.0
@@ -174,23 +184,36 @@ class KernelMethod(DampedMethod):
             for start in range(0, len(targets), _SOLVE):
                 part = slice(start, start + _SOLVE)
                 solved[columns, part] = torch.cholesky_solve(targets[part, columns].T.double(), factor)
-            inverse = triangular_inverse(factor.to(targets.dtype))
+            sketch = leverage_sketch(factor, snapshot.n_train, snapshot.key) if self.sampling else None
+            inverse = triangular_inverse(factor.to(targets.dtype)) if sketch is None else sketch.to(targets.dtype)
+            if sketch is not None:
+                snapshot.evidence["leverage_error"] = leverage_error()
             inverses.append((columns, inverse))
             dimension += (len(factor) - ridge * inverse.square().sum()).item()
         snapshot.evidence["effective_dimension"] = dimension
         return SolvedKernel(solved, inverses, snapshot.memo.setdefault(f"leverages at {damping}", {}))
 
-    def kernels(self, snapshot: SnapshotFeatures) -> Blocks:
+    def _sampled(self, snapshot: SnapshotFeatures, damping: float) -> int | None:
+        """How many rows the kernel is added up from; None for all."""
+        if not self.sampling or self.truth is not None:  # one kernel serves all dampings that the truth chooses from
+            return None
+        rows = sampled_rows(snapshot.n_train, snapshot.targets["features"].shape[1], damping)
+        if rows is not None:
+            snapshot.evidence["kernel_rows"] = rows
+        return rows
+
+    def kernels(self, snapshot: SnapshotFeatures, sampled: int | None = None) -> Blocks:
         """Add up the kernel, without damping.
 
         Args:
             snapshot: with the training features.
+            sampled: how many random rows to add it up from; None for all.
 
         Returns:
             Columns and matrix of each block, float64.
         """
         columns = self._columns(snapshot)
-        return list(zip(columns, self._sums(snapshot, columns), strict=True))
+        return list(zip(columns, self._sums(snapshot, columns, sampled), strict=True))
 
     def _columns(self, snapshot: SnapshotFeatures) -> Sequence[slice]:
         if not self.per_layer:
@@ -199,21 +222,29 @@ class KernelMethod(DampedMethod):
             raise self._mixed()
         return [columns for columns in snapshot.layers.values() if columns.stop > columns.start]
 
-    def _sums(self, snapshot: SnapshotFeatures, columns: Sequence[slice]) -> list[Tensor]:
-        """Sum the kernels over the training samples of all processes, float64."""
+    def _weighted(self, block: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """Features times the roots of their weights."""
+        features, weights = block["features"].to(like), self.kernel_weights(block)
+        return features if weights is None else features * weights.to(features).sqrt()[:, None]
+
+    def _sums(self, snapshot: SnapshotFeatures, columns: Sequence[slice], sampled: int | None = None) -> list[Tensor]:
+        """Sum the kernels over the training samples of all processes, or over a sample of them, float64."""
         targets = compute_precision(snapshot.targets["features"])
         sides = [own.stop - own.start for own in columns]
         sums = [torch.zeros(k, k, dtype=torch.float64, device=targets.device) for k in sides]
         parts = [targets.new_zeros(k, k) for k in sides]  # of the rows since the last that went into the sums
-        pending = 0
+        pending, sample = 0, None
+        if sampled is not None:
+            sizes = (_sizes(self._weighted(block, targets)) for _, block in snapshot.blocks())
+            sample = RowSample.of(sizes, sampled, snapshot)
         for rows, block in snapshot.blocks():
-            features = block["features"].to(targets)
-            weights = self.kernel_weights(block)
-            if weights is not None:
-                features = features * weights.to(features).sqrt()[:, None]
+            features = self._weighted(block, targets)
+            if sample is not None:
+                factors = sample.factors(rows, _sizes(features))
+                features = features[factors > 0] * factors[factors > 0].sqrt()[:, None]
             for own, part in zip(columns, parts, strict=True):
                 _add_upper(part, features[:, own])
-            pending += len(rows)
+            pending += len(features)
             if pending >= _SUMMED:
                 pending = 0
                 for total, part in zip(sums, parts, strict=True):
@@ -253,6 +284,17 @@ class KernelMethod(DampedMethod):
             f"Expected features that keep the layers apart for `per_layer=True`, but {kind} mixes them. Use "
             "KroneckerProjector, FactGraSSProjector(per_layer=True) or IdentityProjector, or `per_layer=False`."
         )
+
+
+def _sizes(features: Tensor) -> Tensor:
+    return features.square().sum(1)
+
+
+def _norms(features: Tensor, inverse: Tensor) -> Tensor:
+    """Squared norms of ``features @ inverse.T``, of a triangular inverse or of a sketch."""
+    if len(inverse) == inverse.shape[1]:
+        return squared_norms(features, inverse)
+    return (features @ inverse.T).square_().sum(1)
 
 
 def _factor(kernel: Tensor, ridge: Tensor, damping: float) -> Tensor:

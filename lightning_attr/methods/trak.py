@@ -60,6 +60,10 @@ class TRAK(KernelMethod):
             snapshots, with their large ``q``, have more. Without Newton weights it is the plain mean in any case.
         exact: whole gradients in place of projected ones. The damping is then a multiple of what the mean diagonal
             entry would be with ``proj_dim`` features, the trace of the kernel over ``proj_dim``.
+        sampling: where training samples are many times the features, add the kernel up over some of them, drawn by
+            their part in it, and sketch leverages, with them self-influence: the relative errors are in the evidence of
+            the result, see :mod:`lightning_attr.methods.sampling`. Not with ``loo_correction``, nor where a ``truth``
+            chooses the damping.
 
     Raises:
         ValueError: if the damping is negative, or does not go with the truth, or ``exact`` not with another argument.
@@ -85,6 +89,7 @@ class TRAK(KernelMethod):
         truth: SubsetTruth | None = None,
         balanced: bool = True,
         exact: bool = False,
+        sampling: bool = True,
     ) -> None:
         if check_flag(self, "exact", exact) and (projector is not None or per_layer):
             raise ValueError(
@@ -98,6 +103,7 @@ class TRAK(KernelMethod):
         self.newton_weights = check_flag(self, "newton_weights", newton_weights)
         self.balanced = check_flag(self, "balanced", balanced)
         self.loo_correction = check_flag(self, "loo_correction", loo_correction)
+        self.sampling = check_flag(self, "sampling", sampling) and not loo_correction
 
     def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
         """Weigh by the curvature of the loss, or not at all; see :meth:`KernelMethod.kernel_weights`.
