@@ -111,22 +111,23 @@ def scored(run: L.Trainer, own: Recipe, **arguments: Any) -> Tensor:
     return scores.values
 
 
+def once(own: Recipe, make: Callable[[], AttributionMethod]) -> dict[str, float]:
+    """Seconds of everything, and how many snapshots there were."""
+    plain, (_, module) = timed(lambda: fit(own, own.epochs, []))
+    found = {"fit": plain, "pass": min(timed(lambda: plain_pass(module, own.train))[0] for _ in range(3))}
+    found["one"] = timed(lambda: scored(trainer(1, []), own, model=module, method=make()))[0]
+    with tempfile.TemporaryDirectory() as folder:
+        callback = AttributionCallback(Path(folder) / "store", make())
+        found["recorded"], (run, trained) = timed(lambda: fit(own, own.epochs, [callback]))
+        found["attribute"] = timed(lambda: scored(run, own, model=trained))[0]
+        return {**found, "snapshots": len(callback.store.snapshots)}
+
+
 def measure(own: Recipe, make: Callable[[], AttributionMethod], repeats: int) -> dict[str, float]:
-    """Seconds of everything, the least of so many repeats each."""
+    """The least of so many repeats."""
     fit(own, 1, [])  # warm-up: imports, kernels
-    seconds: dict[str, list[float]] = {name: [] for name in ("pass", "fit", "recorded", "attribute", "one")}
-    for _ in range(repeats):
-        plain, (run, module) = timed(lambda: fit(own, own.epochs, []))
-        seconds["fit"].append(plain)
-        seconds["pass"].append(min(timed(lambda: plain_pass(module, own.train))[0] for _ in range(3)))
-        seconds["one"].append(timed(lambda: scored(trainer(1, []), own, model=module, method=make()))[0])
-        with tempfile.TemporaryDirectory() as folder:
-            callback = AttributionCallback(Path(folder) / "store", make())
-            recorded, (run, module) = timed(lambda: fit(own, own.epochs, [callback]))
-            seconds["recorded"].append(recorded)
-            seconds["attribute"].append(timed(lambda: scored(run, own, model=module))[0])
-            snapshots = len(callback.store.snapshots)
-    return {**{name: min(values) for name, values in seconds.items()}, "snapshots": snapshots}
+    found = [once(own, make) for _ in range(repeats)]
+    return {name: min(each[name] for each in found) for name in found[0]}
 
 
 def report(name: str, text: str, found: dict[str, float]) -> None:

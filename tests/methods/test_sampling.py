@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def snapshot(*cuts: int, key: str = "final", n: int = N) -> SnapshotFeatures:
     train, ends = columns(n), [0, *cuts, n]
     parts = [
         (range(start, stop), {name: values[start:stop] for name, values in train.items()})
-        for start, stop in zip(ends, ends[1:], strict=False)
+        for start, stop in pairwise(ends)
     ]
     return SnapshotFeatures(lambda: iter(parts), columns(M, 9), target_rows=range(M), n_train=n, key=key)
 
