@@ -37,6 +37,7 @@ from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.step_world import StepWorld
+from lightning_attr.target_check import check_target_function
 from lightning_attr.target_function import MeasuredOutput, TargetFunction
 from lightning_attr.trainable import set_trainable
 from lightning_attr.training_rows import TrainingRows
@@ -248,6 +249,9 @@ class AttributionStep(nn.Module):
         self.target_featurizer = Featurizer(
             self.module, target_plan, of_targets, self.memory, stream, self.first_target
         )
+        if self.target_function is not None and self.current is None:
+            targets = self._samples(self.target_data or self.train_data)
+            check_target_function(target_plan.attributed, self.module, targets, stream, precision, target_plan.seeded)
         self.writer = ShardWriter(self.store, key, self.spare)
         self.training_rows.begin(key, projection.dim)
         self.layers[key] = projection.layers

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.user_calls import called
 
@@ -44,10 +45,23 @@ class MeasuredOutput:
                 f"Expected argument `target_function` to return one value a target, of shape ({batch_size},), but got "
                 f"{found}. Reduce over everything but the batch."
             )
+        if not values.dtype.is_floating_point:
+            raise ValueError(
+                f"Expected argument `target_function` to return a floating-point tensor, but got {values.dtype}: what "
+                "is counted or compared has no gradient. Measure a logit, a log-probability, a distance."
+            )
         if torch.is_grad_enabled() and not values.requires_grad:
             raise ValueError(
                 f"Expected argument `target_function` to be differentiable in what {type(module).__name__} trains, "
                 "but its result has no gradient: all scores would be zero. Look for `detach()`, `item()`, `no_grad()`."
+            )
+        if not values.isfinite().all():
+            bad = (~values.isfinite()).nonzero().flatten().tolist()
+            raise NonFiniteGradientError(
+                f"`target_function` returned NaN or Inf for targets {bad} of a batch of {batch_size}. Look for "
+                "logarithms of zero, divisions by zero and means over nothing.",
+                bad,
+                batch_size,
             )
         return values, None
 

@@ -64,7 +64,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("access", "inspection", "model_check", "jobs", "shards", "attributed_apart", "mode_choice"),
     ("featurizer",),
-    ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "training_rows"),
+    ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "target_check", "training_rows"),
     ("methods",),
     ("ensemble",),
     ("attribute_arguments", "borrow", "provenance", "scoring", "transfer"),

@@ -450,10 +450,10 @@ def test_a_function_of_the_targets_through_parameters_without_a_rule() -> None:
 
 def test_a_function_of_the_targets_gives_one_value_each() -> None:
     with pytest.raises(
-        ValueError, match=r"`target_function` to return one value a target, of shape \(7,\), but got \("
+        ValueError, match=r"`target_function` to return one value a target, of shape \(4,\), but got \("
     ):
         attributed(target_function=lambda module, batch: module(batch[0]))
-    with pytest.raises(ValueError, match=r"of shape \(7,\), but got float"):
+    with pytest.raises(ValueError, match=r"of shape \(4,\), but got float"):
         attributed(target_function=lambda module, batch: 1.0)
 
 
