@@ -18,7 +18,7 @@ from lightning_attr.batch import float_tensors
 from lightning_attr.callbacks.attribution import AttributionCallback
 from lightning_attr.files import write_bytes
 from lightning_attr.manifest import Snapshot
-from lightning_attr.metrics import plotting
+from lightning_attr.metrics import figures, plotting
 from lightning_attr.sample_errors import read_sample
 from lightning_attr.worlds import AnyCallback, both
 
@@ -68,7 +68,7 @@ class AttributionMonitor(AnyCallback):
                 "callbacks=[AttributionCallback(), AttributionMonitor()]."
             )
         if self.figure:
-            plotting.new_figure()  # without matplotlib fail here, not after the first epoch
+            figures.new_figure()  # without matplotlib fail here, not after the first epoch
         self._recorder = recorder
         if self._show not in recorder.listeners:
             recorder.listeners.append(self._show)

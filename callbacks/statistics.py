@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_attr.metrics.functional import noisy_label_auroc, noisy_label_recall, spearman
+from lightning_attr.metrics.functional import noisy_label_auroc, noisy_label_recall
+from lightning_attr.metrics.ranks import spearman
 
 __all__ = ["self_influence_statistics"]
 

@@ -16,7 +16,7 @@ from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.frames import data_frame
 from lightning_attr.headers import config_digest
-from lightning_attr.metrics import comparison_plots, plotting
+from lightning_attr.metrics import data_selection, datamodeling, noisy_labels, plotting
 from lightning_attr.paths import inside
 from lightning_attr.report.overview import overview, overview_html
 from lightning_attr.report.page import write_report
@@ -247,8 +247,8 @@ class AttributionResult:
             "detection": self.plot_detection,
             "precision": self.plot_precision,
             "proponents": self.plot_proponents,
-            "selection": plotting.plot_selection_curve,
-            "cost": comparison_plots.plot_datamodeling_score_against_cost,
+            "selection": data_selection.plot_selection_curve,
+            "cost": datamodeling.plot_datamodeling_score_against_cost,
         }
         check_choice("AttributionResult.plot", "kind", kind, figures)
         return figures[kind](*args, **kwargs)
@@ -290,7 +290,7 @@ class AttributionResult:
         Raises:
             ValueError: if there is no noise mask.
         """
-        return plotting.plot_recall_curve(self._suspicion(), self._known_noise("detection"), ax=ax)
+        return noisy_labels.plot_recall_curve(self._suspicion(), self._known_noise("detection"), ax=ax)
 
     def plot_precision(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw the share of flipped labels among the samples inspected against the share inspected.
@@ -304,7 +304,7 @@ class AttributionResult:
         Raises:
             ValueError: if there is no noise mask.
         """
-        return comparison_plots.plot_precision_curve(self._suspicion(), self._known_noise("precision"), ax=ax)
+        return noisy_labels.plot_precision_curve(self._suspicion(), self._known_noise("precision"), ax=ax)
 
     def plot_proponents(
         self, train_images: Any, target_images: Any, targets: Sequence[int], k: int = 5, width: float | None = None

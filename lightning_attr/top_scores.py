@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_int
 from lightning_attr.errors import AttributionError, CorruptedStoreError
-from lightning_attr.metrics.functional import _check_finite, _participation, _positive_sums
+from lightning_attr.metrics.checks import check_finite
+from lightning_attr.metrics.functional import participation, positive_sums
 from lightning_attr.saved_scores import REMEDY, load_scores, save_scores
 
 __all__ = ["TopScores", "TopScoresSum", "check_topk"]
@@ -210,12 +211,12 @@ class TopScoresSum:
             ValueError: if there are NaN or infinite scores.
         """
         if not scores.sum().isfinite():  # a sum needs no memory of the block's size
-            _check_finite("scores", scores)
+            check_finite("scores", scores)
         for end in self.ends:
             out = -torch.inf if end.largest else torch.inf
             end.add(rows, targets, scores if left_out is None else scores.masked_fill(left_out[:, None], out))
         self.sums[rows.start : rows.stop] += scores.sum(1, dtype=torch.float64)
-        self.positive[:, targets] += _positive_sums(scores.clamp(min=0).double())
+        self.positive[:, targets] += positive_sums(scores.clamp(min=0).double())
 
     def total(
         self, share: tuple[int, int] = (0, 1), reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -231,7 +232,7 @@ class TopScoresSum:
         """
         (up, up_scores), (down, down_scores) = (end.total(share, reduce) for end in self.ends)
         value = reduce(self.sums) / max(1, self.positive.shape[1])
-        effective = float(_participation(reduce(self.positive)))
+        effective = float(participation(reduce(self.positive)))
         return TopScores(up, up_scores, down, down_scores, value.float(), effective)
 
 

@@ -111,7 +111,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning_utilities": ("lightning_attr/batch.py",),  # comes with lightning and torchmetrics, which both require it
     "pytorch_lightning": (),  # `lightning` is the name we use; worlds.py looks the other one up
     "fast_jl": ("lightning_attr/projectors/fast_jl.py",),
-    "matplotlib": ("lightning_attr/metrics/plotting.py",),
+    "matplotlib": ("lightning_attr/metrics/figures.py",),
     "PIL": ("lightning_attr/report/renderers.py",),
     "jinja2": ("lightning_attr/report/page.py",),
     "pandas": ("lightning_attr/frames.py",),
@@ -212,8 +212,8 @@ def test_every_module_has_a_level(repository: Path) -> None:
         ),
         ("callbacks/attribution.py", "import pytorch_lightning", "only nobody may import"),
         ("lightning_attr/projectors/dense.py", "import fast_jl", "may import fast_jl"),
-        ("lightning_attr/metrics/plotting.py", "import matplotlib.pyplot as plt", "inside a function"),
-        ("lightning_attr/metrics/plotting.py", "if True:\n    from matplotlib import pyplot", "inside a function"),
+        ("lightning_attr/metrics/figures.py", "import matplotlib.pyplot as plt", "inside a function"),
+        ("lightning_attr/metrics/figures.py", "if True:\n    from matplotlib import pyplot", "inside a function"),
         ("lightning_attr/metrics/functional.py", "def f():\n    import matplotlib", "may import matplotlib"),
         ("lightning_attr/scores.py", "def f():\n    import pandas as pd", "may import pandas"),
         ("lightning_attr/interop.py", "from dattri.task import AttributionTask", "inside a function"),
@@ -254,7 +254,7 @@ def test_planted_violations_are_found(tmp_path: Path, file: str, source: str, pr
         ("lightning_attr/prediction.py", "import lightning"),
         ("callbacks/attribution.py", "from lightning.pytorch import Callback\nfrom lightning_attr.store import X"),
         ("callbacks/__init__.py", "from lightning_attr.callbacks.attribution import AttributionCallback"),
-        ("lightning_attr/metrics/plotting.py", "def f():\n    if True:\n        import matplotlib.pyplot as plt"),
+        ("lightning_attr/metrics/figures.py", "def f():\n    if True:\n        import matplotlib.pyplot as plt"),
         ("lightning_attr/metrics/noisy_labels.py", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes"),
         ("lightning_attr/projectors/fast_jl.py", "import fast_jl"),
         ("lightning_attr/frames.py", "def f():\n    import pandas as pd"),

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from lightning_attr import AttributionResult, ScoreMatrix
 from lightning_attr import scores as scores_module
 from lightning_attr.errors import CorruptedStoreError, MissingDependencyError
-from lightning_attr.metrics import data_selection_curve, plotting
+from lightning_attr.metrics import data_selection_curve, figures
 
 N, M = 40, 6
 PLAIN = {"share_helpful", "share_harmful", "effective_proponents", "self_influence_overlap@10%"}
@@ -183,7 +183,7 @@ def test_load_names_what_is_damaged(tmp_path: Path) -> None:
 def test_figures_are_drawn_on_new_or_on_given_axes(name: str) -> None:
     figure, axes = getattr(made(), name)()
     assert axes in figure.axes
-    own = plotting.new_figure()
+    own = figures.new_figure()
     given = own.subplots()
     assert getattr(made(), name)(ax=given) == (own, given)
 
@@ -257,7 +257,7 @@ COSTS = {"TRAK": (20.0, 0.4, 0.37, 0.43)}
     ],
 )
 def test_figures_by_name(kind: str, arguments: tuple[Any, ...], xlabel: str, ylabel: str) -> None:
-    own = plotting.new_figure()
+    own = figures.new_figure()
     given = own.subplots()
     assert made().plot(kind, *arguments, ax=given) == (own, given)
     assert (given.get_xlabel(), given.get_ylabel()) == (xlabel, ylabel)

@@ -13,10 +13,13 @@ from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth
 from lightning_attr.methods.subset_truth import mask_digests
 from lightning_attr.metrics.bootstrap import check_bootstrap
-from lightning_attr.metrics.comparison_plots import plot_datamodeling_score, plot_leave_one_out_correlation
 from lightning_attr.metrics.correlation import CorrelationScore
-from lightning_attr.metrics.datamodeling import DatamodelingScore, linear_datamodeling_score
-from lightning_attr.metrics.leave_one_out import LeaveOneOutScore, leave_one_out_correlation
+from lightning_attr.metrics.datamodeling import DatamodelingScore, linear_datamodeling_score, plot_datamodeling_score
+from lightning_attr.metrics.leave_one_out import (
+    LeaveOneOutScore,
+    leave_one_out_correlation,
+    plot_leave_one_out_correlation,
+)
 from lightning_attr.result import AttributionResult
 from lightning_attr.scores import ScoreMatrix
 from lightning_attr.top_scores import TopScores

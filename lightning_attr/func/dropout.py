@@ -15,8 +15,8 @@ from lightning_attr.randomness import random_words
 
 __all__ = ["dropout_ensemble"]
 
-_ELEMENTWISE = (nn.Dropout,)
-_CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+ELEMENTWISE = (nn.Dropout,)
+CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _OTHERS = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.MultiheadAttention, nn.RNNBase)  # with a dropout of their own
 
 
@@ -56,7 +56,7 @@ def dropout_ensemble(module: nn.Module, seed: int) -> Iterator[list[str]]:
     layers = {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, (*_ELEMENTWISE, *_CHANNELWISE)) and layer.p > 0
+        if isinstance(layer, (*ELEMENTWISE, *CHANNELWISE)) and layer.p > 0
     }
     others = [name for name, layer in module.named_modules() if isinstance(layer, _OTHERS) and _rate(layer) > 0]
     if not layers:
@@ -91,7 +91,7 @@ def _masking(name: str, layer: Any, seed: int) -> Callable[..., Tensor]:
 
 
 def _mask_shape(layer: nn.Module, x: Tensor) -> tuple[int, ...]:
-    if isinstance(layer, _CHANNELWISE):
+    if isinstance(layer, CHANNELWISE):
         return (x.shape[1], *[1] * (x.ndim - 2))
     return tuple(x.shape[1:])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr.arguments import check_flag, check_float, check_int, check_seed
-from lightning_attr.func.dropout import _CHANNELWISE, _ELEMENTWISE, dropout_ensemble
+from lightning_attr.func.dropout import CHANNELWISE, ELEMENTWISE, dropout_ensemble
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method
 from lightning_attr.methods.model import model_of
 from lightning_attr.methods.trak import TRAK
@@ -223,7 +223,7 @@ _COLUMNS = ("features", "output", "loss", "out_to_loss", "newton_weight")
 @contextmanager
 def _at_rate(module: nn.Module, rate: float | None) -> Iterator[None]:
     """Lend the dropout layers a rate; None leaves them theirs."""
-    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, (*_ELEMENTWISE, *_CHANNELWISE))]
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, (*ELEMENTWISE, *CHANNELWISE))]
     own = [layer.p for layer in layers]
     try:
         for layer in layers if rate is not None else ():

@@ -14,7 +14,7 @@ from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method, compute_precision
 from lightning_attr.methods.subset_truth import SubsetTruth, check_subset_truth, mask_digests
 from lightning_attr.metrics.correlation import correlation_score
-from lightning_attr.metrics.datamodeling import _subset_sums
+from lightning_attr.metrics.datamodeling import subset_sums
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection
 from lightning_attr.scores import ScoreMatrix
@@ -307,7 +307,7 @@ def _best(values: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
     masks, measured = masks.to(values.device), outputs.to(values.device, torch.float64)
     found = []
     for candidate in candidates:
-        predicted, _ = _subset_sums(_shrunk(values, candidate), masks)
+        predicted, _ = subset_sums(_shrunk(values, candidate), masks)
         found.append(correlation_score(predicted, measured, "spearman", 0, 0.95, 0).per_target)
     best = torch.stack(found).nan_to_num(nan=-2.0).argmax(0)  # what is constant over the subsets has no correlation
     return candidates.gather(0, best[None])[0]

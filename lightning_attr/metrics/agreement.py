@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,14 +12,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_int
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
-from lightning_attr.metrics.comparison_plots import plot_rank_agreement
-from lightning_attr.metrics.functional import (
-    _chance_in_top,
-    _check_finite,
-    _check_matrix,
-    _check_vector,
-    _rank_correlation,
-)
+from lightning_attr.metrics.checks import check_finite, check_matrix, check_vector
+from lightning_attr.metrics.figures import BLUE, GREY, defined, legend_above, new_axes
+from lightning_attr.metrics.ranks import chance_in_top, rank_correlation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,8 +72,8 @@ def kendall(a: Tensor, b: Tensor) -> Tensor:
         >>> kendall(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([1.0, 5.0, 3.0]))
         tensor(0.3333, dtype=torch.float64)
     """
-    _check_vector("a", a)
-    _check_vector("b", b, like=("a", a))
+    check_vector("a", a)
+    check_vector("b", b, like=("a", a))
     return _kendall(a.unsqueeze(0), b.unsqueeze(0))[0]
 
 
@@ -196,8 +192,8 @@ def _agreement_score(statistics: Tensor, bootstrap: int, confidence: float, seed
 def _statistics(first: Tensor, second: Tensor, k: int) -> Tensor:
     """Return the four statistics of each target, `(n_target, 4)`, float64."""
     for name, scores in (("first", first), ("second", second)):
-        _check_matrix(name, scores)
-        _check_finite(name, scores)
+        check_matrix(name, scores)
+        check_finite(name, scores)
     if first.shape != second.shape:
         raise ValueError(
             "Expected arguments `first` and `second` to have one shape (n_train, n_target),"
@@ -206,8 +202,8 @@ def _statistics(first: Tensor, second: Tensor, k: int) -> Tensor:
     check_int(None, "k", k, 1, len(first), remedy=f"There are {len(first)} training samples.")
     rows = []
     for a, b in zip(first.T.split(64), second.to(first.device).T.split(64), strict=True):  # bounds the working memory
-        shared = (_chance_in_top(a, k) * _chance_in_top(b, k)).sum(1)
-        rows.append(torch.stack([_kendall(a, b), _rank_correlation(a, b), shared / k, shared / (2 * k - shared)], 1))
+        shared = (chance_in_top(a, k) * chance_in_top(b, k)).sum(1)
+        rows.append(torch.stack([_kendall(a, b), rank_correlation(a, b), shared / k, shared / (2 * k - shared)], 1))
     return torch.cat(rows)
 
 
@@ -250,3 +246,42 @@ def _inversions(ranks: Tensor) -> Tensor:
         width *= 2
         ranks = ranks.reshape(q, -1, width).sort(dim=2).values.reshape(q, -1)
     return total
+
+
+def plot_rank_agreement(
+    agreement: RankAgreementScore, k: int | None = None, ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plot the spread of each statistic over the targets, a box from quartile to quartile, with its mean and interval.
+
+    Args:
+        agreement: Result of :func:`~lightning_attr.metrics.rank_agreement`.
+        k: Number of top proponents compared, for the labels.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_rank_agreement, rank_agreement
+        >>> scores = torch.tensor([[1.0, 2.0], [2.0, 5.0], [3.0, 1.0]])
+        >>> fig, ax = plot_rank_agreement(rank_agreement(scores, scores.square(), k=2))
+        >>> ax.get_ylabel()
+        'agreement'
+    """
+    fig, ax = new_axes(ax)
+    top = "top" if k is None else f"top {k:,}"
+    labels = {"kendall": "Kendall", "spearman": "Spearman", "overlap": f"{top}\nshared", "jaccard": f"{top}\nJaccard"}
+    boxes = [defined(agreement.per_target[name]).numpy() for name in labels]
+    ax.boxplot(boxes, widths=0.5, medianprops={"color": GREY}, flierprops={"markersize": 2, "markeredgecolor": GREY})
+    for place, name in enumerate(labels, start=1):
+        mean, low, high = (float(values[name]) for values in (agreement.mean, agreement.low, agreement.high))
+        spread = None if math.isnan(low) else [[mean - low], [high - mean]]
+        label = "mean and its interval" if place == 1 else None
+        ax.errorbar([place], [mean], yerr=spread, fmt="o", color=BLUE, markersize=4, capsize=4, label=label)
+        ax.text(place + 0.3, mean, f"{mean:.2f}", va="center", fontsize=8, color=BLUE)
+    ax.axhline(0, color=GREY, linestyle=":", linewidth=1)
+    ax.set_xticks(range(1, len(labels) + 1), list(labels.values()), fontsize=8)
+    ax.set(ylabel="agreement", xlim=(0.5, len(labels) + 0.85), ylim=(min(ax.get_ylim()[0], -0.05), 1.05))
+    legend_above(ax)
+    return fig, ax

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from torchmetrics import Metric
 
 from lightning_attr.arguments import check_float, check_int, check_seed
-from lightning_attr.metrics.plotting import new_axes
+from lightning_attr.metrics.figures import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,8 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_choice, check_numbers, check_tensor
-from lightning_attr.metrics.comparison_plots import plot_brittleness_curve
-from lightning_attr.metrics.functional import _check_finite
+from lightning_attr.metrics.checks import check_finite
+from lightning_attr.metrics.figures import BLUE, GREY, ORANGE, legend_above, new_axes, percent_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,8 +216,8 @@ def _flips(counts: Tensor, before: Tensor, after: Tensor, name: str) -> Tensor:
             f"Expected argument `{name}` to have shape (k, n_target) = {expected} as `counts` and `before`,"
             f" or (s, k, n_target), but got {tuple(after.shape)}."
         )
-    _check_finite("before", before)
-    _check_finite(name, after)
+    check_finite("before", before)
+    check_finite(name, after)
     wrong = _mostly_wrong(before.reshape(-1, expected[1])).to(after.device)
     flipped = _mostly_wrong(after.reshape(-1, *expected)).double()
     return flipped.masked_fill(wrong, torch.nan)
@@ -233,3 +234,41 @@ def _as_counts(counts: Sequence[int] | Tensor) -> Tensor:
     if not whole or values[0] < 1 or (values.diff() <= 0).any():
         raise ValueError(f"Expected argument `counts` to hold ascending positive integers, but got {values.tolist()}.")
     return values.long()
+
+
+def plot_brittleness_curve(curve: FlipCurve, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot the share of targets that removal flips against the number of samples removed, with 95 % bands.
+
+    Args:
+        curve: Result of :func:`~lightning_attr.metrics.brittleness_curve`.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import brittleness_curve, plot_brittleness_curve
+        >>> curve = brittleness_curve([10, 20], torch.tensor([1.0, 2.0]), torch.tensor([[0.1, 1.0], [-1.0, 0.5]]))
+        >>> fig, ax = plot_brittleness_curve(curve)
+        >>> ax.get_ylabel()
+        'targets flipped'
+    """
+    fig, ax = new_axes(ax)
+    styles = {"method": ("o-", BLUE), "random": ("s:", GREY), "same_class": ("^--", ORANGE)}
+    counts = curve.counts.cpu()
+    for arm, (style, color) in styles.items():
+        if arm not in curve.success:
+            continue
+        success, low, high = (values[arm].cpu() for values in (curve.success, curve.low, curve.high))
+        ax.plot(counts, success, style, color=color, markersize=4, label=arm.replace("_", " "))
+        ax.fill_between(counts, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.set(xlabel="training samples removed", ylabel="targets flipped", ylim=(-0.02, 1.02))
+    if len(counts) > 2 and counts[-1] - counts[-2] >= 4 * (counts[1] - counts[0]):  # doubling counts
+        ax.set_xscale("log")
+        ax.minorticks_off()
+        ax.set_xticks(counts[:: math.ceil(len(counts) / 8)].tolist())
+        ax.xaxis.set_major_formatter("{x:.0f}")
+    percent_ticks(ax, "y")
+    legend_above(ax)
+    return fig, ax

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.metrics.bootstrap import Ranking, Values, correlation, two_way_interval
-from lightning_attr.metrics.functional import _rank_correlation
+from lightning_attr.metrics.ranks import rank_correlation
 
 
 class CorrelationScore(NamedTuple):
@@ -132,7 +132,7 @@ def rank_ceiling(measured: Tensor) -> Tensor:
     correlations = []
     for shift in range(n_seeds):  # rotations, so that every seed has the same say
         rotated = measured.roll(shift, dims=0)
-        correlations.append(_rank_correlation(rotated[:half].mean(0).T, rotated[half : 2 * half].mean(0).T))
+        correlations.append(rank_correlation(rotated[:half].mean(0).T, rotated[half : 2 * half].mean(0).T))
     reliability = torch.stack(correlations).nanmean().clamp(min=0)
     length = n_seeds / half  # 2 for even numbers of seeds; odd numbers leave one seed out of each split
     return (length * reliability / (1 + (length - 1) * reliability)).sqrt()

@@ -12,8 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_choice, check_tensor
-from lightning_attr.metrics.functional import _check_finite, _check_fraction, _check_vector
-from lightning_attr.metrics.plotting import plot_selection_curve
+from lightning_attr.metrics.checks import check_finite, check_fraction, check_vector
+from lightning_attr.metrics.figures import BLUE, GREY, RED, legend_above, new_axes, percent_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def data_selection_curve(
         (0.125, 0.043)
     """
     _check_kind(kind)
-    _check_vector("fractions", fractions)
+    check_vector("fractions", fractions)
     if (fractions.diff() <= 0).any() or fractions[0] <= 0 or fractions[-1] > 1:
         raise ValueError(f"Expected argument `fractions` to be ascending in (0, 1], but got {fractions.tolist()}.")
     arms = {"method": method, "random": random} | ({} if opposite is None else {"opposite": opposite})
@@ -103,7 +103,7 @@ def data_selection_curve(
                 f"Expected argument `{name}` to have shape (r, k) with k = {len(fractions)} as in `fractions`,"
                 f" but got {tuple(values.shape)}."
             )
-        _check_finite(name, values)
+        check_finite(name, values)
     return _selection_curve(fractions.double(), {name: list(values.double().T) for name, values in arms.items()}, kind)
 
 
@@ -156,7 +156,7 @@ class DataSelectionCurve(Metric):
         Raises:
             ValueError: If an argument is out of range.
         """
-        _check_fraction(fraction)
+        check_fraction(fraction)
         check_choice(self, "arm", arm, ARMS)
         if not math.isfinite(value):
             raise ValueError(f"Expected argument `value` to be a finite number, but got {value}.")
@@ -261,3 +261,43 @@ def _trapezoid_weights(x: Tensor) -> Tensor:
         return torch.ones_like(x)
     gaps = pad(x.diff(), (1, 1))
     return (gaps[:-1] + gaps[1:]) / (2 * (x[-1] - x[0]))
+
+
+def plot_selection_curve(
+    curve: SelectionCurve, metric: str = "validation metric", ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plot the validation metric after retraining against the share selected, a band of one sd around each mean.
+
+    Args:
+        curve: Result of :func:`~lightning_attr.metrics.data_selection_curve`.
+        metric: Name of the validation metric, the label of the vertical axis.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import data_selection_curve, plot_selection_curve
+        >>> method, random = torch.tensor([[0.7, 0.9]]), torch.tensor([[0.5, 0.8]])
+        >>> curve = data_selection_curve(torch.tensor([0.1, 0.5]), method, random)
+        >>> fig, ax = plot_selection_curve(curve, metric="accuracy")
+        >>> ax.get_ylabel()
+        'accuracy'
+    """
+    fig, ax = new_axes(ax)
+    for arm, color in {"method": BLUE, "random": GREY, "opposite": RED}.items():
+        if arm not in curve.mean:
+            continue
+        run = ~curve.mean[arm].isnan().cpu()
+        x, mean, std = curve.fractions.cpu()[run], curve.mean[arm].cpu()[run], curve.std[arm].cpu()[run].nan_to_num()
+        ax.plot(x, mean, "o-", color=color, markersize=4, label=arm)
+        ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    ax.set(xlabel="training samples kept" if curve.kind == "keep" else "training samples removed", ylabel=metric)
+    if curve.fractions[-1] >= 10 * curve.fractions[0]:  # 1, 2, 5, 10, 20, 50 %: even steps only on a logarithm
+        ax.set_xscale("log")
+    ax.set_xticks(curve.fractions.tolist())
+    ax.minorticks_off()
+    percent_ticks(ax, "x")
+    legend_above(ax)
+    return fig, ax

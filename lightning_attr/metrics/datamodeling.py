@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,13 +12,16 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
-from lightning_attr.metrics.comparison_plots import plot_datamodeling_score
+from lightning_attr.metrics.checks import as_mask, check_finite, check_matrix
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, warn_undefined
-from lightning_attr.metrics.functional import _as_mask, _check_finite, _check_matrix, score_blocks
+from lightning_attr.metrics.figures import BLACK, BLUE, COLORS, defined, draw_mean, legend_above, new_axes
+from lightning_attr.metrics.functional import score_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_MARKERS = "os^Dvph*"
 
 
 class DatamodelingScore(CorrelationScore):
@@ -90,7 +95,7 @@ def linear_datamodeling_score(
     """
     check_bootstrap(bootstrap, confidence, seed)
     outputs = _with_seeds(scores, masks, outputs)
-    predicted, _ = _subset_sums(scores, _as_mask("masks", masks))
+    predicted, _ = subset_sums(scores, as_mask("masks", masks))
     return _datamodeling_score(predicted.to(outputs.device), outputs, bootstrap, confidence, seed)
 
 
@@ -153,7 +158,7 @@ class LinearDatamodelingScore(IntervalMetric[DatamodelingScore]):
                 "Expected argument `outputs` to have as many seeds and targets as in earlier updates,"
                 f" {tuple(self.outputs[0].shape[1:])}, but got {tuple(outputs.shape[1:])}."
             )
-        predicted, checksum = _subset_sums(scores, _as_mask("masks", masks))
+        predicted, checksum = subset_sums(scores, as_mask("masks", masks))
         _check_same_scores(torch.cat([*self.checksum, checksum]))
         self.predicted.append(predicted)
         self.outputs.append(outputs)
@@ -181,7 +186,7 @@ def _datamodeling_score(
     return DatamodelingScore(*score)
 
 
-def _subset_sums(scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def subset_sums(scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Return `masks @ scores` `(m, n_target)` and weighted column sums `(1, n_target)`, a checksum, both float64."""
     sums = torch.zeros(len(masks), scores.shape[1], dtype=torch.float64, device=scores.device)
     checksum = sums.new_zeros(1, scores.shape[1])
@@ -196,8 +201,8 @@ def _subset_sums(scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_seeds(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
     # Outputs as (s, m, n_target), once the three arguments fit together.
-    _check_matrix("scores", scores)
-    _check_matrix("masks", masks)
+    check_matrix("scores", scores)
+    check_matrix("masks", masks)
     if masks.shape[1] != len(scores):
         raise ValueError(
             f"Expected argument `masks` to have shape (m, n_train) with n_train = {len(scores)} as in `scores`,"
@@ -212,7 +217,7 @@ def _with_seeds(scores: Tensor, masks: Tensor, outputs: Tensor) -> Tensor:
             f"Expected argument `outputs` to have shape (m, n_target) = {expected} or (s, m, n_target),"
             f" but got {tuple(outputs.shape)}."
         )
-    _check_finite("outputs", outputs)
+    check_finite("outputs", outputs)
     return outputs.reshape(-1, *expected)
 
 
@@ -222,3 +227,98 @@ def _check_same_scores(checksum: Tensor) -> None:
             "Expected argument `scores` to be the same in every update of LinearDatamodelingScore, but it differs."
             " Use one metric for each attribution method, or call `reset()`."
         )
+
+
+def plot_datamodeling_score(score: DatamodelingScore, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot the correlations by target as a histogram, with their mean, its interval and the ceiling.
+
+    Args:
+        score: Result of :func:`~lightning_attr.metrics.linear_datamodeling_score`.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import linear_datamodeling_score, plot_datamodeling_score
+        >>> scores, masks = torch.eye(4), 1 - torch.eye(4)
+        >>> fig, ax = plot_datamodeling_score(linear_datamodeling_score(scores, masks, outputs=masks, bootstrap=0))
+        >>> ax.get_xlabel()
+        'Spearman correlation over subsets'
+    """
+    fig, ax = new_axes(ax)
+    values = defined(score.per_target).numpy()
+    ax.hist(values, bins="auto", range=(min(0.0, values.min(initial=0)), 1), color=BLUE, alpha=0.35)
+    draw_mean(ax, "mean", score)
+    if not score.ceiling.isnan():
+        ax.axvline(float(score.ceiling), linestyle="--", color=BLACK, label=f"ceiling {float(score.ceiling):.3f}")
+    ax.set(xlabel="Spearman correlation over subsets", ylabel="targets")
+    legend_above(ax)
+    return fig, ax
+
+
+def plot_datamodeling_score_against_cost(
+    rows: Mapping[str, tuple[float, float, float, float]],
+    ceiling: float | Tensor | None = None,
+    cost: str = "cost in seconds",
+    score: str = "LDS",
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Plot the score of several methods against their cost, with intervals and the noise ceiling.
+
+    Args:
+        rows: `(cost, score, low, high)` of each method by name. Costs are positive, on a logarithmic axis; `low` and
+            `high` are the ends of the score's interval, NaN for none. Names that share what stands before the first
+            comma share colour and marker, and are joined by a line: `"TRAK, 1 model"`, `"TRAK, 10 models"`.
+        ceiling: Score that perfect scores would reach given the noise of retraining.
+        cost: Label of the horizontal axis, with its unit.
+        score: Label of the vertical axis.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If there are no rows, a cost is not positive, a score is not finite, or an interval does not hold
+            its score.
+
+    Example:
+        >>> from lightning_attr.metrics import plot_datamodeling_score_against_cost
+        >>> rows = {"TracIn": (3.0, 0.15, 0.12, 0.18), "TRAK": (20.0, 0.4, 0.37, 0.43)}
+        >>> fig, ax = plot_datamodeling_score_against_cost(rows, ceiling=0.9)
+        >>> ax.get_xscale()
+        'log'
+    """
+    families = _families(rows)
+    fig, ax = new_axes(ax)
+    for i, (family, points) in enumerate(families.items()):
+        x, y, low, high = zip(*sorted(points), strict=True)
+        spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        color, marker = COLORS[i % len(COLORS)], _MARKERS[i % len(_MARKERS)]
+        ax.errorbar(x, y, yerr=spread, fmt=f"{marker}-", color=color, markersize=5, capsize=2.5, label=family)
+    if ceiling is not None:
+        ax.axhline(float(ceiling), linestyle="--", color=BLACK, linewidth=1, label="ceiling")
+    ax.set(xlabel=cost, ylabel=score, xscale="log")
+    ax.margins(x=0.12)
+    legend_above(ax)
+    return fig, ax
+
+
+def _families(rows: Mapping[str, tuple[float, float, float, float]]) -> dict[str, list[tuple[float, ...]]]:
+    # Rows by what stands before the first comma of their name; a lone row keeps its whole name.
+    if not rows:
+        raise ValueError("Expected argument `rows` to hold at least one method, but it is empty.")
+    families: dict[str, list[tuple[float, ...]]] = {}
+    names: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        cost, score, low, high = (float(value) for value in row)
+        if not 0 < cost < math.inf or not math.isfinite(score) or low > score or high < score:
+            raise ValueError(
+                "Expected argument `rows` to hold (cost, score, low, high) with a positive cost and low <= score <="
+                f" high, but got {(cost, score, low, high)} for {name!r}."
+            )
+        family = name.split(",")[0]
+        families.setdefault(family, []).append((cost, score, low, high))
+        names.setdefault(family, []).append(name)
+    return {names[family][0] if len(points) == 1 else family: points for family, points in families.items()}

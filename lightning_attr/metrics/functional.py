@@ -14,54 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_attr.arguments import check_float, check_tensor
+from lightning_attr.metrics.checks import check_finite, check_matrix, check_noise, check_vector
+from lightning_attr.metrics.ranks import chance_in_top, midranks, top_count
 
 _BLOCK_ELEMENTS = 2**22  # a float64 row block of a score matrix stays at 32 MiB
-
-
-def midranks(values: Tensor) -> Tensor:
-    """Rank along the last dimension, starting at 1; tied values share the mean of their ranks.
-
-    Args:
-        values: Any real dtype, shape `(..., n)`.
-
-    Returns:
-        float64 ranks, shape `(..., n)`.
-
-    Example:
-        >>> import torch
-        >>> midranks(torch.tensor([3.0, 1.0, 3.0]))
-        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
-    """
-    values = values.contiguous()
-    ordered = values.sort(dim=-1).values
-    smaller = torch.searchsorted(ordered, values)
-    smaller_or_equal = torch.searchsorted(ordered, values, right=True)
-    return (smaller + smaller_or_equal + 1).double() / 2
-
-
-def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation: Pearson's correlation of the midranks.
-
-    Args:
-        a: Shape `(n,)`, any real dtype.
-        b: Shape `(n,)`, any real dtype.
-
-    Returns:
-        float64 scalar in [-1, 1]; NaN when `a` or `b` is constant, where the correlation is undefined.
-
-    Raises:
-        ValueError: If an argument is not a non-empty finite vector, or the lengths differ.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics import spearman
-        >>> spearman(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([1.0, 5.0, 3.0]))
-        tensor(0.5000, dtype=torch.float64)
-    """
-    _check_vector("a", a)
-    _check_vector("b", b, like=("a", a))
-    return _rank_correlation(a, b)
 
 
 def noisy_label_auroc(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
@@ -88,7 +44,7 @@ def noisy_label_auroc(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
         >>> noisy_label_auroc(torch.tensor([0.9, 0.2, 0.2, 0.4]), torch.tensor([True, False, True, False]))
         tensor(0.6250, dtype=torch.float64)
     """
-    noisy = _check_noise(self_influence, noise_mask)
+    noisy = check_noise(self_influence, noise_mask)
     n_noisy, n_clean = noisy.sum(), (~noisy).sum()
     rank_sum = midranks(self_influence)[noisy].sum()
     return (rank_sum - n_noisy * (n_noisy + 1) / 2) / (n_noisy * n_clean)
@@ -118,8 +74,8 @@ def noisy_label_recall(self_influence: Tensor, noise_mask: Tensor, fraction: flo
         >>> noisy_label_recall(torch.tensor([0.9, 0.2, 0.1, 0.4]), torch.tensor([1, 1, 0, 0]), fraction=0.5)
         tensor(0.5000, dtype=torch.float64)
     """
-    noisy = _check_noise(self_influence, noise_mask)
-    return _chance_in_top(self_influence, _top_count(len(noisy), fraction))[noisy].mean()
+    noisy = check_noise(self_influence, noise_mask)
+    return chance_in_top(self_influence, top_count(len(noisy), fraction))[noisy].mean()
 
 
 def noisy_label_recall_curve(self_influence: Tensor, noise_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +100,7 @@ def noisy_label_recall_curve(self_influence: Tensor, noise_mask: Tensor) -> tupl
         >>> recall
         tensor([0.0000, 0.5000, 0.5000, 1.0000], dtype=torch.float64)
     """
-    noisy = _check_noise(self_influence, noise_mask)
+    noisy = check_noise(self_influence, noise_mask)
     ordered, order = self_influence.sort()
     found = pad(noisy[order].cumsum(0), (1, 0))
     first, past = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)  # of the tied
@@ -243,11 +199,11 @@ def effective_proponents(scores: Tensor) -> Tensor:
         >>> effective_proponents(torch.tensor([[2.0, 1.0], [2.0, 0.0], [-9.0, 0.0]]))
         tensor(1.5000, dtype=torch.float64)
     """
-    _check_matrix("scores", scores)
+    check_matrix("scores", scores)
     sums = torch.zeros(2, scores.shape[1], dtype=torch.float64, device=scores.device)
     for _, block in score_blocks(scores):
-        sums += _positive_sums(block)
-    return _participation(sums)
+        sums += positive_sums(block)
+    return participation(sums)
 
 
 def overlap(self_influence: Tensor, data_value: Tensor, fraction: float = 0.1) -> Tensor:
@@ -273,10 +229,10 @@ def overlap(self_influence: Tensor, data_value: Tensor, fraction: float = 0.1) -
         >>> overlap(torch.tensor([9.0, 8.0, 1.0, 1.0]), torch.tensor([-2.0, 3.0, -1.0, 2.0]), fraction=0.5)
         tensor(0.5000, dtype=torch.float64)
     """
-    _check_vector("self_influence", self_influence)
-    _check_vector("data_value", data_value, like=("self_influence", self_influence))
-    count = _top_count(len(data_value), fraction)
-    return (_chance_in_top(self_influence, count) * _chance_in_top(-data_value, count)).sum() / count
+    check_vector("self_influence", self_influence)
+    check_vector("data_value", data_value, like=("self_influence", self_influence))
+    count = top_count(len(data_value), fraction)
+    return (chance_in_top(self_influence, count) * chance_in_top(-data_value, count)).sum() / count
 
 
 def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -296,7 +252,7 @@ def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
         >>> [(rows, block.sum().item()) for rows, block in score_blocks(torch.ones(3, 2))]
         [(slice(0, 3, None), 6.0)]
     """
-    _check_matrix("scores", scores)
+    check_matrix("scores", scores)
     n_train, n_target = scores.shape
     # One buffer: blocks allocated anew fragment the heap (1.2 GiB for 0.8 GB of float32 scores, against 32 MiB).
     buffer = scores.new_empty(min(n_train, max(1, _BLOCK_ELEMENTS // n_target)), n_target, dtype=torch.float64)
@@ -304,92 +260,17 @@ def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
         rows = slice(start, min(start + len(buffer), n_train))
         block = buffer[: rows.stop - start].copy_(scores[rows])
         if not block.sum().isfinite():  # a sum needs no memory of the block's size
-            _check_finite("scores", block)
+            check_finite("scores", block)
         yield rows, block
 
 
-def _check_finite(name: str, values: Tensor) -> None:
-    check_tensor(None, name, values)
-    n_bad = int((~values.isfinite()).sum())
-    if n_bad:
-        raise ValueError(f"Expected argument `{name}` to be finite, but got {n_bad} NaN or infinite values.")
-
-
-def _check_matrix(name: str, values: Tensor) -> None:
-    check_tensor(None, name, values)
-    if values.ndim != 2 or values.numel() == 0:
-        raise ValueError(f"Expected argument `{name}` to be a non-empty matrix, but got shape {tuple(values.shape)}.")
-
-
-def _check_vector(name: str, values: Tensor, like: tuple[str, Tensor] | None = None) -> None:
-    check_tensor(None, name, values)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"Expected argument `{name}` to be a non-empty vector, but got shape {tuple(values.shape)}.")
-    if like is not None and len(values) != len(like[1]):
-        raise ValueError(
-            f"Expected arguments `{like[0]}` and `{name}` to have the same length,"
-            f" but got {len(like[1])} and {len(values)}."
-        )
-    _check_finite(name, values)
-
-
-def _as_mask(name: str, mask: Tensor) -> Tensor:
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            f"Expected argument `{name}` to be bool or hold only 0 and 1, but got {mask.dtype} values from"
-            f" {mask.min().item()} to {mask.max().item()}. Pass one entry for each training sample, not indices."
-        )
-    return mask.bool()
-
-
-def _check_noise_update(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
-    """Return `noise_mask` as bool on the device of `self_influence`; any batch of samples will do."""
-    _check_vector("self_influence", self_influence)
-    _check_vector("noise_mask", noise_mask, like=("self_influence", self_influence))
-    return _as_mask("noise_mask", noise_mask).to(self_influence.device)
-
-
-def _check_noise(self_influence: Tensor, noise_mask: Tensor) -> Tensor:
-    # Neither recall nor AUROC exists without samples of both kinds.
-    noisy = _check_noise_update(self_influence, noise_mask)
-    if not 0 < int(noisy.sum()) < len(noisy):
-        raise ValueError(
-            "Expected argument `noise_mask` to mark some samples and leave others clean,"
-            f" but got {int(noisy.sum())} marked out of {len(noisy)}."
-        )
-    return noisy
-
-
-def _check_fraction(fraction: float) -> None:
-    check_float(None, "fraction", fraction, above=0, maximum=1)
-
-
-def _rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return Spearman's correlation along the last dimension, `(...)`; NaN where `a` or `b` is constant."""
-    center = (a.shape[-1] + 1) / 2
-    a, b = midranks(a) - center, midranks(b) - center
-    return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-
-
-def _top_count(n: int, fraction: float) -> int:
-    _check_fraction(fraction)
-    return max(1, int(fraction * n + 0.5))
-
-
-def _chance_in_top(values: Tensor, count: int) -> Tensor:
-    """Return each value's chance `(..., n)` to be among the `count` highest of its row, ties broken at random."""
-    threshold = values.topk(count).values[..., -1:]
-    above, tied = (values > threshold).double(), (values == threshold).double()
-    return above + tied * (count - above.sum(-1, keepdim=True)) / tied.sum(-1, keepdim=True)
-
-
-def _positive_sums(block: Tensor) -> Tensor:
+def positive_sums(block: Tensor) -> Tensor:
     """Return the sums `(2, n_target)` of a float64 block's positive scores and of their squares; overwrites it."""
     total = block.clamp_(min=0).sum(0)
     return torch.stack([total, block.square_().sum(0)])
 
 
-def _participation(sums: Tensor) -> Tensor:
+def participation(sums: Tensor) -> Tensor:
     """Return the effective number of proponents, mean over targets, from the sums of all rows."""
     total, squares = sums
     return torch.where(total > 0, total.square() / squares, total).mean()

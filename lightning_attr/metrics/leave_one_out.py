@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
-from lightning_attr.metrics.comparison_plots import plot_leave_one_out_correlation
+from lightning_attr.metrics.checks import check_finite, check_matrix
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, signal_to_noise, warn_undefined
-from lightning_attr.metrics.functional import _check_finite, _check_matrix
+from lightning_attr.metrics.figures import BLACK, BLUE, ORANGE, defined, draw_mean, legend_above, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,8 +171,8 @@ def _leave_one_out_score(
 
 def _with_seeds(scores: Tensor, differences: Tensor, least: int = 2) -> Tensor:
     # Differences as (s, n_left_out, n_target), float64, once both arguments fit together.
-    _check_matrix("scores", scores)
-    _check_finite("scores", scores)
+    check_matrix("scores", scores)
+    check_finite("scores", scores)
     _check_least(len(scores), least)
     check_tensor(None, "differences", differences)
     if differences.ndim not in {2, 3} or differences.shape[-2:] != scores.shape or differences.numel() == 0:
@@ -179,10 +180,44 @@ def _with_seeds(scores: Tensor, differences: Tensor, least: int = 2) -> Tensor:
             "Expected argument `differences` to have shape (n_left_out, n_target) ="
             f" {tuple(scores.shape)} as `scores`, or (s, n_left_out, n_target), but got {tuple(differences.shape)}."
         )
-    _check_finite("differences", differences)
+    check_finite("differences", differences)
     return differences.double().reshape(-1, *scores.shape)
 
 
 def _check_least(n_left_out: int, least: int) -> None:
     if n_left_out < least:
         raise ValueError(f"Expected at least {least} left-out samples, but got {n_left_out}.")
+
+
+def plot_leave_one_out_correlation(score: LeaveOneOutScore, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Plot both correlations by target as histograms, with their means, intervals and the ceiling of Spearman's.
+
+    Args:
+        score: Result of :func:`~lightning_attr.metrics.leave_one_out_correlation`.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import leave_one_out_correlation, plot_leave_one_out_correlation
+        >>> scores = torch.tensor([[1.0, 2.0], [2.0, 1.0], [4.0, 0.0]])
+        >>> fig, ax = plot_leave_one_out_correlation(leave_one_out_correlation(scores, scores, bootstrap=0))
+        >>> ax.get_xlabel()
+        'correlation over left-out samples'
+    """
+    fig, ax = new_axes(ax)
+    results = {"Pearson": (score.pearson, BLUE), "Spearman": (score.spearman, ORANGE)}
+    values = {name: defined(result.per_target) for name, (result, _) in results.items()}
+    lowest = min((float(v.min()) for v in values.values() if len(v)), default=0.0)
+    bins = torch.linspace(min(0.0, lowest), 1, 25).tolist()
+    for name, (result, color) in results.items():
+        ax.hist(values[name].clamp(max=1).numpy(), bins=bins, color=color, alpha=0.35)
+        draw_mean(ax, name, result, color)
+    if not score.spearman.ceiling.isnan():
+        ceiling = float(score.spearman.ceiling)
+        ax.axvline(ceiling, linestyle="--", color=BLACK, label=f"ceiling of Spearman's {ceiling:.3f}")
+    ax.set(xlabel="correlation over left-out samples", ylabel="targets")
+    legend_above(ax)
+    return fig, ax

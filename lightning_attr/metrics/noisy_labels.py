@@ -2,26 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.metrics.comparison_plots import plot_precision_curve
-from lightning_attr.metrics.functional import (
-    _check_fraction,
-    _check_noise_update,
-    noisy_label_auroc,
-    noisy_label_recall,
-)
-from lightning_attr.metrics.plotting import new_axes, plot_recall_curve
-from lightning_attr.metrics.precision import noisy_label_precision
+from lightning_attr.metrics.checks import check_fraction, check_noise_update
+from lightning_attr.metrics.figures import BLACK, GREY, draw_inspection, legend_above, new_axes
+from lightning_attr.metrics.functional import noisy_label_auroc, noisy_label_recall, noisy_label_recall_curve
+from lightning_attr.metrics.precision import noisy_label_precision, noisy_label_precision_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def plot_recall_curve(
+    self_influence: Tensor | Mapping[str, Tensor],
+    noise_mask: Tensor,
+    fraction: float | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Plot the share of mislabelled samples found against the share inspected, with random and ideal inspection.
+
+    Args:
+        self_influence: Shape `(n_train,)`, high means suspicious; or several such vectors by name, to compare.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+        fraction: Share inspected at which the recall is marked and given in the legend.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_recall_curve
+        >>> fig, ax = plot_recall_curve(torch.tensor([0.9, 0.1, 0.4]), torch.tensor([True, False, False]))
+        >>> ax.get_ylabel()
+        'mislabelled samples found'
+    """
+    fig, ax = draw_inspection(self_influence, noise_mask, fraction, noisy_label_recall_curve, noisy_label_recall, ax)
+    share = float(noise_mask.double().mean())
+    ax.plot([0, share, 1], [0, 1, 1], "--", color=BLACK, linewidth=1, label="ideal")
+    ax.plot([0, 1], [0, 1], ":", color=GREY, label="random")
+    ax.set_ylabel("mislabelled samples found")
+    legend_above(ax)
+    return fig, ax
+
+
+def plot_precision_curve(
+    self_influence: Tensor | Mapping[str, Tensor],
+    noise_mask: Tensor,
+    fraction: float | None = None,
+    ax: Axes | None = None,
+) -> tuple[Figure, Axes]:
+    """Plot the share of mislabelled samples among those inspected, with random and ideal inspection.
+
+    Args:
+        self_influence: Shape `(n_train,)`, high means suspicious; or several such vectors by name, to compare.
+        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
+        fraction: Share inspected at which the precision is marked and given in the legend.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If the values are not a non-empty finite vector, the mask is not 0/1 of the same length with samples
+            of both kinds, or `fraction` is outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_precision_curve
+        >>> fig, ax = plot_precision_curve(torch.tensor([0.9, 0.1, 0.4]), torch.tensor([True, False, False]))
+        >>> ax.get_ylabel()
+        'mislabelled among inspected'
+    """
+    fig, ax = draw_inspection(
+        self_influence, noise_mask, fraction, noisy_label_precision_curve, noisy_label_precision, ax
+    )
+    share = float(noise_mask.double().mean())
+    inspected = torch.linspace(0, 1, len(noise_mask) + 1, dtype=torch.float64)[1:]
+    ax.plot(inspected, (share / inspected).clamp(max=1), "--", color=BLACK, linewidth=1, label="ideal")
+    ax.plot([0, 1], [share, share], ":", color=GREY, label="random")
+    ax.set_ylabel("mislabelled among inspected")
+    legend_above(ax)
+    return fig, ax
 
 
 class _NoisyLabelMetric(Metric):
@@ -51,7 +120,7 @@ class _NoisyLabelMetric(Metric):
         Raises:
             ValueError: If the values are not a non-empty finite vector, or the mask is not 0/1 of the same length.
         """
-        noisy = _check_noise_update(self_influence, noise_mask)
+        noisy = check_noise_update(self_influence, noise_mask)
         self.self_influence.append(self_influence)
         self.noise_mask.append(noisy)
 
@@ -99,7 +168,7 @@ class _InspectionMetric(_NoisyLabelMetric):
 
     def __init__(self, fraction: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _check_fraction(fraction)
+        check_fraction(fraction)
         self.fraction = fraction
 
     def plot(self, val: Tensor | list[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:

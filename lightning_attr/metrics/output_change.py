@@ -10,8 +10,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, mean_interval
-from lightning_attr.metrics.comparison_plots import plot_output_change
-from lightning_attr.metrics.functional import _check_finite, _check_vector
+from lightning_attr.metrics.checks import check_finite, check_vector
+from lightning_attr.metrics.figures import BLUE, GREY, legend_above, new_axes, with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -230,7 +230,44 @@ def _mean_output(name: str, outputs: Tensor) -> Tensor:
     # Mean over the seeds, `(n_target,)`.
     check_tensor(None, name, outputs)
     if outputs.ndim == 2 and len(outputs):
-        _check_finite(name, outputs)
+        check_finite(name, outputs)
         outputs = outputs.double().mean(0)
-    _check_vector(name, outputs)
+    check_vector(name, outputs)
     return outputs.double()
+
+
+def plot_output_change(
+    change: OutputChange, label: str = "change of output", ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plot for each target the change by the method's samples against that by random ones.
+
+    Targets above the diagonal are those for which the method's samples matter more.
+
+    Args:
+        change: Result of :func:`~lightning_attr.metrics.query_loss_difference` or
+            :func:`~lightning_attr.metrics.tail_patch`.
+        label: What changed, for the axes.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import plot_output_change, tail_patch
+        >>> change = tail_patch(torch.zeros(2), method=torch.tensor([0.5, 0.3]), random=torch.tensor([0.1, 0.1]))
+        >>> fig, ax = plot_output_change(change)
+        >>> ax.get_xlabel()
+        'change of output, random samples'
+    """
+    fig, ax = new_axes(ax)
+    random, method = change.random.cpu(), change.method.cpu()
+    above = float((method > random).double().mean())
+    mean = with_interval(change.mean, change.low, change.high)
+    ax.plot(random, method, "o", color=BLUE, markersize=3.5, alpha=0.5, label=f"targets ({above:.0%} above)")
+    ax.axline((float(random.mean()),) * 2, slope=1, linestyle=":", color=GREY, label="no difference")
+    shifted = (float(random.mean()), float(random.mean() + change.mean))
+    ax.axline(shifted, slope=1, color=BLUE, linewidth=1, label=f"mean difference {mean}")
+    ax.set(xlabel=f"{label}, random samples", ylabel="top proponents")
+    legend_above(ax)
+    return fig, ax

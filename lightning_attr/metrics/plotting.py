@@ -6,7 +6,7 @@ stands for what helps or is found by attribution, red for what hurts, grey for c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -15,144 +15,17 @@ from torch import Tensor
 
 from lightning_attr.argument_messages import argument_message
 from lightning_attr.arguments import check_instance, check_int
-from lightning_attr.errors import MissingDependencyError
-from lightning_attr.metrics.functional import (
-    _check_matrix,
-    _check_noise_update,
-    _check_vector,
-    noisy_label_recall,
-    noisy_label_recall_curve,
-    score_blocks,
-)
+from lightning_attr.metrics.checks import check_matrix, check_noise_update, check_vector
+from lightning_attr.metrics.figures import draw_image, legend_above, new_axes, new_figure, percent_ticks
+from lightning_attr.metrics.functional import score_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_attr.metrics.data_selection import SelectionCurve
 
 BLUE, RED, GREY, BLACK = "#0072B2", "#D55E00", "#7F7F7F", "#222222"  # told apart with any colour vision
-_COLORS = (BLUE, "#E69F00", "#009E73", "#CC79A7", RED)
-
-
-def new_figure(width: float = 4.5, height: float = 3.2) -> Figure:
-    """Return an empty figure outside pyplot, sized in inches.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            'Plots need matplotlib, which is not installed. Run `pip install "lightning_attr[plot]"`.'
-        ) from error
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def new_axes(ax: Axes | None) -> tuple[Figure, Axes]:
-    """Return `ax` with its figure, or the axes of a new figure."""
-    if ax is None:
-        fig = new_figure()
-        return fig, fig.subplots()
-    return cast("Figure", ax.get_figure()), ax
-
-
-def plot_recall_curve(
-    self_influence: Tensor | Mapping[str, Tensor],
-    noise_mask: Tensor,
-    fraction: float | None = None,
-    ax: Axes | None = None,
-) -> tuple[Figure, Axes]:
-    """Plot the share of mislabelled samples found against the share inspected, with random and ideal inspection.
-
-    Args:
-        self_influence: Shape `(n_train,)`, high means suspicious; or several such vectors by name, to compare.
-        noise_mask: Shape `(n_train,)`, bool or 0/1; True marks a mislabelled sample.
-        fraction: Share inspected at which the recall is marked and given in the legend.
-        ax: Where to draw; a new figure by default.
-
-    Returns:
-        The figure and its axes.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics import plot_recall_curve
-        >>> fig, ax = plot_recall_curve(torch.tensor([0.9, 0.1, 0.4]), torch.tensor([True, False, False]))
-        >>> ax.get_ylabel()
-        'mislabelled samples found'
-    """
-    fig, ax = _draw_inspection(self_influence, noise_mask, fraction, noisy_label_recall_curve, noisy_label_recall, ax)
-    share = float(noise_mask.double().mean())
-    ax.plot([0, share, 1], [0, 1, 1], "--", color=BLACK, linewidth=1, label="ideal")
-    ax.plot([0, 1], [0, 1], ":", color=GREY, label="random")
-    ax.set_ylabel("mislabelled samples found")
-    _legend_above(ax)
-    return fig, ax
-
-
-def _draw_inspection(
-    self_influence: Tensor | Mapping[str, Tensor],
-    noise_mask: Tensor,
-    fraction: float | None,
-    curve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    value: Callable[[Tensor, Tensor, float], Tensor],
-    ax: Axes | None,
-) -> tuple[Figure, Axes]:
-    """Draw a curve over the share inspected for each suspicion, with its value at `fraction` marked."""
-    curves = self_influence if isinstance(self_influence, Mapping) else {"self-influence": self_influence}
-    fig, ax = new_axes(ax)
-    for i, (name, suspicion) in enumerate(curves.items()):
-        inspected, found = (points.cpu() for points in curve(suspicion, noise_mask))
-        color = _COLORS[i % len(_COLORS)]
-        if fraction is not None:
-            marked = float(value(suspicion, noise_mask, fraction))
-            ax.plot([fraction], [marked], "o", color=color)
-            name = f"{name} ({marked:.0%} at {fraction:.0%})"
-        ax.plot(inspected, found, color=color, label=name)
-    ax.set(xlabel="training samples inspected", xlim=(0, 1), ylim=(0, 1.02))
-    _percent_ticks(ax, "x", "y")
-    return fig, ax
-
-
-def plot_selection_curve(
-    curve: SelectionCurve, metric: str = "validation metric", ax: Axes | None = None
-) -> tuple[Figure, Axes]:
-    """Plot the validation metric after retraining against the share selected, a band of one sd around each mean.
-
-    Args:
-        curve: Result of :func:`~lightning_attr.metrics.data_selection_curve`.
-        metric: Name of the validation metric, the label of the vertical axis.
-        ax: Where to draw; a new figure by default.
-
-    Returns:
-        The figure and its axes.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics import data_selection_curve, plot_selection_curve
-        >>> method, random = torch.tensor([[0.7, 0.9]]), torch.tensor([[0.5, 0.8]])
-        >>> curve = data_selection_curve(torch.tensor([0.1, 0.5]), method, random)
-        >>> fig, ax = plot_selection_curve(curve, metric="accuracy")
-        >>> ax.get_ylabel()
-        'accuracy'
-    """
-    fig, ax = new_axes(ax)
-    for arm, color in {"method": BLUE, "random": GREY, "opposite": RED}.items():
-        if arm not in curve.mean:
-            continue
-        run = ~curve.mean[arm].isnan().cpu()
-        x, mean, std = curve.fractions.cpu()[run], curve.mean[arm].cpu()[run], curve.std[arm].cpu()[run].nan_to_num()
-        ax.plot(x, mean, "o-", color=color, markersize=4, label=arm)
-        ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-    ax.set(xlabel="training samples kept" if curve.kind == "keep" else "training samples removed", ylabel=metric)
-    if curve.fractions[-1] >= 10 * curve.fractions[0]:  # 1, 2, 5, 10, 20, 50 %: even steps only on a logarithm
-        ax.set_xscale("log")
-    ax.set_xticks(curve.fractions.tolist())
-    ax.minorticks_off()
-    _percent_ticks(ax, "x")
-    _legend_above(ax)
-    return fig, ax
+COLORS = (BLUE, "#E69F00", "#009E73", "#CC79A7", RED)
 
 
 def plot_score_heatmap(scores: Tensor, max_cells: int = 300, ax: Axes | None = None) -> tuple[Figure, Axes]:
@@ -179,7 +52,7 @@ def plot_score_heatmap(scores: Tensor, max_cells: int = 300, ax: Axes | None = N
         >>> ax.get_ylabel()
         'training sample'
     """
-    _check_matrix("scores", scores)
+    check_matrix("scores", scores)
     max_cells = check_int("plot_score_heatmap", "max_cells", max_cells, minimum=1)
     n_train, n_target = scores.shape
     cells = _block_means(scores, max_cells).cpu()
@@ -222,10 +95,10 @@ def plot_self_influence(
         >>> ax.get_xlabel()
         'self-influence'
     """
-    _check_vector("self_influence", self_influence)
+    check_vector("self_influence", self_influence)
     groups = {"all samples": (torch.ones_like(self_influence, dtype=torch.bool), BLUE)}
     if noise_mask is not None:
-        noisy = _check_noise_update(self_influence, noise_mask)
+        noisy = check_noise_update(self_influence, noise_mask)
         groups = {"clean": (~noisy, BLUE), "mislabelled": (noisy, RED)}
     values = self_influence.detach().double().cpu().numpy()
     positive = values.min() > 0 and values.max() > values.min()
@@ -237,8 +110,8 @@ def plot_self_influence(
         weights = np.full(len(group), 1 / max(1, len(group)))
         ax.hist(group, bins=bins.tolist(), weights=weights, color=color, alpha=0.55, label=f"{name} ({len(group):,})")
     ax.set(xlabel="self-influence", ylabel="share of each group", xscale="log" if positive else "linear")
-    _percent_ticks(ax, "y")
-    _legend_above(ax)
+    percent_ticks(ax, "y")
+    legend_above(ax)
     return fig, ax
 
 
@@ -288,7 +161,7 @@ def plot_image_grid(
     colors = {"target": BLACK, "proponents": BLUE, "opponents": RED}
     for row, row_axes in zip(rows, ax, strict=True):
         for (image, caption), kind, cell in zip(row, kinds, row_axes, strict=True):
-            _draw_image(cell, image, caption, colors[kind], scale)
+            draw_image(cell, image, caption, colors[kind], scale)
     for kind, color in colors.items():
         if kind in kinds:
             ax[0, kinds.index(kind)].set_title(kind, loc="left", fontsize=max(5, 9 * scale), color=color)
@@ -326,31 +199,8 @@ def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tup
     for cell in axes.flat[len(samples) :]:
         cell.set_axis_off()
     for cell, (image, caption) in zip(axes.flat, samples, strict=False):
-        _draw_image(cell, image, caption, GREY)
+        draw_image(cell, image, caption, GREY)
     return fig, axes
-
-
-def _draw_image(cell: Axes, image: Tensor, caption: str, color: str, scale: float = 1.0) -> None:
-    cell.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1)
-    cell.set(xticks=[], yticks=[])
-    cell.set_xlabel(caption, fontsize=max(5, 8 * scale), labelpad=3 * scale)
-    for spine in cell.spines.values():
-        spine.set(color=color, linewidth=2 * scale)
-
-
-def _displayable(image: Tensor) -> np.ndarray:
-    # Floats in [0, 1], (H, W) or (H, W, 3).
-    if image.ndim == 3 and image.shape[0] in {1, 3}:
-        image = image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0)
-    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(
-            f"Expected images of shape (H, W), (1, H, W), (3, H, W) or (H, W, 3), but got {tuple(image.shape)}."
-        )
-    pixels = image.detach().cpu().double() / (255 if image.dtype == torch.uint8 else 1)
-    low, high = float(pixels.min()), float(pixels.max())
-    if low < 0 or high > 1:
-        pixels = (pixels - low) / (high - low or 1)
-    return pixels.numpy()
 
 
 def _block_means(scores: Tensor, max_cells: int) -> Tensor:
@@ -363,18 +213,3 @@ def _block_means(scores: Tensor, max_cells: int) -> Tensor:
         sums.index_add_(0, row_bin[rows], block)
     cells = sums.new_zeros(len(sums), int(column_bin[-1]) + 1).index_add_(1, column_bin, sums)
     return cells / row_bin.bincount().unsqueeze(1) / column_bin.bincount()
-
-
-def _percent_ticks(ax: Axes, *axes: str) -> None:
-    for axis in axes:
-        getattr(ax, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:.3g}" if value < 0 else f"{value:.0%}")
-
-
-def _legend_above(ax: Axes) -> None:
-    """A legend outside the axes covers no data; it has as many columns, up to three, as the axes are wide."""
-    for n_columns in (3, 2, 1):
-        legend = ax.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncol=n_columns, frameon=False, fontsize=8, borderaxespad=0.2
-        )
-        if legend.get_window_extent().width <= ax.get_window_extent().width:
-            return

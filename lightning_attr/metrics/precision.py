@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_attr.metrics.functional import _top_count, noisy_label_recall, noisy_label_recall_curve
+from lightning_attr.metrics.functional import noisy_label_recall, noisy_label_recall_curve
+from lightning_attr.metrics.ranks import top_count
 
 
 def noisy_label_precision(self_influence: Tensor, noise_mask: Tensor, fraction: float = 0.1) -> Tensor:
@@ -33,7 +34,7 @@ def noisy_label_precision(self_influence: Tensor, noise_mask: Tensor, fraction: 
         tensor(1., dtype=torch.float64)
     """
     recall = noisy_label_recall(self_influence, noise_mask, fraction)
-    return recall * noise_mask.sum().to(recall.device) / _top_count(len(noise_mask), fraction)
+    return recall * noise_mask.sum().to(recall.device) / top_count(len(noise_mask), fraction)
 
 
 def noisy_label_precision_curve(self_influence: Tensor, noise_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_attr.arguments import check_instance, check_int, check_numbers
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
-from lightning_attr.metrics.comparison_plots import plot_retrieval
-from lightning_attr.metrics.functional import _as_mask, _check_matrix, score_blocks
+from lightning_attr.metrics.checks import as_mask, check_matrix
+from lightning_attr.metrics.figures import BLUE, defined, draw_mean, legend_above, new_axes
+from lightning_attr.metrics.functional import score_blocks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -290,14 +291,14 @@ def _is_defined(relevant: Tensor) -> Tensor:
 
 def _relevance(scores: Tensor, relevant: Relevance) -> Tensor:
     # As a bool matrix of the shape and on the device of `scores`.
-    _check_matrix("scores", scores)
+    check_matrix("scores", scores)
     if isinstance(relevant, Tensor):
         if relevant.shape != scores.shape:
             raise ValueError(
                 f"Expected argument `relevant` to have shape (n_train, n_target) = {tuple(scores.shape)} as `scores`,"
                 f" or to list the relevant samples of each target, but got shape {tuple(relevant.shape)}."
             )
-        return _as_mask("relevant", relevant).to(scores.device)
+        return as_mask("relevant", relevant).to(scores.device)
     n_train, n_target = scores.shape
     what = "a mask (n_train, n_target), or a list of indices for each target"
     check_instance(None, "relevant", relevant, (list, tuple), what)
@@ -316,3 +317,32 @@ def _relevance(scores: Tensor, relevant: Relevance) -> Tensor:
             )
         mask[rows, j] = True
     return mask
+
+
+def plot_retrieval(
+    score: RetrievalScore, label: str = "reciprocal rank", ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Plot the values by target as a histogram, with their mean and its interval.
+
+    Args:
+        score: Result of :func:`~lightning_attr.metrics.mean_reciprocal_rank` or
+            :func:`~lightning_attr.metrics.recall_at_k`.
+        label: Name of the value, the label of the horizontal axis.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The figure and its axes.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attr.metrics import mean_reciprocal_rank, plot_retrieval
+        >>> fig, ax = plot_retrieval(mean_reciprocal_rank(torch.tensor([[0.1], [0.7]]), [[0]]))
+        >>> ax.get_xlabel()
+        'reciprocal rank'
+    """
+    fig, ax = new_axes(ax)
+    ax.hist(defined(score.per_target).numpy(), bins=torch.linspace(0, 1, 21).tolist(), color=BLUE, alpha=0.35)
+    draw_mean(ax, "mean", score)
+    ax.set(xlabel=label, ylabel="targets", xlim=(-0.02, 1.02))
+    legend_above(ax)
+    return fig, ax

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from lightning_attr.metrics.plotting import BLACK, BLUE, _draw_image, new_figure
+from lightning_attr.metrics.figures import BLACK, BLUE, draw_image, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,9 +48,9 @@ def plot_denoising_steps(
     fig = new_figure(width=1.05 * len(steps) + 0.3, height=1.22 * rows + 0.1)
     axes = fig.subplots(rows, len(steps), squeeze=False)
     for column, estimate in enumerate(steps):
-        _draw_image(axes[0, column], *estimate, BLACK)
+        draw_image(axes[0, column], *estimate, BLACK)
         for cell, proponent in zip(axes[1:, column], proponents[column] if proponents else (), strict=True):
-            _draw_image(cell, *proponent, BLUE)
+            draw_image(cell, *proponent, BLUE)
     for row, (label, color) in enumerate([("estimate", BLACK), ("proponents", BLUE)][:rows]):
         axes[row, 0].set_ylabel(label, fontsize=9, color=color)
     return fig, axes

@@ -18,7 +18,7 @@ from cases import blobs, quiet_trainer
 from lightning_attr import AttributionResult, ScoreMatrix, attribute
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation import Evaluation, GroundTruth, evaluate, retrain_lds
-from lightning_attr.metrics import linear_datamodeling_score, plotting
+from lightning_attr.metrics import figures, linear_datamodeling_score
 from lightning_attr.top_scores import TopScoresSum
 
 N, M, SEEDS = 20, 4, 3
@@ -137,7 +137,7 @@ def test_figures(kind: str, label: str) -> None:
     found = evaluate(*made(kind), bootstrap=0)
     _, axes = found.plot()
     assert axes.get_xlabel() == label
-    own = plotting.new_figure()
+    own = figures.new_figure()
     given = own.subplots()
     assert found.plot(ax=given) == (own, given)
 

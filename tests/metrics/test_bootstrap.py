@@ -16,7 +16,7 @@ from lightning_attr.metrics.bootstrap import (
     mean_interval,
     two_way_interval,
 )
-from lightning_attr.metrics.functional import midranks
+from lightning_attr.metrics.ranks import midranks
 
 N_TARGET, M = 7, 24
 COUNTS = torch.tensor([0, 3, 1, 0, 2, 1, 1, 0, 0, 2, 1, 1])

@@ -24,7 +24,8 @@ from lightning_attr.metrics import (
     share_helpful,
     spearman,
 )
-from lightning_attr.metrics.functional import midranks, score_blocks
+from lightning_attr.metrics.functional import score_blocks
+from lightning_attr.metrics.ranks import midranks
 
 
 def _values(kind: str, n: int = 60) -> Tensor:

@@ -27,7 +27,7 @@ from lightning_attr.metrics import (
     plot_selection_curve,
     plot_self_influence,
 )
-from lightning_attr.metrics.plotting import BLUE, RED, _displayable
+from lightning_attr.metrics.figures import BLUE, RED, displayable
 
 VALUES = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.01
 MASK = torch.arange(40) % 5 == 0
@@ -167,16 +167,16 @@ def test_self_influence_rejects_a_short_mask() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_images_of_every_layout_are_shown_upright_in_unit_range(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     image = torch.rand(shape)
-    shown = _displayable(image if dtype.is_floating_point else (image * 255).to(dtype))
+    shown = displayable(image if dtype.is_floating_point else (image * 255).to(dtype))
     assert shown.shape in {(6, 4), (6, 4, 3)}
     rgb = image.permute(1, 2, 0) if shape == (3, 6, 4) else image.reshape(shown.shape)
     np.testing.assert_allclose(shown, rgb, atol=1 / 255 + 1e-6)
 
 
 def test_normalised_images_are_rescaled_and_constant_ones_survive() -> None:
-    shown = _displayable(torch.tensor([[-2.0, 0.0], [1.0, 2.0]]))
+    shown = displayable(torch.tensor([[-2.0, 0.0], [1.0, 2.0]]))
     np.testing.assert_allclose(shown, [[0, 0.5], [0.75, 1]])
-    np.testing.assert_allclose(_displayable(torch.full((2, 2), 7.0)), np.zeros((2, 2)))
+    np.testing.assert_allclose(displayable(torch.full((2, 2), 7.0)), np.zeros((2, 2)))
 
 
 def _rows(n_rows: int = 2, n_columns: int = 4) -> list[list[tuple[Tensor, str]]]:

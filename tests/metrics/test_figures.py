@@ -28,7 +28,7 @@ from lightning_attr.metrics import (
     query_loss_difference,
     rank_agreement,
 )
-from lightning_attr.metrics.plotting import _legend_above, new_figure
+from lightning_attr.metrics.figures import legend_above, new_figure
 
 SCORES = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(4, 30, 12, generator=torch.Generator().manual_seed(1))
@@ -96,7 +96,7 @@ def test_legend_takes_more_columns_where_there_is_room() -> None:
         ax = new_figure(width=width).subplots()
         for label in ("method", "random", "opposite"):
             ax.plot([0], [0], label=label)
-        _legend_above(ax)
+        legend_above(ax)
         columns.append(ax.get_legend()._ncols)
     assert columns == [1, 2, 3]
 
