@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -120,6 +121,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 # Optional distributions: imported only inside functions, and for their types anywhere.
 OPTIONAL = {"PIL", "matplotlib", "pandas", "dattri"}
 
+PRIVATE = re.compile("_[^_].*")
 FOLDERS = ("lightning_attr", "callbacks", "tests", "examples")
 
 
@@ -172,6 +174,8 @@ def violations(file: str, source: str) -> list[str]:
             problem = "relative import"
         elif top == "callbacks":
             problem = "import lightning_attr.callbacks: callbacks/ is only its home in the repository"
+        elif in_package and top == "lightning_attr" and PRIVATE.fullmatch(rest.rpartition(".")[2]):
+            problem = "private to its file: give it a name without `_`, or take what is public there"
         elif in_package and top == "lightning_attr":
             problem = layer_violation(home(file), rest.split(".")[0] or "__init__")
         elif in_package and top in ONLY_IN and not (top in OPTIONAL and place == "types"):
@@ -236,6 +240,7 @@ def test_every_module_has_a_level(repository: Path) -> None:
         ("lightning_attr/store.py", "from lightning_attr.methods.trak import TRAK", "imports `methods`"),
         ("lightning_attr/trainer.py", "from lightning_attr import ScoreMatrix", "module that defines it"),
         ("lightning_attr/trainer.py", "import lightning_attr", "module that defines it"),
+        ("callbacks/monitor.py", "from lightning_attr.errors import _private", "private to its file"),
         ("lightning_attr/stranger.py", "import lightning_attr.errors", "has no level yet"),
     ],
 )
