@@ -40,7 +40,7 @@ def beside_training(
     """
     world = StepWorld(trainer, pl_module, getattr(trainer, "datamodule", None))
     at = world.at(trainer.current_epoch if epoch is None else epoch, trainer.global_step)
-    data = (source.dataset, source.loader.collate_fn)
+    data = (source.dataset, source.loader.collate_fn, source.loader)
     stage = trainer.state.stage
     trainer.predicting = True
     try:

@@ -22,6 +22,9 @@ class BatchForm:
             has looked, or where there was but one size: there the length decides.
 
         iterates: whether batches are read through the ``__iter__`` of the loader's own class, which changes them.
+        put_back: whether what reading a sample changes is put back after it, because it changes samples.
+        drifting: names of what that is.
+        random: whether a sample has other values each time it is read, which nothing repeats.
 
     Example:
         >>> import torch
@@ -37,6 +40,9 @@ class BatchForm:
     apart: bool = False
     rows: tuple[bool, ...] | None = None
     iterates: bool = False
+    put_back: bool = False
+    drifting: tuple[str, ...] = ()
+    random: bool = False
 
     def learn(self, batch: Any, size: int, other: Any, other_size: int) -> None:
         """Compare batches of two sizes: what is one row a sample has followed the size.

@@ -1,4 +1,4 @@
-"""What containers hold, taken note of and put back: dicts, lists, sets, and the attributes of objects."""
+"""What containers hold, taken note of and put back: dicts, lists, sets, and what is kept by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-from lightning_attr.reachable import Attributes, Slots
+from lightning_attr.namespaces import Attributes, Namespace
 
 __all__ = ["Contents"]
 
@@ -69,9 +69,9 @@ def _own(container: Any) -> Any:
 
 
 def _items(container: Any) -> Any:
-    if isinstance(container, Slots):
+    if isinstance(container, Namespace):
         return container.values()
-    own = _own(container)
+    own = container
     return dict(own) if isinstance(own, dict) else set(own) if isinstance(own, set) else [*own]
 
 
@@ -93,20 +93,15 @@ def _same_items(now: Any, before: Any) -> bool:
 
 
 def _put_back(name: str, container: Any, now: Any, before: Any) -> list[str]:
-    if not isinstance(container, (Attributes, Slots)):
+    if not isinstance(container, Namespace):
         container.clear()
         (container.update if isinstance(container, (dict, set)) else container.extend)(before)
         return [name]
     missing = object()
     changed = [key for key in {**before, **now} if now.get(key, missing) is not before.get(key, missing)]
     for key in changed:
-        if isinstance(container, Slots):
-            if key in before:
-                setattr(container.owner, key, before[key])
-            else:
-                delattr(container.owner, key)
-        elif key in before:
-            container.own[key] = before[key]
+        if key in before:
+            container.put(key, before[key])
         else:
-            del container.own[key]
+            container.remove(key)
     return [f"{name}.{key}" if name else str(key) for key in changed]

@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_attr.isolation import preserved_rng
+from lightning_attr.reading_state import unchanged_data
 
 __all__ = ["drawable_rows", "from_bitmap", "masked", "to_bitmap"]
 
@@ -103,7 +103,7 @@ def _replayed(sampler: Any, dataset: Any, n: int, most: float) -> Tensor | None:
     seen: set[frozenset[int]] = set()
     try:
         own = copy.deepcopy(sampler, {id(dataset): dataset})
-        with preserved_rng(sampler):
+        with unchanged_data(sampler):
             for epoch in range(_PASSES):
                 if hasattr(own, "set_epoch"):
                     own.set_epoch(epoch)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+
+from lightning_attr.reachable import Reachable
 
 __all__ = [
     "find_generators",
@@ -24,15 +22,13 @@ __all__ = [
     "restore_generator",
 ]
 
-_MOST_OBJECTS = 10_000
-"""How many objects of a data set are searched for generators: a fraction of a second."""
-
 
 def find_generators(root: object) -> list[Any]:
     """Find the random generators that an object keeps, through attributes, containers, closures and partials.
 
     Args:
-        root: a data set, for instance; its transforms and the data sets that it wraps are searched as well.
+        root: a data set, for instance; its transforms and the data sets that it wraps are searched as well, and the
+            variables that its own code uses.
 
     Returns:
         The ``random.Random``, numpy ``Generator`` and ``RandomState``, and ``torch.Generator`` objects, each once.
@@ -45,29 +41,7 @@ def find_generators(root: object) -> list[Any]:
         >>> len(find_generators(torch.utils.data.Subset(Noisy(), [0])))
         1
     """
-    found: list[Any] = []
-    seen: set[int] = set()
-    pending: deque[object] = deque([root])
-    while pending and len(seen) < _MOST_OBJECTS:
-        item = pending.popleft()  # the nearest first
-        if id(item) in seen or _is_plain(item):
-            continue
-        seen.add(id(item))
-        if isinstance(item, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)):
-            found.append(item)
-        elif isinstance(item, (list, tuple)):
-            pending += item[:64]  # long lists hold samples, not transforms
-        elif isinstance(item, dict):
-            pending += islice(item.values(), 64)
-        elif isinstance(item, MethodType):
-            pending.append(item.__self__)
-        elif isinstance(item, FunctionType):
-            pending += inspect.getclosurevars(item).nonlocals.values()
-        elif isinstance(item, partial):
-            pending += (item.func, item.args, item.keywords)
-        elif not isinstance(item, (type, ModuleType)) and hasattr(item, "__dict__"):
-            pending += vars(item).values()
-    return found
+    return [generator for _, generator in Reachable({"": root}, reading=True).generators]
 
 
 def reseed_generator(generator: Any, seed: int) -> None:
@@ -138,11 +112,8 @@ def generator_state(generator: Any) -> Any:
     return state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state)
 
 
-def remembered_rng(*data: object) -> Callable[[], None]:
-    """Remember all random streams.
-
-    Args:
-        data: data sets that may keep generators of their own.
+def remembered_rng() -> Callable[[], None]:
+    """Remember all random streams that do not belong to an object.
 
     Returns:
         A function that puts them back.
@@ -153,7 +124,6 @@ def remembered_rng(*data: object) -> Callable[[], None]:
         >>> torch.equal(torch.rand(()), first)
         True
     """
-    own = [restore_generator(generator) for item in data for generator in find_generators(item)]
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
@@ -166,18 +136,13 @@ def remembered_rng(*data: object) -> Callable[[], None]:
             torch.cuda.set_rng_state_all(cuda)
         if mps is not None:
             torch.mps.set_rng_state(mps)
-        for restore_own in own:
-            restore_own()
 
     return restore
 
 
 @contextmanager
-def preserved_rng(*data: object) -> Iterator[None]:
-    """Restore all random streams in the end.
-
-    Args:
-        data: data sets that may keep generators of their own.
+def preserved_rng() -> Iterator[None]:
+    """Restore all random streams in the end that do not belong to an object.
 
     Yields:
         Nothing.
@@ -190,12 +155,8 @@ def preserved_rng(*data: object) -> Iterator[None]:
         >>> random.getstate() == state
         True
     """
-    restore = remembered_rng(*data)
+    restore = remembered_rng()
     try:
         yield
     finally:
         restore()
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (int, float, complex, str, bytes, torch.Tensor, np.ndarray))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lightning_attr.generators import preserved_rng
+from lightning_attr.reading_state import unchanged_data
 from lightning_attr.user_calls import observed
 
 __all__ = ["preserved_rng", "undisturbed"]
@@ -22,13 +23,13 @@ def undisturbed(
 ) -> Iterator[None]:
     """Put the module into eval mode and restore it, and all randomness, in the end.
 
-    Restored are the RNG streams of python, numpy and torch on every device, random generators kept by ``data``, each
+    Restored are the RNG streams of python, numpy and torch on every device, what ``data`` keep and change, each
     submodule's ``training`` flag, each parameter's ``requires_grad`` flag and ``grad``, the buffers, and all other
     state that is reached through the attributes of the module; parameters where :func:`user_call` has changed them.
 
     Args:
         module: the module.
-        data: data sets that may keep generators of their own.
+        data: data sets, collate functions and loaders, as :func:`unchanged_data` takes them.
         beside: name -> further objects that the code of the module reaches, such as optimizers.
         values: gives the values of tensors by name, of which there is no copy: the weights of a snapshot.
 
@@ -47,7 +48,7 @@ def undisturbed(
         (True, True)
     """
     modes = [(submodule, submodule.training) for submodule in module.modules()]  # a scripted one keeps its own
-    with preserved_rng(*data), observed(module, beside, values):
+    with unchanged_data(*data), observed(module, beside, values):
         try:
             module.eval()
             for p in module.parameters():

@@ -16,12 +16,15 @@ from lightning_attr.contents import Contents
 from lightning_attr.errors import AttributionError
 from lightning_attr.generators import generator_state, restore_generator
 from lightning_attr.reachable import Reachable
+from lightning_attr.streams import Streams
 from lightning_attr.written import WrittenTensors, copied, put_back
 
 __all__ = ["KeptState"]
 
 _COPIED_BYTES = 2**28
 """Of buffers and other tensors that are no parameters: what is copied once, in case a call changes them unforeseen."""
+_COPIED_DATA_BYTES = 2**24
+"""Of tensors and arrays that data are read from: what is larger is data."""
 
 
 class KeptState:
@@ -35,6 +38,10 @@ class KeptState:
         roots: name -> object, as :class:`lightning_attr.reachable.Reachable` takes them.
         changing: names of the tensors and arrays that calls are known to change; what is found is added.
         values: gives the values of tensors by name: the weights of a snapshot.
+        reading: whether the objects read data; as :class:`lightning_attr.reachable.Reachable` takes it.
+
+    Attributes:
+        created: names of iterators that a recorded call has left behind.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -50,12 +57,16 @@ class KeptState:
         roots: Mapping[str, object],
         changing: set[str],
         values: Callable[[], Mapping[str, Tensor]] | None = None,
+        reading: bool = False,
     ) -> None:
-        self.reachable = Reachable(roots)
+        self.reachable = Reachable(roots, reading)
         self.changing = changing
         self.values = values
+        self.created: list[str] = []
         self._contents = Contents(self.reachable.containers)
-        self._tensors = _Tensors(self.reachable.tensors)
+        self._streams = Streams(self.reachable.streams, self.reachable.containers)
+        self._room = _COPIED_DATA_BYTES if reading else _COPIED_BYTES
+        self._tensors = _Tensors(self.reachable.tensors, self._room)
         self._parameters = [p for _, p in self.reachable.tensors if isinstance(p, nn.Parameter)]
 
     @contextmanager
@@ -80,13 +91,16 @@ class KeptState:
             flags = [p.requires_grad for p in self._parameters]
             gradients = [p.grad for p in self._parameters]
             streams = [(restore_generator(g), generator_state(g)) for _, g in self.reachable.generators]
-            arrays = self._array_copies(recording)
+            arrays = self._array_copies(recording or self.reachable.reading)
+            buffers = [(buffer, bytes(memoryview(buffer))) for _, buffer in self.reachable.buffers]
             self._tensors.remember(self.changing)
             swapped = list(self._copies_of_swapped()) if self.changing else []
         written = WrittenTensors(self._tensors.tensors) if recording else None
         try:
-            with self._tensors.graph_keeps_values(), written or nullcontext():
+            with self._streams.lent(), self._tensors.graph_keeps_values(), written or nullcontext():
                 yield changed
+            if recording:
+                self.created = self._new_streams()
         finally:
             with torch._C.DisableTorchFunction():
                 changed += self._contents.put_back(before)
@@ -95,12 +109,19 @@ class KeptState:
                     if generator_state(generator) != state:
                         restore()
                 written_arrays = _put_arrays_back(arrays)
+                changed += self._put_buffers_back(buffers)
                 for tensor, values in swapped:
                     put_back(tensor, None, values)
                 unseen = self._tensors.changed_values() if by_value else {}
                 found, lost = self._tensors.put_back({**unseen, **(written.before if written else {})}, self.values)
                 changed += [*written_arrays, *found]
                 self.changing.update(written_arrays, found)
+        if lost and self.reachable.reading:
+            raise AttributionError(
+                f"{_some(lost)} changed while attribution read the data, and cannot be put back: training would see "
+                "other data than without attribution. Let the data set work on copies of what it holds "
+                "(`x = self.data[i].clone()`), not in place."
+            )
         if lost and not by_value:
             raise AttributionError(
                 f"{_some(lost)} changed unforeseen during attribution, and the values before are not known. Update "
@@ -114,13 +135,30 @@ class KeptState:
             if p.grad is not gradient:
                 p.grad = gradient
 
-    def _array_copies(self, recording: bool) -> list[tuple[str, Any, Any]]:
+    def _array_copies(self, every: bool) -> list[tuple[str, Any, Any]]:
         """Arrays count no versions: those of a first call are compared, and then those that it changed."""
-        return [
-            (name, array, array.copy())
-            for name, array in self.reachable.arrays
-            if (recording or name in self.changing) and array.nbytes <= _COPIED_BYTES and not array.dtype.hasobject
-        ]
+        found, room = [], self._room
+        for name, array in self.reachable.arrays:
+            if (every or name in self.changing) and array.nbytes <= room and not array.dtype.hasobject:
+                room -= array.nbytes
+                found.append((name, array, array.copy()))
+        return found
+
+    def _put_buffers_back(self, buffers: list[tuple[Any, bytes]]) -> list[str]:
+        changed = []
+        for (name, _), (buffer, before) in zip(self.reachable.buffers, buffers, strict=True):
+            if bytes(memoryview(buffer)) != before:
+                if len(memoryview(buffer).cast("B")) == len(before):
+                    memoryview(buffer).cast("B")[:] = before
+                else:
+                    del buffer[:]
+                    buffer.extend(before) if isinstance(buffer, bytearray) else buffer.frombytes(before)
+                changed.append(name)
+        return changed
+
+    def _new_streams(self) -> list[str]:
+        known = {id(stream) for _, stream in self.reachable.streams}
+        return [name for name, stream in Reachable(self.reachable.roots).streams if id(stream) not in known]
 
     def _copies_of_swapped(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Copy the tensors that stand in for those which calls are known to change."""
@@ -136,7 +174,7 @@ class KeptState:
 class _Tensors:
     """Tensors with their names, memory, versions, and copies of those that may have to be put back."""
 
-    def __init__(self, named: list[tuple[str, Tensor]]) -> None:
+    def __init__(self, named: list[tuple[str, Tensor]], room: int) -> None:
         named = [(name, t) for name, t in named if not is_lazy(t)]
         self.names = [name for name, _ in named]
         self.tensors = [tensor for _, tensor in named]
@@ -148,7 +186,6 @@ class _Tensors:
         self._replaced: set[int] = set()  # those that calls put into other memory
         self._copies: dict[int, tuple[Any, Tensor]] = {}
         self.versions, self.addresses = self._stamps()
-        room = _COPIED_BYTES
         for n, tensor in enumerate(self.tensors):
             own = n in self._places or tensor.is_inference() or tensor.is_sparse
             if own and not isinstance(tensor, nn.Parameter) and tensor.nbytes <= room and not _overlaps(tensor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,9 +22,9 @@ from torch.utils.data import (
 
 from lightning_attr.batch_form import BatchForm
 from lightning_attr.errors import AttributionError
-from lightning_attr.isolation import preserved_rng
-from lightning_attr.loader_forms import OnePass, batch_size_of, fetches_lists, single_loader
+from lightning_attr.loader_forms import OnePass, batch_size_of, fetches_lists, iterating_copy, single_loader
 from lightning_attr.reading import Collation, SampleReader, SeededSamples, batched_reading
+from lightning_attr.reading_state import unchanged_data
 from lightning_attr.sample_digest import sample_digest
 from lightning_attr.sample_errors import failed_batch, named_batches, refuse_samples
 from lightning_attr.samples_apart import SamplesApart
@@ -162,8 +161,19 @@ class DataSource:
         Returns:
             The batch.
         """
-        with preserved_rng(self.dataset, self.loader.collate_fn):
-            return self.collate(SampleReader(self.dataset, stream, self.loader.collate_fn), list(rows))
+        with unchanged_data(self.dataset, self.loader.collate_fn):
+            return self.collate(self.sample_reader(stream), list(rows))
+
+    def sample_reader(self, stream: str = "sample") -> SampleReader:
+        """Give what reads samples with random numbers of their own.
+
+        Args:
+            stream: of random numbers.
+
+        Returns:
+            The reader.
+        """
+        return SampleReader(self.dataset, stream, self.loader.collate_fn, self.form.put_back)
 
     def example(self) -> Any:
         """Collate the first sample.
@@ -187,24 +197,14 @@ class DataSource:
             TypeError: if it gives another number of batches.
         """
         singly = [[row] for rows in batches for row in rows] if self.form.apart else [list(rows) for rows in batches]
-        own = copy.copy(self.loader)
-        # A DataLoader that was made refuses to have these set.
-        vars(own).update(
-            dataset=SeededSamples(self.dataset),
-            batch_sampler=singly,
-            num_workers=0,
-            persistent_workers=False,
-            _iterator=None,
-        )
-        vars(own).update(generator=torch.Generator(), prefetch_factor=None)
-        found = iter(own)
+        found = iter(iterating_copy(self.loader, SeededSamples(self.sample_reader()), singly))
         for rows in batches:
             try:
                 parts = list(islice(found, len(rows) if self.form.apart else 1))
             except Exception as error:
                 if isinstance(error, AttributionError):
                     raise
-                refuse_samples(self.dataset, rows, error, f"`__iter__` of {type(own).__name__}")
+                refuse_samples(self.dataset, rows, error, f"`__iter__` of {type(self.loader).__name__}")
             if len(parts) != (len(rows) if self.form.apart else 1):
                 break
             batch = [tree_unflatten([part], self.structure) for part in parts]
@@ -258,7 +258,7 @@ class DataSource:
             The hash, or None if reading a sample twice gives different values.
         """
         rows = sorted({0, len(self) // 3, 2 * len(self) // 3, len(self) - 1})
-        with preserved_rng(self.dataset):
+        with unchanged_data(self.dataset):
             once, twice = (sample_digest(map(self.reader(), rows)) for _ in range(2))
         return once if once == twice else None
 
@@ -324,7 +324,7 @@ class _Batches(Dataset[Any]):
     """The batches of rows, collated, with the rows beside them."""
 
     def __init__(self, source: DataSource) -> None:
-        self.rows = SampleReader(source.dataset, collate_fn=source.loader.collate_fn)
+        self.rows = source.sample_reader()
         self.collate = source.collate
 
     def __getitems__(self, rows: list[int]) -> Any:

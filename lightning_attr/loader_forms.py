@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_attr.isolation import preserved_rng
+from lightning_attr.reading_state import unchanged_data
 from lightning_attr.sample_digest import sample_digest
 from lightning_attr.sample_errors import stream_samples
 
-__all__ = ["OnePass", "batch_size_of", "fetches_lists", "single_loader"]
+__all__ = ["OnePass", "batch_size_of", "fetches_lists", "iterating_copy", "single_loader"]
 
 _MOST_SAMPLES, _MOST_BYTES, _MOST_SECONDS = 1_000_000, 2**30, 60.0
 """How much of a stream is read to see that its passes repeat."""
@@ -77,7 +78,7 @@ def fetches_lists(loader: DataLoader[Any]) -> bool:
         return True
     if isinstance(sampler, (SequentialSampler, RandomSampler)):
         return False
-    with preserved_rng(sampler):
+    with unchanged_data(sampler):
         first = next(iter(copy.copy(sampler)), None)
     return isinstance(first, (list, tuple)) or (isinstance(first, torch.Tensor) and first.ndim > 0)
 
@@ -103,6 +104,38 @@ def batch_size_of(loader: DataLoader[Any], rows: int) -> int | None:
     return -(-rows // len(sampler)) if isinstance(sampler, Sized) and 0 < len(sampler) <= rows else None
 
 
+def iterating_copy(loader: DataLoader[Any], dataset: Dataset[Any], batches: list[list[int]]) -> DataLoader[Any]:
+    """Copy a loader of a class of its own, to iterate over other batches in this process.
+
+    Args:
+        loader: the user's; it stays as it is, and so do the iterators that it keeps.
+        dataset: what to read from.
+        batches: the rows of each batch.
+
+    Returns:
+        The copy. Iterators over its batches that the user's class keeps are made anew.
+
+    Example:
+        >>> list(iterating_copy(DataLoader([3.0, 4.0, 5.0]), [3.0, 4.0, 5.0], [[2], [0, 1]]))
+        [tensor([5.], dtype=torch.float64), tensor([3., 4.], dtype=torch.float64)]
+    """
+    own = copy.copy(loader)
+    # A DataLoader that was made refuses to have these set.
+    vars(own).update(dataset=dataset, batch_sampler=_GivenBatches(batches), num_workers=0, persistent_workers=False)
+    vars(own).update(_iterator=None, generator=torch.Generator(), prefetch_factor=None)
+    kept = [name for name, value in vars(own).items() if isinstance(value, _BaseDataLoaderIter)]
+    vars(own).update({name: DataLoader.__iter__(own) for name in kept})
+    return own
+
+
+class _GivenBatches(list[list[int]]):
+    """In the place of a batch sampler; some classes ask that for its own sampler."""
+
+    @property
+    def sampler(self) -> list[list[int]]:
+        return self
+
+
 class OnePass(Dataset[Any]):
     """The samples of an iterable-style data set in the order of a pass, kept in memory; every pass must be the same.
 
@@ -125,7 +158,7 @@ class OnePass(Dataset[Any]):
     def __init__(self, dataset: IterableDataset[Any], role: str) -> None:
         self.kind = type(dataset).__name__
         self._samples: list[Any] = []
-        with preserved_rng(dataset):
+        with unchanged_data(dataset):
             self._samples.extend(self._bounded(dataset, role))
             again = [sample_digest([sample]) for sample in self._bounded(dataset, role)]
         if again != [sample_digest([sample]) for sample in self._samples]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_attr.errors import BatchRowsError
-from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource
+from lightning_attr.reading_state import unchanged_data
 
 __all__ = ["dropped_rows", "refuse_lost_rows", "same_content"]
 
@@ -128,7 +128,7 @@ def _same_tensors(first: Any, second: Any) -> bool:
 
 def _unreadable(source: DataSource, rows: Sequence[int]) -> list[int]:
     read = source.reader()
-    with preserved_rng(source.dataset):
+    with unchanged_data(source.dataset):
         return [row for row in rows if read(row) is None]
 
 

@@ -11,6 +11,7 @@ from lightning_attr.errors import named_samples
 from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, plan
 from lightning_attr.loader import DataSource
 from lightning_attr.probe_rows import probe_rows
+from lightning_attr.repeated_reads import check_repeated_reads
 from lightning_attr.row_checks import RowCheck
 from lightning_attr.transfer import set_up_at
 
@@ -85,6 +86,7 @@ def look_at(
         [0, 2, 1]
     """
     check = RowCheck(trainer, module, datamodule, source, probe_rows(source))
+    check_repeated_reads(source, check.rows)
     difference = check.look()
     if train is not None:
         set_up_at("", trainer, module, datamodule, train)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from lightning_attr.batch import map_tensors
-from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource
+from lightning_attr.reading_state import unchanged_data
 
 __all__ = ["probe_rows"]
 
@@ -41,7 +41,7 @@ def probe_rows(source: DataSource, count: int = 8) -> list[int]:
     spread = _spread(len(source))
     traits: dict[int, tuple[Any, ...]] = {}
     read, stop = source.reader(), time.monotonic() + _SECONDS
-    with preserved_rng(source.dataset):
+    with unchanged_data(source.dataset):
         for row in spread:
             traits[row] = _traits(read(row))
             if time.monotonic() > stop and len(traits) >= count:

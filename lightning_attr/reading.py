@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.data import Dataset
 
 from lightning_attr.generators import find_generators, reseed_generator
-from lightning_attr.isolation import preserved_rng
+from lightning_attr.kept_state import KeptState
 from lightning_attr.randomness import hashed_seed
+from lightning_attr.reading_state import unchanged_data
 from lightning_attr.sample_errors import collated, first_failure, read_sample, refuse_samples
 from lightning_attr.samples_apart import SamplesApart
 
@@ -27,33 +29,38 @@ class SampleReader:
         dataset: a map-style data set.
         stream: of the random numbers; all that featurizing reads is of one.
         collate_fn: what samples go through next, whose own random generators are seeded as well.
+        put_back: whether what reading changes is put back after each sample.
 
     Example:
         >>> SampleReader([3.0, 4.0]).one(1)
         4.0
     """
 
-    def __init__(self, dataset: Any, stream: str = "sample", collate_fn: Any = None) -> None:
+    def __init__(self, dataset: Any, stream: str = "sample", collate_fn: Any = None, put_back: bool = False) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.stream = stream
+        self.put_back = put_back
         self._generators: list[Any] | None = None
+        self._state: KeptState | None = None
 
     def one(self, row: int) -> Any:
         """Read a sample."""
         self._seed(row)
-        if not hasattr(self.dataset, "__getitems__"):
-            return read_sample(self.dataset, row)
-        try:
-            return self.dataset.__getitems__([row])[0]  # what training calls, if there is one
-        except Exception as error:
-            refuse_samples(self.dataset, [row], error)
+        with self.kept():
+            if not hasattr(self.dataset, "__getitems__"):
+                return read_sample(self.dataset, row)
+            try:
+                return self.dataset.__getitems__([row])[0]  # what training calls, if there is one
+            except Exception as error:
+                refuse_samples(self.dataset, [row], error)
 
     def fetched(self, rows: list[int], reading: str) -> Any:
         """Read a whole batch from a data set that takes lists of rows, in the way of the loader."""
         self._seed(rows[0])
         try:
-            return self._list(rows, reading)
+            with self.kept():
+                return self._list(rows, reading)
         except Exception as error:
             found = first_failure(lambda i: self._list([rows[i]], reading), len(rows) if len(rows) > 1 else 0)
             if found is not None:
@@ -62,6 +69,14 @@ class SampleReader:
 
     def _list(self, rows: list[int], reading: str) -> Any:
         return self.dataset.__getitems__(rows) if reading == "batches" else self.dataset[rows]
+
+    def kept(self) -> AbstractContextManager[object]:
+        """Put back what reading or collating changes, where that is to be."""
+        if not self.put_back:
+            return nullcontext()
+        if self._state is None:  # in the process that reads
+            self._state = KeptState({"dataset": self.dataset, "collate_fn": self.collate_fn}, set(), reading=True)
+        return self._state.kept(by_value=True)
 
     def _seed(self, row: int) -> None:
         if self._generators is None:  # found in the process that uses them, which may be a worker
@@ -78,15 +93,15 @@ class SeededSamples(Dataset[Any]):
     """A data set whose samples are read by a :class:`SampleReader`.
 
     Args:
-        dataset: a map-style data set.
+        rows: reads them.
 
     Example:
-        >>> SeededSamples([3.0, 4.0])[0]
+        >>> SeededSamples(SampleReader([3.0, 4.0]))[0]
         3.0
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.rows = SampleReader(dataset)
+    def __init__(self, rows: SampleReader) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows.dataset)
@@ -125,7 +140,8 @@ class Collation:
     def _batch(self, view: SampleReader, rows: list[int]) -> Any:
         lists = self.reading in {"lists", "batches"}
         samples = view.fetched(rows, self.reading) if lists else [view.one(row) for row in rows]
-        batch = collated(self.collate_fn, samples, rows, view.dataset, self.reading)
+        with view.kept():
+            batch = collated(self.collate_fn, samples, rows, view.dataset, self.reading)
         return tree_unflatten([batch], self.structure)
 
 
@@ -144,6 +160,6 @@ def batched_reading(dataset: Any) -> bool:
     """
     if not hasattr(dataset, "__getitems__") or type(dataset).__module__.startswith("torch."):
         return False
-    with preserved_rng(dataset):
+    with unchanged_data(dataset):
         found = SampleReader(dataset).fetched([0], "batches")
     return not (isinstance(found, list) and len(found) == 1)

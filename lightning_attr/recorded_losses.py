@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from lightning_attr.batch_form import BatchForm
 from lightning_attr.draws import Samples
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.projectors import NoProjection
 from lightning_attr.store import FeatureStore
+from lightning_attr.user_calls import known_changes
 
 __all__ = ["check_recorded_losses"]
 
@@ -25,6 +27,7 @@ def check_recorded_losses(
     key: str,
     samples: Samples,
     precision: Callable[[], AbstractContextManager[Any]],
+    form: BatchForm,
 ) -> None:
     """Compare the losses of the first samples with those on record: targets are seen as training samples were.
 
@@ -37,11 +40,12 @@ def check_recorded_losses(
         key: the snapshot.
         samples: the training samples, on the module's device.
         precision: the context that forward passes run in.
+        form: what is known of how the training samples are read.
 
     Raises:
         StoreMismatchError: if they differ by more than rounding.
     """
-    if 0 not in store.snapshot(key).shards:
+    if form.random or 0 not in store.snapshot(key).shards:
         return
     rows = store.rows(0)[:_SAMPLES]
     recorded = store.shard(key, 0)["loss"][: len(rows)].double()
@@ -49,15 +53,40 @@ def check_recorded_losses(
     found = []
     for numbers, batch in samples.batches(rows):
         with precision():
-            found.append(values(batch, numbers)["loss"].detach().cpu().double())
-    now = torch.cat(found)
+            found.append(values(batch, numbers)["loss"].detach())
+    on_cpu = found[0].device.type == "cpu"
+    now = torch.cat(found).cpu().double()
     low = torch.is_autocast_enabled("cpu") or any(p.dtype.itemsize < 4 for p in featurizer.module.parameters())
-    apart = ((now - recorded).abs() > (0.2 if low else 0.02) * (1 + recorded.abs())).nonzero().flatten().tolist()
+    share = 0.2 if low else 2e-3 if on_cpu else 0.02
+    apart = ((now - recorded).abs() > share * (0.1 + recorded.abs())).nonzero().flatten().tolist()
     if apart:
         named = ", ".join(f"dataset[{rows[i]}]: {recorded[i].item():.6g}, now {now[i].item():.6g}" for i in apart)
         raise StoreMismatchError(
-            f"The losses at snapshot {key!r} in {store.path} are not those on record ({named}), although weights and "
-            f"data are: what {type(featurizer.module).__name__} computes depends on something else, such as the "
-            "Trainer's `max_epochs` or an attribute that training changed. Attribute with the trainer and module that "
-            "fitted, or with a Trainer of the same settings."
+            f"The losses at snapshot {key!r} in {store.path} are not those on record ({named}), although the weights "
+            f"are. {_cause(featurizer.module, form)}"
         )
+
+
+def _cause(module: Any, form: BatchForm) -> str:
+    """Say what the losses may depend on, as far as that is known."""
+    name, changes = type(module).__name__, known_changes(module)
+    if form.drifting:
+        return (
+            f"Reading the training data changes {_some(form.drifting)}, and the samples with it: they are no longer "
+            "what they were then. Let a sample depend on its index and on random numbers alone."
+        )
+    if changes:
+        return (
+            f"The training step of {name} changes {_some(changes)}, and training has gone on with that: the loss is no "
+            "longer what it was then. State that a loss depends on can be kept in a buffer (`register_buffer`), which "
+            "every snapshot has, or follow from `self.current_epoch` or `self.global_step`, which are put back."
+        )
+    return (
+        f"What {name} computes depends on something else, such as the Trainer's `max_epochs`, or an attribute that "
+        "training has changed. Attribute with the trainer and module that fitted, or with a Trainer of the same "
+        "settings; keep state that a loss depends on in a buffer (`register_buffer`), which every snapshot has."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:4])

@@ -256,7 +256,8 @@ def attribute(
         stack.callback(set_surroundings, module, surroundings_of(module))
         stack.enter_context(lent(trainer, module))
         stack.enter_context(same_tensors(module))
-        data = [source.dataset for source in (train, target) if source is not None]
+        sources = [source for source in (train, target) if source is not None]
+        data = [item for source in sources for item in (source.dataset, source.loader.collate_fn, source.loader)]
         stack.enter_context(undisturbed(module, *data, beside=step.world.beside))
         stack.enter_context(loaded(module))
         stack.push(step.end)

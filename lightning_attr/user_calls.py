@@ -22,11 +22,14 @@ from lightning_attr.errors import AttributionError
 from lightning_attr.generators import remembered_rng
 from lightning_attr.kept_state import KeptState
 from lightning_attr.metric_calls import answered_metrics
+from lightning_attr.reachable import Reachable
+from lightning_attr.streams import Streams
 
 __all__ = [
     "Surroundings",
     "called",
     "failed_metrics",
+    "known_changes",
     "lasting_call",
     "observed",
     "set_surroundings",
@@ -52,6 +55,7 @@ class _Known:
         written: names of the functions that write to their batch.
         told: names of changes that the user has been told of.
         failed_metrics: name -> what a metric raised, after a first call in which none did.
+        created: names of the iterators that the last first call has made, to be read by later ones.
     """
 
     called: set[str] = field(default_factory=set)
@@ -59,6 +63,7 @@ class _Known:
     written: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
     failed_metrics: dict[str, str] = field(default_factory=dict)
+    created: list[str] = field(default_factory=list)
 
 
 class _Observed:
@@ -181,12 +186,26 @@ def called(module: nn.Module, function: str, run: Callable[[Any], Result], batch
     restore_rng = None if function in known.called else remembered_rng()
     with user_call(module, function, batch) as own:
         result = run(own)
+    if known.created:
+        known.created.clear()
+        _try_again_with_streams(module, function, run, batch)
     if len(known.changing) == count or not torch.is_grad_enabled():
         return result
     if restore_rng is not None:
         restore_rng()
     with user_call(module, function, batch) as own:
         return run(own)
+
+
+def _try_again_with_streams(module: nn.Module, function: str, run: Callable[[Any], Result], batch: Any) -> None:
+    """Call a function as training does from its second step on, when an iterator is there that the first has made."""
+    restore_rng = remembered_rng()
+    with user_call(module, function, batch) as own:
+        run(own)
+        reached = Reachable({"": module})
+        with Streams(reached.streams, reached.containers).lent():
+            run(OwnBatch(batch, copied=True).batch)
+    restore_rng()
 
 
 @contextmanager
@@ -237,6 +256,7 @@ def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[A
             )
     if first:
         known.called.add(function)
+        known.created[:] = state.created
     if failed:
         _tell_of_metrics(module, function, failed, known)
     if changed:
@@ -306,6 +326,23 @@ def failed_metrics(module: nn.Module) -> str:
     """
     known = _known.get(module)
     return "" if known is None else ", ".join(f"`{name}` ({error})" for name, error in known.failed_metrics.items())
+
+
+def known_changes(module: nn.Module) -> list[str]:
+    """Name what functions of a module change, as far as it is none of its parameters and buffers.
+
+    Args:
+        module: the user's module.
+
+    Returns:
+        The names, in order.
+
+    Example:
+        >>> known_changes(nn.Linear(1, 1))
+        []
+    """
+    known = _known.get(module)
+    return [] if known is None else sorted(known.told - set(module.state_dict()))
 
 
 def _tell_of_metrics(module: nn.Module, function: str, failed: dict[str, str], known: _Known) -> None:

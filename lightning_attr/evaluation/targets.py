@@ -16,11 +16,11 @@ from lightning_attr.draws import Draw
 from lightning_attr.errors import named_samples
 from lightning_attr.featurizer import PROBE_SIZE
 from lightning_attr.files import digest
-from lightning_attr.isolation import preserved_rng
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.mode_choice import choose_mode
 from lightning_attr.modes import set_mode
 from lightning_attr.probe import look_at
+from lightning_attr.reading_state import unchanged_data
 from lightning_attr.transfer import placed
 
 __all__ = ["digest_of_all", "outputs_at", "target_outputs"]
@@ -158,7 +158,7 @@ def digest_of_all(source: DataSource) -> str:
         return tensor
 
     total = ""
-    with preserved_rng(source.dataset):
+    with unchanged_data(source.dataset):
         for _, batch in OrderedLoader(source, [[row] for row in range(len(source))]):
             tensors.clear()
             map_tensors(batch, add)
