@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
 
-from lightning_attr.namespaces import Attributes, Namespace
+from lightning_attr.namespaces import Attributes, Namespace, builtin_kind
 
 __all__ = ["Contents"]
 
@@ -71,8 +72,10 @@ def _own(container: Any) -> Any:
 def _items(container: Any) -> Any:
     if isinstance(container, Namespace):
         return container.values()
-    own = container
-    return dict(own) if isinstance(own, dict) else set(own) if isinstance(own, set) else [*own]
+    kind = builtin_kind(container)
+    if isinstance(container, dict):
+        return dict(kind.items(container))
+    return set(kind.__iter__(container)) if kind is set else [*kind.__iter__(container)]
 
 
 def _all_same(now: list[dict[Any, Any]], before: list[dict[Any, Any]]) -> bool:
@@ -94,8 +97,9 @@ def _same_items(now: Any, before: Any) -> bool:
 
 def _put_back(name: str, container: Any, now: Any, before: Any) -> list[str]:
     if not isinstance(container, Namespace):
-        container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+        kind = builtin_kind(container)
+        kind.clear(container)
+        (kind.extend if kind in {list, deque} else kind.update)(container, before)
         return [name]
     missing = object()
     changed = [key for key in {**before, **now} if now.get(key, missing) is not before.get(key, missing)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +16,7 @@ __all__ = [
     "GlobalVariables",
     "Namespace",
     "Slots",
+    "builtin_kind",
     "functions_of",
     "names_in",
 ]
@@ -166,6 +168,26 @@ class GlobalVariables(Namespace):
     def remove(self, name: str) -> None:
         """Remove a variable."""
         del self.own[name]
+
+
+def builtin_kind(container: Any) -> Any:
+    """Give the class whose functions read and fill a container, past what a class of the user's makes of them.
+
+    Args:
+        container: any object.
+
+    Returns:
+        ``OrderedDict``, ``dict``, ``list``, ``deque``, ``set`` or ``tuple``; None for what is none of these.
+
+    Example:
+        >>> class Doubled(list):
+        ...     def __getitem__(self, row):
+        ...         return 2 * super().__getitem__(row)
+        >>> numbers = Doubled([1, 2])
+        >>> numbers[1], builtin_kind(numbers).__getitem__(numbers, 1)
+        (4, 2)
+    """
+    return next((kind for kind in (OrderedDict, dict, list, deque, set, tuple) if isinstance(container, kind)), None)
 
 
 def functions_of(kind: type) -> Iterator[FunctionType]:

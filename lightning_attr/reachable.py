@@ -27,6 +27,7 @@ from lightning_attr.namespaces import (
     Enclosed,
     GlobalVariables,
     Slots,
+    builtin_kind,
     functions_of,
     names_in,
 )
@@ -127,17 +128,8 @@ class Reachable:
             self.generators.append((name, item))
         elif isinstance(item, nn.Module):
             self._look_into_module(name, item)
-        elif isinstance(item, dict):
+        elif builtin_kind(item) is not None:
             self._look_into_container(name, item)
-            keyed = islice(item.items(), self._most_items)
-            self._add_items(
-                (f"{name}[{key!r}]" if isinstance(key, (str, int)) else name, value) for key, value in keyed
-            )
-        elif isinstance(item, (list, deque, set, tuple)):
-            if not isinstance(item, tuple):
-                self._look_into_container(name, item)
-            first = item[: self._most_items] if isinstance(item, (list, tuple)) else islice(item, self._most_items)
-            self._add_items((f"{name}[{i}]", value) for i, value in enumerate(first))
         elif isinstance(item, _BUFFERS):
             self.buffers.append((name, item))
         elif isinstance(item, io.IOBase) or (hasattr(type(item), "__next__") and self._is_closed(item)):
@@ -146,8 +138,20 @@ class Reachable:
             self._look_into_object(name, item)
 
     def _look_into_container(self, name: str, container: Any) -> None:
-        if len(container) <= _LONGEST:
+        kind, most = builtin_kind(container), self._most_items
+        if kind is not tuple and kind.__len__(container) <= _LONGEST:
             self.containers.append((name, container))
+        if isinstance(container, dict):
+            keyed = islice(kind.items(container), most)
+            self._add_items(
+                (f"{name}[{key!r}]" if isinstance(key, (str, int)) else name, value) for key, value in keyed
+            )
+        else:
+            indexed = kind in {list, tuple}
+            first = kind.__getitem__(container, slice(most)) if indexed else islice(kind.__iter__(container), most)
+            self._add_items((f"{name}[{i}]", value) for i, value in enumerate(first))
+        if type(container) is not kind:  # with attributes of its own
+            self._look_into_object(name, container)
 
     def _add_items(self, items: Iterable[tuple[str, Any]]) -> None:
         records = 0

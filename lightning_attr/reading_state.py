@@ -28,16 +28,11 @@ def unchanged_data(*data: object) -> Iterator[None]:
         AttributionError: if tensors were written to that are too large to be copied for that, or an iterator was read.
 
     Example:
-        >>> class Counting:
-        ...     read = 0
-        ...     def __getitem__(self, row):
-        ...         self.read += 1
-        ...         return row
-        >>> dataset = Counting()
-        >>> with unchanged_data(dataset):
-        ...     _ = dataset[0]
-        >>> dataset.read
-        0
+        >>> cache = {"rows": []}
+        >>> with unchanged_data(cache):
+        ...     cache["rows"].append(3)
+        >>> cache
+        {'rows': []}
     """
     new = [item for item in data if item is not None and id(item) not in _kept]
     _kept.extend(map(id, new))

@@ -38,13 +38,12 @@ def check_repeated_reads(source: DataSource, rows: Sequence[int]) -> None:
         AttributionError: if reading writes to data that are too large to be put back.
 
     Example:
+        >>> from functools import partial
         >>> from torch.utils.data import DataLoader
-        >>> class Drifting(list):
-        ...     read = 0.0
-        ...     def __getitem__(self, row):
-        ...         self.read += 1
-        ...         return super().__getitem__(row) + self.read
-        >>> source = DataSource.of(DataLoader(Drifting([3.0, 4.0])), "training")
+        >>> def drifting(calls, items):
+        ...     calls.append(len(items))
+        ...     return torch.tensor(items) + len(calls)
+        >>> source = DataSource.of(DataLoader([3.0, 4.0], collate_fn=partial(drifting, [])), "training")
         >>> check_repeated_reads(source, [0, 1])
         >>> source.form.put_back, source.collated([0]).item(), source.collated([0]).item()
         (True, 4.0, 4.0)

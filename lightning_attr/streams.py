@@ -6,12 +6,13 @@ import copy
 import io
 import itertools
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lightning_attr.errors import AttributionError
-from lightning_attr.namespaces import Namespace
+from lightning_attr.namespaces import Namespace, builtin_kind
 
 __all__ = ["HeldStream", "Streams"]
 
@@ -153,16 +154,17 @@ def _has_position(file: Any) -> bool:
 def _items(container: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(container, Namespace):
         return container.values().items()
+    kind = builtin_kind(container)
     if isinstance(container, dict):
-        return list(container.items())
-    return enumerate(container) if isinstance(container, (list, tuple)) or hasattr(container, "rotate") else ()
+        return list(kind.items(container))
+    return enumerate(kind.__iter__(container)) if kind in {list, deque} else ()
 
 
 def _put(container: Any, key: Any, value: Any) -> None:
     if isinstance(container, Namespace):
         container.put(key, value)
     else:
-        container[key] = value
+        builtin_kind(container).__setitem__(container, key, value)
 
 
 def _holds(container: Any, key: Any, value: Any) -> bool:
