@@ -22,11 +22,11 @@ from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.divergence import check_weights
+from lightning_attr.callbacks.early import EarlySnapshots
 from lightning_attr.callbacks.featurizing import featurize, self_influence_at
 from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
-from lightning_attr.callbacks.run_store import RunStore
-from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
+from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
@@ -55,7 +55,7 @@ __all__ = ["AttributionCallback"]
 SnapshotListener = Callable[[L.Trainer, L.LightningModule, Snapshot, Tensor], None]
 
 
-class AttributionCallback(RunStore):
+class AttributionCallback(EarlySnapshots):
     """Makes every prediction of a run traceable to its training samples, and leaves the run itself bit-identical.
 
     At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set
@@ -66,8 +66,8 @@ class AttributionCallback(RunStore):
             the same run is continued, one of another run is refused.
         method: how to score, and with it the projection of the features; TRAK by default.
         snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ..., "start+geometric" for the weights that training starts
-            from as well, "all", an integer n for every n-th, or a list of epoch indices, with -1 for the start; the
-            last epoch always has one.
+            from as well, "early+geometric" for the steps 4, 8, 16, ... of the first epoch, too, "all", an integer n for
+            every n-th, or a list of epoch indices, with -1 for the start; the last epoch always has one.
         featurize: compute features at once; otherwise ``trainer.attribute`` does, from the snapshots. A method that
             runs the module instead of reading features has only snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
@@ -179,7 +179,7 @@ class AttributionCallback(RunStore):
         resumed = self._path is not None
         self._open_store(trainer, pl_module)
         weight_bytes = snapshot_bytes(pl_module, self.optimizer_state)
-        snapshots = self.schedule.count(epoch_limit(trainer))
+        snapshots = self.schedule.count(epoch_limit(trainer), steps_of_an_epoch(trainer))
         announce(self.store, bytes_a_row=bytes_a_row, weight_bytes=weight_bytes, snapshots=snapshots)
         epoch = trainer.current_epoch - 1
         if resumed and epoch > self._recorded.epoch and self.schedule.due(epoch):

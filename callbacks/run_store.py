@@ -51,6 +51,7 @@ class RunStore(AnyCallback):
     def _forget(self) -> None:
         self._rates = LearningRates()
         self._failures: list[Exception] = []
+        self._before = 0  # steps taken before the batch at hand
         self._training = False  # whether this fit is recorded, up to its very end
         self._recorded = Recording()
         self._incomplete: str | None = None

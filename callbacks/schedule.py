@@ -1,4 +1,4 @@
-"""At the end of which epochs a snapshot is taken."""
+"""At the end of which epochs, and after which steps of the first, a snapshot is taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning as L
 
 from lightning_attr.arguments import check_choice, check_int
 
-__all__ = ["SnapshotSchedule", "epoch_limit"]
+__all__ = ["SnapshotSchedule", "epoch_limit", "steps_of_an_epoch"]
 
 
 class SnapshotSchedule:
@@ -18,8 +18,9 @@ class SnapshotSchedule:
 
     Args:
         snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ...; "start+geometric" for the weights that training starts
-            from as well; "all"; an integer ``n`` for every ``n``-th epoch, the first included; or a list of epoch
-            indices, counted from 0, with -1 for the start.
+            from as well; "early+geometric" for the optimizer steps 4, 8, 16, ... of the first epoch, too; "all"; an
+            integer ``n`` for every ``n``-th epoch, the first included; or a list of epoch indices, counted from 0, with
+            -1 for the start.
 
     Raises:
         ValueError: if it is none of these.
@@ -42,7 +43,7 @@ class SnapshotSchedule:
         elif isinstance(snapshots, numbers.Integral) and not isinstance(snapshots, bool):
             self.snapshots = check_int(_OWNER, "snapshots", snapshots, minimum=1)
         else:
-            check_choice(_OWNER, "snapshots", snapshots, ("geometric", "start+geometric", "all"), _OTHERS)
+            check_choice(_OWNER, "snapshots", snapshots, _NAMES, _OTHERS)
             self.snapshots = snapshots
 
     def due(self, epoch: int) -> bool:
@@ -55,10 +56,10 @@ class SnapshotSchedule:
             True if it has.
         """
         if epoch < 0:
-            return self.snapshots == "start+geometric" or (
+            return self.snapshots in {"start+geometric", "early+geometric"} or (
                 isinstance(self.snapshots, frozenset) and -1 in self.snapshots
             )
-        if self.snapshots in {"geometric", "start+geometric"}:
+        if self.snapshots in {"geometric", "start+geometric", "early+geometric"}:
             return epoch & (epoch - 1) == 0
         if self.snapshots == "all":
             return True
@@ -66,16 +67,55 @@ class SnapshotSchedule:
             return epoch % self.snapshots == 0
         return isinstance(self.snapshots, frozenset) and epoch in self.snapshots
 
-    def count(self, epochs: int) -> int:
+    def due_between(self, before: int, step: int) -> bool:
+        """Whether a step of the first epoch has a snapshot.
+
+        Args:
+            before: optimizer steps taken before the batch at hand; several optimizers take several.
+            step: after it.
+
+        Returns:
+            True if a power of two from 4 on lies in between.
+
+        Example:
+            >>> schedule = SnapshotSchedule("early+geometric")
+            >>> [step for step in range(1, 20) if schedule.due_between(step - 1, step)]
+            [4, 8, 16]
+        """
+        early = self.snapshots == "early+geometric" and step >= _FIRST_STEP
+        return early and max(before, _FIRST_STEP - 1).bit_length() < step.bit_length()
+
+    def count(self, epochs: int, steps: int = 0) -> int:
         """Count the snapshots of a run.
 
         Args:
             epochs: how many it has.
+            steps: optimizer steps of the first.
 
         Returns:
             Snapshots, that of the last epoch included.
         """
-        return self.due(-1) + sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))
+        early = sum(self.due_between(step - 1, step) for step in range(1, steps))
+        return self.due(-1) + early + sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))
+
+
+def steps_of_an_epoch(trainer: L.Trainer) -> int:
+    """Find how many optimizer steps an epoch has.
+
+    Args:
+        trainer: in its fit.
+
+    Returns:
+        Steps of one optimizer; 0 where nobody knows.
+
+    Example:
+        >>> trainer = L.Trainer(logger=False, barebones=True)
+        >>> trainer.fit_loop.max_batches = 7
+        >>> steps_of_an_epoch(trainer)
+        7
+    """
+    batches = trainer.num_training_batches
+    return 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def epoch_limit(trainer: L.Trainer) -> int:
@@ -99,4 +139,6 @@ def epoch_limit(trainer: L.Trainer) -> int:
 
 
 _OWNER = "AttributionCallback"
+_NAMES = ("geometric", "start+geometric", "early+geometric", "all")
+_FIRST_STEP = 4
 _OTHERS = "an integer n >= 1 for every n epochs, or a list of epoch indices >= 0 and -1 for the start"

@@ -38,24 +38,29 @@ class Row:
     exact: bool = False
 
 
+START, EARLY = "start+geometric", "early+geometric"
 ROWS: dict[str, Row] = {
     "last snapshot": Row([]),
-    "one run": Row(),
-    "one run from the start": Row("start+geometric"),
-    "one run, every epoch": Row("all"),
-    "one run and 1 pilot": Row(pilots=1),
-    "one run and 2 pilots": Row(pilots=2),
-    "one run and 4 pilots": Row(pilots=4),
-    "one run from the start and 2 pilots": Row("start+geometric", pilots=2),
-    "last snapshot and 2 pilots": Row([], pilots=2),
+    "geometric": Row(),
+    "start+geometric": Row(START),
+    "early+geometric": Row(EARLY),
+    "all epochs": Row("all"),
+    "geometric, 1 pilot": Row(pilots=1),
+    "geometric, 2 pilots": Row(pilots=2),
+    "geometric, 4 pilots": Row(pilots=4),
+    "early+geometric, 1 pilot": Row(EARLY, pilots=1),
+    "early+geometric, 2 pilots": Row(EARLY, pilots=2),
+    "early+geometric, 4 pilots": Row(EARLY, pilots=4),
+    "last snapshot, 2 pilots": Row([], pilots=2),
     "2 pilots alone": Row([], pilots=2, run=False),
     "4 pilots alone": Row([], pilots=4, run=False),
-    "exact, one run": Row(exact=True),
-    "exact, one run from the start": Row("start+geometric", exact=True),
-    "exact, one run and 1 pilot": Row(pilots=1, exact=True),
-    "exact, one run and 2 pilots": Row(pilots=2, exact=True),
-    "exact, one run and 4 pilots": Row(pilots=4, exact=True),
-    "exact, one run from the start and 2 pilots": Row("start+geometric", pilots=2, exact=True),
+    "exact, geometric": Row(exact=True),
+    "exact, start+geometric": Row(START, exact=True),
+    "exact, early+geometric": Row(EARLY, exact=True),
+    "exact, geometric, 2 pilots": Row(pilots=2, exact=True),
+    "exact, early+geometric, 1 pilot": Row(EARLY, pilots=1, exact=True),
+    "exact, early+geometric, 2 pilots": Row(EARLY, pilots=2, exact=True),
+    "exact, early+geometric, 4 pilots": Row(EARLY, pilots=4, exact=True),
     "exact, 2 pilots alone": Row([], pilots=2, run=False, exact=True),
 }
 
@@ -95,7 +100,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[Any, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default="mlp")
-    parser.add_argument("--rows", default="", help="only those with this text in their names")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only those with one of these texts in their names")
     parser.add_argument("--subsets", choices=SUBSET_SEEDS, default="report", help="choose defaults on `tune` only")
     parser.add_argument("--seed", type=int, default=0, help="of the run")
     parser.add_argument("--cache", type=Path, default=CACHE, help="directory of the ground truth")
@@ -112,7 +117,7 @@ def main() -> None:
     print(f"one training: {training:.2f} s of a processor; cost: all trainings and passes, over that")
     print(f"{'':44}{'LDS':>6}  {'95 % interval':16}{'cost':>6}")
     for name, row in ROWS.items():
-        if arguments.rows in name:
+        if any(text in name for text in arguments.rows):
             scores, seconds = seconds_of(lambda row=row: scores_of(setting, row, arguments.seed))
             mean, low, high, *_ = linear_datamodeling_score(scores, masks, outputs)
             print(f"{name:44}{mean:6.3f}  {f'{low:.3f} to {high:.3f}':16}{seconds / training:6.1f}", flush=True)

@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from torch import Tensor
 from torch.nn import functional as F
 
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from cases import BlobClassifier, blobs, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
 from lightning_attr.checkpoints import weights_of
@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
         ([3, 1], [1, 3]),
         ([3, -1], [-1, 3]),
         ("start+geometric", [-1, 0, 1, 2, 4, 8, 16, 32]),
+        ("early+geometric", [-1, 0, 1, 2, 4, 8, 16, 32]),
         ((), []),
         (range(2), [0, 1]),
     ],
@@ -88,6 +89,12 @@ class Weights(L.Callback):
 
     def __init__(self) -> None:
         self.seen: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen[trainer.global_step] = {name: tensor.clone() for name, tensor in weights_of(pl_module).items()}
@@ -166,6 +173,71 @@ def test_snapshots(tmp_path: Any, schedule: Any, settings: dict[str, Any], expec
     found = snapshots_of(tmp_path, schedule=schedule, **settings)
     assert [(snapshot.epoch, snapshot.global_step) for snapshot in found] == expected
     assert [s.key for s in found] == [f"epoch={epoch:04d}-step={step:06d}" for epoch, step in expected]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "settings", "steps"),
+    [
+        (1, {}, [0, 4, 8, 16, 20, 40]),
+        (4, {}, [0, 4, 5, 10]),
+        (1, {"accumulate_grad_batches": 3}, [0, 4, 7, 14]),
+        (5, {}, [0, 4, 8]),  # the last step of an epoch has one in any case
+        (1, {"max_steps": 9}, [0, 4, 8, 9]),
+    ],
+)
+def test_steps_of_the_first_epoch(tmp_path: Path, batch_size: int, settings: dict[str, Any], steps: list[int]) -> None:
+    weights = Weights()
+    callback = AttributionCallback(tmp_path, snapshots="early+geometric", featurize=False)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[weights, callback], **settings)
+    trainer.fit(BlobClassifier(), loader_of(blobs(20), batch_size=batch_size, shuffle=True))
+    found = callback.store.snapshots
+    assert [snapshot.global_step for snapshot in found] == steps
+    assert [s.key for s in found[1:]] == [f"epoch={s.epoch:04d}-step={s.global_step:06d}" for s in found[1:]]
+    for snapshot, before in zip(found[1:], found, strict=False):
+        stored = callback.store.weights(snapshot.key)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in weights.seen[snapshot.global_step].items())
+        assert snapshot.learning_rate == pytest.approx(0.1 * (snapshot.global_step - before.global_step))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resumed_in_and_after_the_first_epoch(tmp_path: Path) -> None:
+    def fit(name: str, epochs: int, *more: L.Callback, **settings: Any) -> Any:
+        torch.manual_seed(0)
+        callback = AttributionCallback(tmp_path / name, snapshots="early+geometric", featurize=False)
+        trainer = quiet_trainer(max_epochs=epochs, callbacks=[callback, *more], enable_checkpointing=bool(more))
+        trainer.fit(BlobClassifier(), loader_of(blobs(20), batch_size=2), **settings)
+        return [(s.key, s.weights, s.learning_rate) for s in callback.store.snapshots]
+
+    whole = fit("whole", 3)
+    assert [key for key, *_ in whole][:4] == ["start", *(f"epoch=0000-step=0000{step}" for step in ("04", "08", "10"))]
+    fit("broken", 1, ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    assert fit("broken", 3, ckpt_path=tmp_path / "checkpoints" / "step=10.ckpt") == whole
+    with told("is written anew from step 8 on"):  # Lightning begins the epoch's batches again: another course
+        again = fit("broken", 3, ckpt_path=tmp_path / "checkpoints" / "step=5.ckpt")
+    assert [key for key, *_ in again] == [key for key, *_ in whole]
+
+
+class TwoSteps(BlobClassifier):
+    """Two optimizers, so that Lightning counts two steps a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.network[0], self.network[2])]
+
+
+def test_steps_of_several_optimizers(tmp_path: Path) -> None:
+    callback = AttributionCallback(tmp_path, snapshots="early+geometric", featurize=False)
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(TwoSteps(), loader_of(blobs(13), batch_size=1))
+    assert [snapshot.global_step for snapshot in callback.store.snapshots] == [0, 4, 8, 16, 26]
 
 
 class Scheduled(BlobClassifier):

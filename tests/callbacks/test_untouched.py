@@ -128,6 +128,29 @@ def early_stopping() -> dict[str, Any]:
     return {"callbacks": [EarlyStopping("val_loss", patience=0, min_delta=10.0)], "max_epochs": 10}
 
 
+class Stepping(L.LightningModule):
+    """No mixin: its own step is what is attributed, and it logs means over the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self.network(batch[0]), batch[1])
+        self.log("loss", loss, on_epoch=True, on_step=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def small_batches() -> dict[str, Any]:
+    """Batches of which an epoch has many."""
+    return {"batch_size": 2}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "augmentation": {"dataset": Noisy},
@@ -143,6 +166,18 @@ CASES: dict[str, dict[str, Any]] = {
     "snapshots only": {"callback": {"featurize": False}},
     "optimizer state": {"callback": {"optimizer_state": True}},
     "workers": {"dataset": Noisy, "loader": lambda: {"num_workers": 2}},
+    "early": {"callback": {"snapshots": "early+geometric"}, "loader": small_batches},
+    "early, plain module": {"module": Stepping, "callback": {"snapshots": "early+geometric"}, "loader": small_batches},
+    "early, accumulation": {
+        "callback": {"snapshots": "early+geometric"},
+        "loader": small_batches,
+        "trainer": lambda: {"accumulate_grad_batches": 2},
+    },
+    "early, workers": {
+        "dataset": OwnGenerators,
+        "callback": {"snapshots": "early+geometric"},
+        "loader": lambda: {"batch_size": 2, "num_workers": 2},
+    },
     "own workers": {"dataset": OwnGenerators, "loader": lambda: {"num_workers": 2, "persistent_workers": True}},
 }
 
@@ -154,11 +189,15 @@ def fit(tmp_path: Any, with_callback: bool, case: dict[str, Any], *extra: L.Call
     torch.manual_seed(5)
     module = case.get("module", Net)()
     settings = {"max_epochs": 3, **case.get("trainer", dict)()}
-    own = [AttributionCallback(tmp_path / "store", TRAK(8), "all", **{"batch_size": 4, **case.get("callback", {})})]
+    own = [
+        AttributionCallback(
+            *(tmp_path / "store", TRAK(8)), **{"snapshots": "all", "batch_size": 4, **case.get("callback", {})}
+        )
+    ]
     callbacks = (own if with_callback else []) + list(settings.pop("callbacks", [])) + list(extra)
     trainer = quiet_trainer(L.Trainer, callbacks=callbacks, **settings)
     data = case.get("dataset", lambda: blobs(26))()
-    loader = loader_of(data, batch_size=6, shuffle=True, **case.get("loader", dict)())
+    loader = loader_of(data, **{"batch_size": 6, "shuffle": True, **case.get("loader", dict)()})
     val = loader_of(blobs(9, seed=1)) if any(isinstance(c, EarlyStopping) for c in callbacks) else None
     trainer.fit(module, loader, val)
     return trainer, module
