@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_attr.batch import map_tensors
 from lightning_attr.draws import Draw, Samples
+from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.gradients import check_batch_independence
 from lightning_attr.loss_terms import TrainingLoss, checked_training_loss
 from lightning_attr.mixin import AttributionMixin, attribution_outputs
@@ -199,8 +200,24 @@ def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
     check_batch_independence(lambda batch: _mixin_output(module, batch)[0], batch, batch_size)
     with torch.enable_grad():  # some steps differentiate
         outputs, targets = map_tensors(attribution_outputs(module, batch), Tensor.detach)
+    _check_losses(module, outputs, targets, batch_size)
     check_model_output(module.model_output, outputs, targets, dtype=None)
     return MixinOutput()
+
+
+def _check_losses(module: Any, outputs: Any, targets: Any, batch_size: int) -> None:
+    """Refuse samples whose loss is NaN or Inf where their output is not: it is their target, and not the functions."""
+    with torch.no_grad():
+        losses = module.model_output.loss(outputs, targets)
+    if not isinstance(losses, Tensor) or losses.shape != (batch_size,) or losses.isfinite().all():
+        return
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    raise NonFiniteGradientError(
+        f"The loss by {type(module.model_output).__name__} is NaN or Inf (positions {bad} of the {batch_size} samples "
+        "that were tried), although the outputs are finite. Check the targets.",
+        bad,
+        batch_size,
+    )
 
 
 def measured(module: Any, batch: Any) -> Tensor:

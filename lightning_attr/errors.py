@@ -18,6 +18,7 @@ __all__ = [
     "NegativeCurvatureError",
     "NonFiniteGradientError",
     "SampleReadError",
+    "SampleRunError",
     "StoreInUseError",
     "StoreMismatchError",
     "UnsupportedLayerError",
@@ -65,6 +66,10 @@ class BatchRowsError(AttributionError):
 
 class SampleReadError(AttributionError):
     """A data set, its collate function or a worker raised; the message names the samples, the cause is their error."""
+
+
+class SampleRunError(AttributionError):
+    """The module's code raised for some samples and not for others; the message names them, the cause is its error."""
 
 
 class NonFiniteGradientError(AttributionError):

@@ -17,6 +17,7 @@ from lightning_attr.attributed_apart import OutputApart, attributed_apart
 from lightning_attr.batch import select_rows
 from lightning_attr.draws import Draw
 from lightning_attr.errors import NonFiniteGradientError, named_samples
+from lightning_attr.failing_samples import named_failures
 from lightning_attr.gradients import (
     GradientPlan,
     HookedGradients,
@@ -24,6 +25,7 @@ from lightning_attr.gradients import (
     plan_gradients,
     vmap_gradients,
 )
+from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.gradients.mode_reads import watch_mode
 from lightning_attr.gradients.rules import check_layers
@@ -264,15 +266,17 @@ class Featurizer:
             InvalidLabelError: if the model output has no use for the labels of a sample.
             MemoryBudgetError: if not even one sample fits into the memory budget.
             NonFiniteGradientError: if a row holds NaN or Inf.
+            SampleRunError: if the module's code fails for some samples and not for others.
         """
         # Without gradients, a batch takes less than in training.
         apart = self.plan.seeded or isinstance(batch, SamplesApart)
         featurize = self._one_by_one if apart else self._featurize
-        if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
-            return featurize(batch, rows, room)
-        kind = f"{type(self.projection).__name__} {self.projection.dim}"
-        run = partial(featurize, room=room)
-        return self.memory.run(run, batch, rows, kind, self.projection.dim + self.numel)
+        with named_failures(self.module, rows, partial(self._run_alone, batch, rows)):
+            if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
+                return featurize(batch, rows, room)
+            kind = f"{type(self.projection).__name__} {self.projection.dim}"
+            run = partial(featurize, room=room)
+            return self.memory.run(run, batch, rows, kind, self.projection.dim + self.numel)
 
     def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
         """Featurize samples apart, where they come so, or so that the random numbers of each are its own."""
@@ -306,6 +310,13 @@ class Featurizer:
         columns = self.projection.finish({"features": features, **values})
         _check_finite(self.module, columns, rows)
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
+
+    def _run_alone(self, batch: Any, rows: Sequence[int], position: int) -> None:
+        """Run a sample of a batch, to see whether it goes through."""
+        draw = Draw([rows[position] + self.first_row], self.snapshot, 0, _device(self.module))
+        one = completed(self.module, select_rows(batch, len(rows), [position]), draw)
+        with torch.enable_grad(), plain_execution():  # some steps differentiate
+            self.plan.attributed.sample_outputs(self.module, one, 1)
 
     def _draw(self, batch: Any, batch_size: int, add: LayerSink, seed: int | None) -> dict[str, Tensor]:
         """Add the features of one draw, and return the values beside them."""

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from lightning_attr.errors import named_samples
+from lightning_attr.failing_samples import named_failures
 from lightning_attr.featurizer import PROBE_SIZE, AttributionPlan, plan
 from lightning_attr.loader import DataSource
 from lightning_attr.probe_rows import probe_rows
@@ -55,7 +56,12 @@ def probe(
     batch, rows = check.probed(PROBE_SIZE)
     precision, device = trainer.precision_plugin, trainer.strategy.root_device
     # The comparisons want all digits: the default dtype of the precision, but no autocast.
-    with precision.forward_context(), torch.autocast(device.type, enabled=False), named_samples(rows):
+    with (
+        precision.forward_context(),
+        torch.autocast(device.type, enabled=False),
+        named_samples(rows),
+        named_failures(module, rows, check.run_alone),
+    ):
         return plan(module, batch, len(rows), mode), batch, rows
 
 
@@ -92,6 +98,11 @@ def look_at(
         set_up_at("", trainer, module, datamodule, train)
     if difference is not None:
         precision, device = trainer.precision_plugin, trainer.strategy.root_device
-        with precision.forward_context(), torch.autocast(device.type, enabled=False), named_samples(check.rows):
+        with (
+            precision.forward_context(),
+            torch.autocast(device.type, enabled=False),
+            named_samples(check.rows),
+            named_failures(module, check.rows, check.run_alone),
+        ):
             check.settle(difference)
     return check

@@ -149,6 +149,16 @@ class RowCheck:
             self.source.batch_size,
         )
 
+    def run_alone(self, position: int) -> None:
+        """Run a sample that is collated alone, to see whether it goes through.
+
+        Args:
+            position: of the sample among the rows.
+        """
+        one = completed(self.module, self._each()[position], self._draw([self.rows[position]]))
+        with torch.enable_grad(), plain_execution():
+            sample_values(self.module, one, 1)
+
     def _value(self, one: Any, row: int) -> Tensor:
         """The output of a sample that is collated alone, ``(1,)``."""
         value = sample_values(self.module, completed(self.module, one, self._draw([row])), 1).detach()

@@ -35,6 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "batch_form",
         "sample_digest",
         "sample_errors",
+        "failing_samples",
         "draws",
         "processes",
         "trajectories",

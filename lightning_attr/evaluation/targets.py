@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lightning_attr.attributed import Attributed, completed, draws_of, needs_setup
 from lightning_attr.attributed_apart import subject_of
-from lightning_attr.batch import map_tensors
+from lightning_attr.batch import map_tensors, select_rows
 from lightning_attr.draws import Draw
 from lightning_attr.errors import named_samples
+from lightning_attr.failing_samples import named_failures
 from lightning_attr.featurizer import PROBE_SIZE
 from lightning_attr.files import digest
 from lightning_attr.loader import DataSource, OrderedLoader
@@ -110,9 +111,14 @@ def outputs_at(
         return placed(precision.convert_input(batch), rows, module, datamodule, device, targets)
 
     loads[0]()
-    batch, rows = look_at(trainer, module, datamodule, targets, train).probed(PROBE_SIZE)
+    check = look_at(trainer, module, datamodule, targets, train)
+    batch, rows = check.probed(PROBE_SIZE)
     with precision.forward_context():
-        with torch.autocast(device.type, enabled=False), named_samples(rows):
+        with (
+            torch.autocast(device.type, enabled=False),
+            named_samples(rows),
+            named_failures(module, rows, check.run_alone),
+        ):
             first = completed(module, batch, Draw(rows, device=device))
             set_mode(module, choose_mode(module, first[0] if targets.form.apart else first), dropout=False)
             what = subject_of(module, first, len(rows))
@@ -131,7 +137,12 @@ def _mean_output(what: Attributed, module: Any, batch: Any, rows: Sequence[int],
     """Average the outputs over the module's draws, the same for every set of weights."""
     count = draws_of(module)
     batches = (completed(module, batch, Draw(rows, number=number, device=device)) for number in range(count))
-    with named_samples(rows):
+
+    def alone(position: int) -> None:
+        one = select_rows(batch, len(rows), [position])
+        what.sample_outputs(module, completed(module, one, Draw([rows[position]], device=device)), 1)
+
+    with named_samples(rows), named_failures(module, rows, alone):
         outputs = [what.sample_outputs(module, given, len(rows)).detach() for given in batches]
     return torch.stack(outputs).mean(0).cpu()
 

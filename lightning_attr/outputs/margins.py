@@ -116,9 +116,13 @@ class BinaryMargin(_Margin):
 
         Returns:
             ``f``, float32 or wider, ``(b,)``.
+
+        Raises:
+            InvalidLabelError: if a label is neither 0 nor 1.
         """
-        logits = one_column("BinaryMargin", outputs)
-        return (2 * one_column("BinaryMargin", targets).to(logits.dtype) - 1) * logits
+        logits, labels = one_column("BinaryMargin", outputs), one_column("BinaryMargin", targets)
+        _check_binary(labels)
+        return (2 * labels.to(logits.dtype) - 1) * logits
 
     def distribution(self, outputs: Tensor, targets: Tensor) -> Distribution:
         """The sigmoid; arguments as in :meth:`output`."""
@@ -158,6 +162,24 @@ def _check_labels(labels: Tensor, classes: int) -> None:
             f"Expected labels in [0, {classes}), the classes of the logits, but the sample at position {sample} of the "
             f"batch has the label {int(labels[sample, 0])}. If it means that the sample has no label, leave it out of "
             "the data set (torch.utils.data.Subset).",
+            [sample],
+            len(labels),
+        )
+
+
+def _check_binary(labels: Tensor) -> None:
+    """Name the first sample whose label, ``(b,)``, is neither 0 nor 1."""
+    outside = (labels != 0) & (labels != 1)
+    try:
+        found = bool(outside.any())
+    except RuntimeError:  # under vmap, which allows no look at values: the same samples were checked outside of it
+        return
+    if found:
+        sample = int(outside.nonzero()[0, 0])
+        raise InvalidLabelError(
+            f"Expected the labels for BinaryMargin to be 0 or 1, but the sample at position {sample} of the batch has "
+            f"the label {labels[sample].item():.6g}. Map labels of -1 and 1 to 0 and 1; for soft labels use "
+            "NegativeLoss.",
             [sample],
             len(labels),
         )
