@@ -24,6 +24,7 @@ from lightning_attr.gradients import (
     materialise,
     plan_gradients,
 )
+from lightning_attr.gradients.direct_use import use
 
 B = 4
 IDS = torch.tensor([[0, 1, 2], [3, 3, 4], [4, 0, 1], [2, 2, 2]])
@@ -594,3 +595,28 @@ def test_layers_under_autocast(case: str, dtype: torch.dtype | None) -> None:
     for name, rows in found.items():
         assert rows.dtype == torch.float32
         assert (rows - loop[name]).norm() < tolerance * (loop[name].norm() + 0.01 * total), name
+
+
+def test_a_handler_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``addmv`` has no handler: registered, its parameter has its gradients in the pass of the hooks."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = _p(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmv(x.new_zeros(len(x)), x, self.weight)
+
+    assert not _plan(Module().double(), FLAT).direct
+    monkeypatch.setattr(use, "HANDLERS", dict(use.HANDLERS))
+
+    @use.handles("addmv")
+    def addmv(call: use.Use) -> Any:
+        zero, x, value = call.args
+        if not call.is_batch(x) or not call.is_derived(value) or zero.any():
+            return NotImplemented
+        copy = call.mode.copy(value, 2)
+        return NotImplemented if copy is None else (x * copy).sum(-1)
+
+    assert set(_check(Module(), FLAT).direct) == {"weight"}

@@ -1,13 +1,4 @@
-"""Per-sample gradients of parameters that code uses directly, outside layers with a rule, in the pass of the hooks.
-
-A mode sees every function that the module calls on tensors. It tells apart the values that do not depend on the batch
-(parameters, buffers, new tensors, and what is computed from them alone) from all others. Where a value derived from a
-parameter meets a value of the batch, each sample gets its own copy of it, or the rule of a layer that computes the same
-gives the gradient; from there it is pulled back to the parameter. A use of any other kind is reported, never guessed.
-
-What a use means follows from how its operands are aligned, not from sizes that happen to agree: the batch is the first
-dimension of what depends on it.
-"""
+"""The mode that sees every function which a module calls, and follows parameters to where they meet the batch."""
 
 from __future__ import annotations
 
@@ -19,21 +10,19 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from lightning_attr.gradients.direct_use.repetition import repeats_rows
+from lightning_attr.gradients.direct_use.use import Use, handler_of, is_in_place, replace, tensors_in
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.gradients.rules import GradientRule
-from lightning_attr.gradients.uses import (
-    USES,
-    WITHOUT_TENSORS,
-    WITHOUT_VALUES,
-    Use,
-    is_in_place,
-    repeats_rows,
-    replace,
-    tensors_in,
-)
 
 __all__ = ["DirectUses"]
 
+# Functions that say something of a tensor without its values, and give no tensor.
+_WITHOUT_TENSORS = {
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")
+} | {Tensor.size, Tensor.dim}
+# Functions that take from their second argument its form only.
+_WITHOUT_VALUES = {"to", "type_as", "view_as", "reshape_as"}
 Attach: TypeAlias = Callable[[Any, dict[str, str], GradientRule, Tensor, Tensor], Tensor]
 
 
@@ -90,7 +79,7 @@ class DirectUses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function that the module calls, in a form that shows each sample's part in its parameters."""
         kwargs = kwargs or {}
-        if func in WITHOUT_TENSORS:  # a third of the calls
+        if func in _WITHOUT_TENSORS:  # a third of the calls
             return func(*args, **kwargs)
         covered = self._layers[-1][0]
         if covered:
@@ -100,7 +89,7 @@ class DirectUses(TorchFunctionMode):
             return func(*args, **kwargs)
         derived = [t for t in tensors if t.requires_grad and self.is_derived(t)] if torch.is_grad_enabled() else []
         rows = [t for t in tensors if not self.is_free(t)]
-        if func.__name__ in WITHOUT_VALUES and tensors:
+        if func.__name__ in _WITHOUT_VALUES and tensors:
             result = func(*args, **kwargs)
             return self._mark_free(result) if self.is_free(tensors[0]) else result
         if rows and not derived:
@@ -114,7 +103,7 @@ class DirectUses(TorchFunctionMode):
             with saved_tensors_hooks(_itself, _itself):
                 once = func is Tensor.contiguous and len(args) == 1 and not kwargs
                 return self._mark_free(self._contiguous(args[0]) if once else func(*args, **kwargs))
-        handler = USES.get(func) or USES.get(func.__name__)
+        handler = handler_of(func)
         result = NotImplemented if handler is None else handler(Use(self, func, args, kwargs, derived, rows))
         return self._give_up(func, args, kwargs, derived) if result is NotImplemented else result
 
