@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_attr.checkpoints import weights_of
+from lightning_attr.ckpt_snapshots import CheckpointSnapshots
 from lightning_attr.errors import AttributionError, IncompleteFeaturesError
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.store import FeatureStore
@@ -57,6 +58,7 @@ def ready_store(
     feature_dtype: str,
     epoch: int,
     global_step: int,
+    checkpoints: CheckpointSnapshots | None = None,
 ) -> None:
     """Make a store of a module's current weights where there is none; else enter what a killed run left.
 
@@ -68,9 +70,14 @@ def ready_store(
         feature_dtype: how features are stored, for a new one.
         epoch: that the module was trained to.
         global_step: optimizer steps that it has taken.
+        checkpoints: of the module, to be the snapshots in place of its current weights.
     """
     if not FeatureStore.exists(path):
-        store = FeatureStore.create(path, fingerprint, batch_size=batch_size, feature_dtype=feature_dtype)
+        FeatureStore.create(path, fingerprint, batch_size=batch_size, feature_dtype=feature_dtype)
+    store = FeatureStore.open(path)
+    if checkpoints is not None:
+        checkpoints.enter(store)
+    elif not store.snapshots:
         # Nothing was recorded while these weights were trained, and so no learning rate either.
         store.add_snapshot(
             "current",
@@ -80,7 +87,6 @@ def ready_store(
             learning_rate=0.0,
             trainable=trainable_names(module),
         )
-    store = FeatureStore.open(path)
     for snapshot in store.snapshots:
         store.adopt(snapshot.key)
 

@@ -99,6 +99,25 @@ class ParameterLayout:
         """Number of attributed parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def mean(self, values: Mapping[str, float]) -> tuple[float, dict[str, float] | None]:
+        """Average a value of each parameter over all entries.
+
+        Args:
+            values: parameter name -> value; zero where there is none.
+
+        Returns:
+            The mean, and the value of each parameter if they differ, else None.
+
+        Example:
+            >>> ParameterLayout({"weight": (2, 3), "bias": (2,)}).mean({"weight": 0.5, "bias": 0.1})
+            (0.4, {'weight': 0.5, 'bias': 0.1})
+        """
+        own = {name: values.get(name, 0.0) for name in self.shapes}
+        if len(set(own.values())) == 1:
+            return next(iter(own.values())), None
+        total = sum(own[name] * math.prod(shape) for name, shape in self.shapes.items())
+        return total / self.numel, own
+
     def bias_of(self, name: str) -> str | None:
         """Find the vector that is the last column of a weight, wherever in the layout it is.
 

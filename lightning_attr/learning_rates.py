@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import nn
@@ -68,9 +67,4 @@ class LearningRates:
         Returns:
             The mean over their entries, and the sum of each if they differ, else None.
         """
-        rates = {name: self.sums.get(name, 0.0) for name in layout.shapes}
-        if len(set(rates.values())) == 1:
-            return next(iter(rates.values())), None
-        sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
-        mean = sum(rates[name] * size for name, size in sizes.items()) / layout.numel
-        return mean, rates
+        return layout.mean(self.sums)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_attr.access import open_store, ready_store, take, usable_snapshots
 from lightning_attr.checkpoints import load_weights
+from lightning_attr.ckpt_snapshots import CheckpointSnapshots
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.ensemble import Ensemble, parts_of
@@ -70,6 +71,7 @@ class AttributionStep(nn.Module):
         scratch: whether the store is thrown away in the end: features keep all digits then, and stay in memory where
             they fit.
         pilots: how many of the store's pilots score together with the recorded run.
+        checkpoints: of the module, to be the snapshots in place of its current weights.
     """
 
     trainer: L.Trainer
@@ -91,6 +93,7 @@ class AttributionStep(nn.Module):
         mode: str | None = None,
         scratch: bool = False,
         pilots: int = 0,
+        checkpoints: CheckpointSnapshots | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -108,6 +111,7 @@ class AttributionStep(nn.Module):
         self.mode = mode
         self.scratch = scratch
         self.pilots = pilots
+        self.checkpoints = checkpoints
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.processes = Processes(0, 1, torch.device("cpu"))  # until the strategy is set up
         self.result: AttributionResult | None = None
@@ -136,6 +140,7 @@ class AttributionStep(nn.Module):
                         feature_dtype="float32" if self.scratch else "float16",  # the same in memory and on disk
                         epoch=max(0, self.trainer.current_epoch - 1),
                         global_step=self.trainer.global_step,
+                        checkpoints=self.checkpoints,
                     )
         self.only_read: str | None = strategy.broadcast(only_read)
         with self.processes.together():
@@ -171,11 +176,8 @@ class AttributionStep(nn.Module):
             batches = [batch for block in blocks for batch in self.train_data.batches(block)]
             jobs.append((snapshot.key, True, OrderedLoader(self.train_data, batches)))
             source = self.target_data or self.train_data
-            jobs.append((
-                snapshot.key,
-                False,
-                OrderedLoader(source, source.batches(self.work.targets(self.target_rows))),
-            ))
+            batches = source.batches(self.work.targets(self.target_rows))
+            jobs.append((snapshot.key, False, OrderedLoader(source, batches)))
         return Jobs(jobs, self._before_reading)
 
     # The run ------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from lightning_attr.arguments import check_path
 from lightning_attr.attribute_arguments import check_attribute_arguments, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
-from lightning_attr.borrow import attached, lent, same_tensors
+from lightning_attr.borrow import attached, lent, optimizers_of, same_tensors
 from lightning_attr.checkpoints import loaded
+from lightning_attr.ckpt_files import checkpoint_paths
+from lightning_attr.ckpt_snapshots import CheckpointSnapshots
 from lightning_attr.data import target_source, train_source
 from lightning_attr.errors import AttributionError
 from lightning_attr.isolation import preserved_rng, undisturbed
@@ -92,6 +95,7 @@ class AttributionTrainer(L.Trainer):
         train_dataloaders: Any = None,
         target_dataloaders: Any = None,
         targets: str = "auto",
+        ckpt_path: str | Path | Sequence[str | Path] | None = None,
         method: AttributionMethod | None = None,
         store: str | Path | None = None,
         noise_mask: Tensor | None = None,
@@ -109,6 +113,7 @@ class AttributionTrainer(L.Trainer):
             train_dataloaders=train_dataloaders,
             target_dataloaders=target_dataloaders,
             targets=targets,
+            ckpt_path=ckpt_path,
             method=method,
             store=store,
             noise_mask=noise_mask,
@@ -128,6 +133,7 @@ def attribute(
     train_dataloaders: Any = None,
     target_dataloaders: Any = None,
     targets: str = "auto",
+    ckpt_path: str | Path | Sequence[str | Path] | None = None,
     method: AttributionMethod | None = None,
     store: str | Path | None = None,
     noise_mask: Tensor | None = None,
@@ -153,6 +159,9 @@ def attribute(
         target_dataloaders: the loader of the targets, likewise.
         targets: "predict", "test", "val" or "train"; "auto" takes the first of them whose loader can be made and whose
             batches have what training batches have, labels for instance, and says which it passed over.
+        ckpt_path: checkpoints of the module to attribute at, each a snapshot, in place of those of a callback: "best",
+            "last", the path of a file that a Trainer wrote, a URL that fsspec reads, or a list of these. Learning rates
+            and moments come from the optimizer states in them. With ``store``, features are kept there.
         method: how to score; by default the callback's, else TRAK with the store's projection.
         store: directory of a store; by default the callback's. Without either, the model's current weights are the only
             snapshot, and nothing is kept, so that features are not rounded to half precision. A directory without a
@@ -222,8 +231,15 @@ def attribute(
         noise_mask = check_noise_mask(noise_mask, len(train))
         topk = check_topk(topk, len(train))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
-        path = check_path("attribute", "store", store) if store is not None else _recorded_path(trainer, record)
+        path = check_path("attribute", "store", store) if store is not None else None
+        files = None if ckpt_path is None else checkpoint_paths(trainer, ckpt_path)
+        if wanted is not None and files is not None:
+            raise ValueError("Expected argument `pilots` to come without `ckpt_path`: pilots join a recorded run.")
+        if path is None and files is None:
+            path = _recorded_path(trainer, record)
         method = method or _default_method(path, record)
+        moments, optimizers = method.needs_optimizer_state, partial(optimizers_of, module)
+        checkpoints = None if files is None else CheckpointSnapshots(module, files, optimizers, moments)
         mode = mode or _recorded_mode(path)
         step = as_lightning_module(AttributionStep, trainer)(
             module,
@@ -248,10 +264,12 @@ def attribute(
             mode=mode,
             scratch=path is None,
             pilots=0 if wanted is None else wanted.count,
+            checkpoints=checkpoints,
         )
-        _check_store(step, record, trainer.is_global_zero)
+        if checkpoints is None:
+            _check_store(step, record, trainer.is_global_zero)
         if wanted is not None:
-            train_pilots(path, wanted, trainer, module, datamodule, train, method.needs_optimizer_state)
+            train_pilots(path, wanted, trainer, module, datamodule, train, moments)
         step.world = StepWorld(trainer, module, datamodule, train.loader)
         stack.callback(set_surroundings, module, surroundings_of(module))
         stack.enter_context(lent(trainer, module))

@@ -56,6 +56,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "snapshot_store",
         "store",
+        "ckpt_files",
         "result",
         "data",
         "attributed",
@@ -66,8 +67,17 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "contrastive",
         "diffusion",
     ),
-    ("access", "inspection", "model_check", "jobs", "shards", "attributed_apart", "mode_choice", "repeated_reads"),
-    ("featurizer",),
+    (
+        "ckpt_snapshots",
+        "inspection",
+        "model_check",
+        "jobs",
+        "shards",
+        "attributed_apart",
+        "mode_choice",
+        "repeated_reads",
+    ),
+    ("access", "featurizer"),
     ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "target_check", "training_rows"),
     ("methods",),
     ("ensemble",),
@@ -91,6 +101,8 @@ LIGHTNING = (
         for name in (
             "attribute_arguments",
             "borrow",
+            "ckpt_files",
+            "ckpt_snapshots",
             "data",
             "plans",
             "prediction",
@@ -114,6 +126,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning": LIGHTNING,
     "lightning_utilities": ("lightning_attr/batch.py",),  # comes with lightning and torchmetrics, which both require it
     "pytorch_lightning": (),  # `lightning` is the name we use; worlds.py looks the other one up
+    "fsspec": ("lightning_attr/ckpt_files.py",),  # comes with lightning and torch, which both require it
     "fast_jl": ("lightning_attr/projectors/fast_jl.py",),
     "matplotlib": ("lightning_attr/metrics/figures.py",),
     "PIL": ("lightning_attr/report/renderers.py",),

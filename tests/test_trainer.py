@@ -25,7 +25,13 @@ from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.attribute_arguments import check_noise_mask
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.errors import AttributionError, BatchDependenceError, NonFiniteGradientError, StoreMismatchError
+from lightning_attr.errors import (
+    AttributionError,
+    BatchDependenceError,
+    NonFiniteGradientError,
+    SampleReadError,
+    StoreMismatchError,
+)
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.trainer import check_strategy
@@ -474,7 +480,7 @@ def test_everything_is_put_back(reference: str, outcome: str) -> None:
         assert attribute(trainer, **given).scores.shape == (20, 6)
     elif outcome == "error in the data":
         data.spoiled = 11
-        with pytest.raises(OSError, match="no such image"):
+        with pytest.raises(SampleReadError, match=r"dataset\[11\] of Noisy could not be read: OSError: no such image"):
             attribute(trainer, **given)
     else:
         error = RuntimeError("torn") if outcome == "error in the module" else KeyboardInterrupt()
