@@ -20,7 +20,7 @@ INSTALL_TORCH = $(if $(TORCH),install $(foreach word,$(TORCH),'$(word)'))
 # Tests start many processes: each would compile the package, and pytest every test file, anew.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test test-slow test-all test-packages setup lint types typing doctest examples bench wheel-check clean
+.PHONY: help demo test test-slow test-all test-oldest test-packages setup lint types typing doctest examples bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,6 +37,9 @@ test-slow: $(DEV)  ## the slow tests
 
 test-all: $(DEV)  ## every test
 	$(BIN)/pytest $(ARGS)
+
+test-oldest:  ## the quick tests on the oldest versions that pyproject.toml admits
+	.ci/oldest $(ARGS)
 
 # Several gigabytes, in build/packages/: not among the tests of .ci/run.
 test-packages: $(BIN)/python  ## other people's packages, each in an environment of its own (PACKAGE="timm darts": only these)
