@@ -75,7 +75,7 @@ bench: $(BENCHMARKS)  ## run every benchmark (or BENCHMARK_SCRIPTS="tests/benchm
 	@set -e; for script in $(BENCHMARK_SCRIPTS); do echo "== $$script"; $(BIN)/python $$script; done
 
 # What a user of the wheel gets, from the last commit, in an environment that holds nothing else: first every module is
-# imported with no extra installed, then the quick tests run far from the repository (what needs it skips itself).
+# imported with no extra installed and the tests are collected, then the quick tests run far from the repository (what needs it skips itself).
 define IMPORT_EVERY_MODULE
 import importlib, pkgutil, lightning_attr
 names = [module.name for module in pkgutil.walk_packages(lightning_attr.__path__, "lightning_attr.")]
@@ -99,6 +99,9 @@ wheel-check: $(DEV)  ## build the last commit, install its wheel in an empty env
 	cd "$$work/away"; \
 	echo "== import every module of the wheel, no extra installed"; \
 	"$$work/venv/bin/python" -c "$$IMPORT_EVERY_MODULE"; \
+	"$$work/venv/bin/pip" install --quiet pytest; \
+	echo "== collect the tests, no extra installed"; \
+	"$$work/venv/bin/pytest" --collect-only -qq -m "not slow" >collected || { cat collected; exit 1; }; \
 	"$$work/venv/bin/pip" install --quiet "$$wheel[test]"; \
 	echo "== quick tests against the wheel"; \
 	"$$work/venv/bin/pytest" -n auto -m "not slow"

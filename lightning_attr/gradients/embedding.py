@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_attr.gradients.factored import GatherSum, ParameterGradient
 from lightning_attr.gradients.linear import positions
@@ -21,6 +22,13 @@ def embedding(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> di
     return {"weight": GatherSum(ids, delta, layer.num_embeddings)}
 
 
+def _weighted_sum(layer: nn.EmbeddingBag, ids: Tensor, weights: Tensor) -> Tensor:
+    """What the layer gives; torch 2.5's own function fails where the weights have a gradient and the table has none."""
+    if layer.padding_idx is not None:
+        weights = weights.masked_fill(ids == layer.padding_idx, 0)
+    return (weights.unsqueeze(2) * functional.embedding(ids, layer.weight)).sum(1)
+
+
 @explicit_forward(nn.EmbeddingBag)
 def embedding_bag(
     layer: nn.EmbeddingBag,
@@ -30,7 +38,11 @@ def embedding_bag(
     per_sample_weights: Tensor | None = None,
 ) -> Tensor:
     """Sums and means over one bag of ids a sample, ``(b, s)``; bags given by offsets and maxima are left to others."""
-    output = type(layer).forward(layer, input, offsets, per_sample_weights)
+    plain = input.ndim == 2 and layer.max_norm is None
+    if plain and per_sample_weights is not None and per_sample_weights.requires_grad:
+        output = _weighted_sum(layer, input, per_sample_weights)
+    else:
+        output = type(layer).forward(layer, input, offsets, per_sample_weights)
     if input.ndim != 2 or layer.mode == "max":
         return output
     weights = None if per_sample_weights is None else per_sample_weights.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +48,22 @@ def plain_execution() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _uncompiled() -> Any:
-    # Nothing is compiled before torch._dynamo is imported. torch < 2.6 cannot: there the plan's check decides.
-    known = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
-    return torch.compiler.set_stance("force_eager") if known else nullcontext()
+def _uncompiled() -> AbstractContextManager[object]:
+    # Nothing is compiled before torch._dynamo is imported.
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return nullcontext()
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return _eager_frames(vars(dynamo.eval_frame))
+
+
+@contextmanager
+def _eager_frames(names: dict[str, Any]) -> Iterator[None]:
+    """For torch 2.5, which has no stances: compiled modules enter their own code, and no frame of it is looked at."""
+    enter = names["_maybe_set_eval_frame"]
+    names["_maybe_set_eval_frame"] = lambda callback: enter(None)
+    try:
+        yield
+    finally:
+        names["_maybe_set_eval_frame"] = enter

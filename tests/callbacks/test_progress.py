@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 from pathlib import Path
@@ -19,6 +20,9 @@ from lightning_attr.methods import TRAK
 
 # No test here needs validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+HARD = "hard" in inspect.signature(RichProgressBar.refresh).parameters  # Lightning >= 2.6
 
 
 def fit(folder: Path, bar: Callback | None, *others: Callback) -> L.Trainer:
@@ -47,7 +51,7 @@ class Screen(RichProgressBar):
         self.tasks: dict[str, tuple[float, float | None]] = {}
 
     def refresh(self, hard: bool = False) -> None:
-        super().refresh(hard=True)
+        super().refresh(**({"hard": True} if HARD else {}))
         assert self.progress is not None
         self.tasks |= {task.description: (task.completed, task.total) for task in self.progress.tasks}
 
