@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from itertools import count
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)  # on matrices as small as the tests', threads only wait for each other
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+gc.disable()  # until all tests are collected
+
+
+def pytest_collection_finish() -> None:
+    """What packages and test files made is here to stay, and takes long to look through: a second each time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -54,7 +54,8 @@ def _uncompiled() -> AbstractContextManager[object]:
     if dynamo is None:
         return nullcontext()
     if hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
+        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eager
     return _eager_frames(vars(dynamo.eval_frame))
 
 
