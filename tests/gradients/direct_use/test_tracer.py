@@ -608,7 +608,7 @@ def test_a_handler_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.addmv(x.new_zeros(len(x)), x, self.weight)
 
-    assert not _plan(Module().double(), FLAT).direct
+    assert not _plan(Module().double(), FLAT).hooked
     monkeypatch.setattr(use, "HANDLERS", dict(use.HANDLERS))
 
     @use.handles("addmv")
@@ -619,4 +619,4 @@ def test_a_handler_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         copy = call.mode.copy(value, 2)
         return NotImplemented if copy is None else (x * copy).sum(-1)
 
-    assert set(_check(Module(), FLAT).direct) == {"weight"}
+    assert set(_check(Module(), FLAT).hooked) == {"weight"}
