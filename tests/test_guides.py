@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from cases import QUIET, loader_of
+from cases import QUIET, BlobClassifier, blobs, loader_of
+from lightning_attr.command_line import main
 
 
 class LibraryModule(L.LightningModule):
@@ -28,6 +31,14 @@ class LibraryModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Blobs(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader_of(blobs(20))
+
+    def test_dataloader(self) -> Any:
+        return loader_of(blobs(8, seed=1))
 
 
 def test_your_module(repository: Path) -> None:
@@ -53,3 +64,29 @@ def test_your_module(repository: Path) -> None:
     assert names["callback"].mode == "train"
     exec(rehearsal, names)
     assert len(text.splitlines()) < 200
+
+
+def test_your_checkpoints(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (repository / "examples" / "guides" / "your_checkpoints.md").read_text()
+    attribute, report = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    commands = text.split("# The command")[1].split("```")[1]
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    settings = {**QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": [kept]}
+    L.Trainer(**settings).fit(BlobClassifier(), datamodule=Blobs())
+    names: dict[str, Any] = {"datamodule": Blobs(), "model": BlobClassifier()}
+
+    exec(attribute, names)
+    assert len(names["result"].scores.provenance["snapshots"]) == 3
+    assert names["indices"].shape[1] == 5
+    exec(report, names)
+    assert names["page"].is_file()
+
+    for folder in ("attribution", "other"):
+        arguments = {"model": names["model"], "ckpt_path": "epoch=0.ckpt", "store": folder}
+        names["trainer"].attribute(names["datamodule"], **arguments)
+    for command in commands.strip().splitlines():
+        program, *arguments = command.split()
+        assert program == "lightning-attr"
+        assert main(arguments) == 0
+    assert (tmp_path / "ensemble" / "manifest.json").is_file()
