@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from cases import QUIET, BlobClassifier, blobs, loader_of
+from cases import QUIET, BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.command_line import main
+from lightning_attr.methods import GradDot
 
 
 class LibraryModule(L.LightningModule):
@@ -90,3 +91,18 @@ def test_your_checkpoints(repository: Path, tmp_path: Path, monkeypatch: pytest.
         assert program == "lightning-attr"
         assert main(arguments) == 0
     assert (tmp_path / "ensemble" / "manifest.json").is_file()
+
+
+def test_extending(repository: Path) -> None:
+    text = (repository / "examples" / "guides" / "extending.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == len(re.findall("^## ", text, flags=re.MULTILINE)) == 6
+    model = BlobClassifier()
+    trainer = quiet_trainer(enable_checkpointing=False)
+    names = {"trainer": trainer, "model": model, "datamodule": Blobs(), "ModelClass": LibraryModule}
+    exec("\n".join(blocks), names)
+    assert names["result"].scores.values.abs().max() <= 1.0001
+    dots = trainer.attribute(Blobs(), model=model, method=GradDot(exact=True)).scores.values
+    assert torch.allclose(names["influence"].scores.values, dots / 20, rtol=1e-4, atol=1e-6)
+    assert names["projected"].scores.shape == (20, 8)
+    assert names["agreement"].compute() == 1
