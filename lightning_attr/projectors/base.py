@@ -182,15 +182,14 @@ class Projector(ABC):
         ValueError: if ``proj_dim`` is not a positive integer.
 
     Example:
-        >>> class FirstParameter(Projector):               # a family of your own: kind, and the map of a snapshot
-        ...     kind = "first"
+        >>> class Sum(Projector):                          # a family of your own: kind, and the map of a snapshot
+        ...     kind = "sum"
         ...     def bind(self, layout, snapshot):
-        ...         name, shape = next(iter(layout.shapes.items()))
-        ...         return IdentityProjector().bind(ParameterLayout({name: shape}), snapshot)
-        >>> FirstParameter().bind(ParameterLayout({"a": (2, 3), "b": (4,)}), "final").dim
-        6
-        >>> FirstParameter().config
-        {'kind': 'first', 'proj_dim': 2048, 'seed': 0}
+        ...         return MatrixProjection(layout, torch.ones(1, layout.numel))
+        >>> Sum().bind(ParameterLayout({"a": (2, 3), "b": (4,)}), "final").dim
+        1
+        >>> Sum().config
+        {'kind': 'sum', 'proj_dim': 2048, 'seed': 0}
     """
 
     kind: ClassVar[str]
