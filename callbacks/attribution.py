@@ -21,16 +21,14 @@ from lightning_attr.arguments import check_flag, check_int, check_numbers, check
 from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.beside import beside_training
-from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.early import EarlySnapshots
-from lightning_attr.callbacks.featurizing import featurize, self_influence_at
+from lightning_attr.callbacks.featurizing import featurize, self_influence_at, settle
 from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
-from lightning_attr.data_changes import changed_data
 from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
@@ -46,7 +44,7 @@ from lightning_attr.plans import Plans
 from lightning_attr.projectors import LearnedProjection
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
-from lightning_attr.trainable import parameter_shapes, trainable_names
+from lightning_attr.trainable import parameter_count, parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
 from lightning_attr.transfer import samples_on_device, set_up_at
 
@@ -68,8 +66,9 @@ class AttributionCallback(EarlySnapshots):
         snapshots: "geometric" for the epochs 0, 1, 2, 4, 8, ..., "start+geometric" for the weights that training starts
             from as well, "early+geometric" for the steps 4, 8, 16, ... of the first epoch, too, "all", an integer n for
             every n-th, or a list of epoch indices, with -1 for the start; the last epoch always has one.
-        featurize: compute features at once; otherwise ``trainer.attribute`` does, from the snapshots. A method that
-            runs the module instead of reading features has only snapshots.
+        featurize: True computes features at once, False leaves them to ``trainer.attribute``. By default they are
+            computed at once, unless ``TRAK()`` found the data small and nothing logs or shows self-influence. A method
+            that runs the module instead of reading features has only snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
         log: log self-influence statistics at every snapshot to the Trainer's loggers.
         batch_size: samples a batch while featurizing; by default the training loader's, or up to 256 where samples are
@@ -120,7 +119,7 @@ class AttributionCallback(EarlySnapshots):
         dirpath: str | Path | None = None,
         method: AttributionMethod | None = None,
         snapshots: str | int | Sequence[int] = "geometric",
-        featurize: bool = True,
+        featurize: bool | None = None,
         noise_mask: Tensor | Sequence[bool] | None = None,
         log: bool = True,
         batch_size: int | None = None,
@@ -142,7 +141,8 @@ class AttributionCallback(EarlySnapshots):
         self.method = TRAK() if method is None else method
         check_method(self, self.method)
         self.schedule = SnapshotSchedule(snapshots)
-        self.featurize = check_flag(self, "featurize", featurize) and self.method.projector is not None
+        self._asked = self.method, featurize if featurize is None else check_flag(self, "featurize", featurize)
+        self.featurize = featurize is not False and self.method.projector is not None
         self.noise_mask = None if noise_mask is None else check_numbers(self, "noise_mask", noise_mask, MASK)
         self._log = check_flag(self, "log", log)  # Lightning sets `log` itself, to the module's method
         self.batch_size = batch_size
@@ -194,11 +194,17 @@ class AttributionCallback(EarlySnapshots):
         self.noise_mask = check_noise_mask(self.noise_mask, len(self.source), self)
         self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
         self._plans = Plans(trainer, pl_module, getattr(trainer, "datamodule", None), self.source, self.mode)
+        numbers, read = (len(self.source), parameter_count(pl_module)), self._read(trainer)
+        self.method, self.featurize = settle(*self._asked, *numbers, read)
         with self._beside_training(trainer, pl_module):
             bytes_a_row = self._probe(trainer, pl_module)
         if self.batch_size is None and self.source.stacks:
             self.source = replace(self.source, batch_size=self.memory.comfortable(self.source.batch_size))
         return bytes_a_row
+
+    def _read(self, trainer: L.Trainer) -> bool:
+        """Whether something reads features while training."""
+        return bool(self.listeners) or (self._log and bool(trainer.loggers))
 
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         plan, batch, rows = self._plans.probe()
@@ -279,10 +285,7 @@ class AttributionCallback(EarlySnapshots):
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         """Weights only, which the strategy has taken off the device: ``trainer.attribute`` computes the features."""
-        check_weights(pl_module, self.source, epoch)
-        changed = changed_data(self.source, self.store.fingerprint.data, trainer.train_dataloader)
-        if changed is not None:
-            rank_zero_warn(changed)
+        self._check_unchanged(trainer, pl_module, epoch)
         if not trainer.is_global_zero:
             return
         state = self._optimizer_state(trainer, pl_module)
@@ -310,7 +313,7 @@ class AttributionCallback(EarlySnapshots):
             self._incomplete = None
             self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
             self._rates.sums.clear()
-            wanted = self._reporting and ((self._log and trainer.loggers) or self.listeners)
+            wanted = self._reporting and self._read(trainer)
             if self.featurize and trainer.is_global_zero and wanted:
                 with self._guard.training(self._stop_reporting):
                     self._report(trainer, pl_module, self.store.snapshot(key))
@@ -318,10 +321,7 @@ class AttributionCallback(EarlySnapshots):
     def _snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, key: str) -> None:
         if self._failures:  # told here, where all processes listen
             raise self._failures.pop()
-        check_weights(pl_module, self.source, epoch)
-        changed = changed_data(self.source, self.store.fingerprint.data, trainer.train_dataloader)
-        if changed is not None:
-            rank_zero_warn(changed)
+        self._check_unchanged(trainer, pl_module, epoch)
         if not trainer.is_global_zero:
             return
         state = self._optimizer_state(trainer, pl_module)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor
 
 from lightning_attr.callbacks.progress import progress
@@ -14,12 +15,41 @@ from lightning_attr.featurizer import Featurizer
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Snapshot
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.methods.choice import choice_of, settled
 from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.transfer import placed
 
-__all__ = ["featurize", "self_influence_at"]
+__all__ = ["featurize", "self_influence_at", "settle"]
+
+
+def settle(
+    method: AttributionMethod, featurize: bool | None, n_train: int, numel: int, read: bool
+) -> tuple[AttributionMethod, bool]:
+    """Choose what was left open before a training, and say so.
+
+    Args:
+        method: how to score.
+        featurize: whether features are computed while training; None where nobody said.
+        n_train: training samples.
+        numel: parameters of the model, frozen or not.
+        read: whether something reads features while training.
+
+    Returns:
+        The method, with nothing left to choose, and whether features are computed while training.
+
+    Example:
+        >>> from lightning_attr.methods import TRAK
+        >>> [settle(TRAK(), None, 1437, 10_090, read)[1] for read in (False, True)]
+        [False, True]
+    """
+    method = settled(method, n_train, numel)
+    choice = choice_of(method)
+    if choice is not None:
+        rank_zero_info(f"{type(method).__name__} takes {choice.reason}.")
+    now = featurize if featurize is not None else read or choice is None or not choice.late
+    return method, now and method.projector is not None
 
 
 def featurize(

@@ -11,10 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.drawing import note_drawable_rows
 from lightning_attr.callbacks.guard import Guard, describe
 from lightning_attr.callbacks.recording import Recording, give_up, stopped_warning
 from lightning_attr.checkpoints import weights_of
+from lightning_attr.data_changes import changed_data
 from lightning_attr.files import digest
 from lightning_attr.learning_rates import LearningRates
 from lightning_attr.loader import DataSource
@@ -78,6 +80,13 @@ class RunStore(AnyCallback):
         store = FeatureStore.open(path)
         note_drawable_rows(trainer, pl_module, self.source, store)
         store.mark_training(training_settings(trainer))
+
+    def _check_unchanged(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        """See that weights are finite, and say so if the data are others than at the start of the training."""
+        check_weights(pl_module, self.source, epoch)
+        changed = changed_data(self.source, self.store.fingerprint.data, trainer.train_dataloader)
+        if changed is not None:
+            rank_zero_warn(changed)
 
     def _beat(self) -> None:
         """Show to other machines that this run lives, every so many seconds."""

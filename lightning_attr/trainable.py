@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["parameter_shapes", "set_trainable", "trainable_names"]
+__all__ = ["parameter_count", "parameter_shapes", "set_trainable", "trainable_names"]
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -23,6 +24,22 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         {'weight': (2, 3), 'bias': (2,)}
     """
     return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Count the entries of all parameters, frozen ones too.
+
+    Args:
+        module: any module.
+
+    Returns:
+        How many there are; lazy parameters without a shape yet count as none.
+
+    Example:
+        >>> parameter_count(nn.Linear(3, 2).requires_grad_(False))
+        8
+    """
+    return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
 def trainable_names(module: nn.Module) -> tuple[str, ...] | None:

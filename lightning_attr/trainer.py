@@ -28,6 +28,7 @@ from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import TRAK, AttributionMethod
+from lightning_attr.methods.choice import settled
 from lightning_attr.model_check import check_model
 from lightning_attr.modes import MODES, check_mode
 from lightning_attr.pilots import Pilots, check_pilots, train_pilots
@@ -38,7 +39,7 @@ from lightning_attr.step_world import StepWorld
 from lightning_attr.store import FeatureStore
 from lightning_attr.target_function import TargetFunction
 from lightning_attr.top_scores import check_topk
-from lightning_attr.trainable import parameter_shapes
+from lightning_attr.trainable import parameter_count, parameter_shapes
 from lightning_attr.user_calls import set_surroundings, surroundings_of
 from lightning_attr.worlds import as_lightning_module, both, check_one_world
 
@@ -237,7 +238,7 @@ def attribute(
             raise ValueError("Expected argument `pilots` to come without `ckpt_path`: pilots join a recorded run.")
         if path is None and files is None:
             path = _recorded_path(trainer, record)
-        method = method or _default_method(path, record)
+        method = settled(method or _default_method(path, record), len(train), parameter_count(module))
         moments, optimizers = method.needs_optimizer_state, partial(optimizers_of, module)
         checkpoints = None if files is None else CheckpointSnapshots(module, files, optimizers, moments)
         mode = mode or _recorded_mode(path)

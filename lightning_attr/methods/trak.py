@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_attr.arguments import check_flag
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
+from lightning_attr.methods.choice import MOST_FEATURES, FeatureChoice, choose_features
 from lightning_attr.methods.dual import DualKernel
 from lightning_attr.methods.kernel import KernelMethod
 from lightning_attr.methods.subset_truth import SubsetTruth
@@ -43,7 +46,9 @@ class TRAK(KernelMethod):
     some ``32 n ** 2`` bytes of memory for ``n`` training samples, and their gradients; what a projection adds is noise.
 
     Args:
-        proj_dim: projection dimension of the default projector.
+        proj_dim: projection dimension of the default projector; by default 256 to 2,048 by the sizes of model and data,
+            see :func:`lightning_attr.methods.choice.choose_features`. For small data the callback then stores weights
+            only, unless something reads features while training: ``trainer.attribute`` computes them.
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector` with ``proj_dim``
             and ``seed``.
         damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular
@@ -59,7 +64,7 @@ class TRAK(KernelMethod):
         balanced: weigh snapshots so that each has an equal part; otherwise their plain mean counts, in which early
             snapshots, with their large ``q``, have more. Without Newton weights it is the plain mean in any case.
         exact: whole gradients in place of projected ones. The damping is then a multiple of what the mean diagonal
-            entry would be with ``proj_dim`` features, the trace of the kernel over ``proj_dim``.
+            entry would be with ``proj_dim`` features (2,048 by default), the trace of the kernel over ``proj_dim``.
         sampling: where training samples are many times the features, add the kernel up over some of them, drawn by
             their part in it, and sketch leverages, with them self-influence: the relative errors are in the evidence of
             the result, see :mod:`lightning_attr.methods.sampling`. Not with ``loo_correction``, nor where a ``truth``
@@ -79,7 +84,7 @@ class TRAK(KernelMethod):
 
     def __init__(
         self,
-        proj_dim: int = 2048,
+        proj_dim: int | None = None,
         projector: Projector | None = None,
         damping: float | str = 1.0,
         newton_weights: bool = True,
@@ -95,15 +100,41 @@ class TRAK(KernelMethod):
             raise ValueError(
                 "Expected argument `exact` to come without `projector`, which it would ignore, and without `per_layer`."
             )
-        drawn = KroneckerProjector(proj_dim, seed)
+        chosen = MOST_FEATURES if proj_dim is None else proj_dim
+        drawn = KroneckerProjector(chosen, seed)
         super().__init__(drawn if projector is None else projector, damping, per_layer, truth)
         self.exact = exact
         if exact:
-            self.projector, self.proj_dim = None, proj_dim
+            self.projector, self.proj_dim = None, chosen
+        self._open = proj_dim is None and projector is None and not exact
+        self.choice: FeatureChoice | None = None
         self.newton_weights = check_flag(self, "newton_weights", newton_weights)
         self.balanced = check_flag(self, "balanced", balanced)
         self.loo_correction = check_flag(self, "loo_correction", loo_correction)
         self.sampling = check_flag(self, "sampling", sampling) and not loo_correction
+
+    def settled(self, n_train: int, numel: int) -> TRAK:
+        """Choose how many features there are, where nobody said; see :func:`lightning_attr.methods.choice.settled`.
+
+        Args:
+            n_train: training samples.
+            numel: parameters of the model, frozen or not.
+
+        Returns:
+            The method, with nothing left to choose.
+        """
+        if not self._open or self.projector is None:
+            return self
+        own = copy.copy(self)
+        own._open, own.choice = False, choose_features(n_train, numel)
+        own.projector = type(self.projector)(own.choice.proj_dim, self.projector.seed)
+        return own
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Name and arguments, and what was chosen and why; see :meth:`AttributionMethod.config`."""
+        own = {name: value for name, value in super().config.items() if name not in {"_open", "choice"}}
+        return own if self.choice is None else {**own, "choice": self.choice.reason}
 
     def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
         """Weigh by the curvature of the loss, or not at all; see :meth:`KernelMethod.kernel_weights`.

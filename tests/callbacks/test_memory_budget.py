@@ -20,7 +20,7 @@ def test_scores_do_not_depend_on_it_and_the_split_is_said_once(
     found = []
     with caplog.at_level(logging.WARNING, logger="lightning_attr"):
         for name, budget in (("free", None), ("bounded", 3_000)):
-            callback = AttributionCallback(tmp_path / name, memory_budget=budget)
+            callback = AttributionCallback(tmp_path / name, memory_budget=budget, featurize=True)
             trainer = quiet_trainer(max_epochs=3, callbacks=[callback])
             trainer.fit(BlobClassifier(), loader_of(blobs(24), batch_size=12))
             said = [message for message in caplog.messages if "memory budget" in message]

@@ -62,7 +62,7 @@ def test_bad_schedule(snapshots: Any) -> None:
 def test_the_start_of_training(tmp_path: Path) -> None:
     module = BlobClassifier()
     start = {name: tensor.clone() for name, tensor in weights_of(module).items()}
-    callback = AttributionCallback(tmp_path / "run", snapshots="start+geometric")
+    callback = AttributionCallback(tmp_path / "run", snapshots="start+geometric", featurize=True)
     trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
     trainer.fit(module, loader_of(blobs(20), shuffle=True))
     first, second, third = callback.store.snapshots

@@ -1,0 +1,127 @@
+r"""What a method that was left to choose does: how many features, by the sizes of model and data.
+
+Half the parameters of a small model are in a few features already, and a kernel of ``k`` features costs ``n k ** 2``
+multiplications, where a pass over ``n`` samples through ``p`` parameters costs ``3 n p`` or more. With ``k`` near the
+24th of ``p`` kernel and scores cost about as much as the passes; and beyond a few features a sample there is nothing
+left to tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from lightning_attr.methods.base import AttributionMethod
+
+__all__ = ["MOST_FEATURES", "ChoosesFeatures", "FeatureChoice", "choice_of", "choose_features", "settled"]
+
+MOST_FEATURES = 2048
+_FEWEST = 256
+_PARAMETERS_A_FEATURE = 24
+_FEATURES_A_SAMPLE = 4
+_SMALL = 2**30
+"""Parameters times samples up to which features are quickly computed when they are wanted."""
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """How many features, and whether they can wait until somebody reads them.
+
+    Args:
+        proj_dim: features a sample.
+        late: whether they are left to the attribution: training stores the weights only.
+        reason: in words.
+
+    Example:
+        >>> choose_features(1_000_000, 10_090).late
+        False
+    """
+
+    proj_dim: int
+    late: bool
+    reason: str
+
+
+def choose_features(n_train: int, numel: int, most: int = MOST_FEATURES) -> FeatureChoice:
+    """Choose how many features a sample has, from what does not change in a run: a resumed one chooses the same.
+
+    Args:
+        n_train: training samples.
+        numel: parameters of the model, frozen or not.
+        most: features at most.
+
+    Returns:
+        The power of two nearest to a 24th of the parameters, but at least 256, and at most ``most`` and four a sample
+        (or 256). Features are late where samples times parameters are at most ``2 ** 30``.
+
+    Example:
+        >>> choose_features(1437, 10_090).proj_dim, choose_features(5000, 109_386).proj_dim
+        (512, 2048)
+        >>> choose_features(1437, 10_090).reason
+        '512 features for 10,090 parameters and 1,437 training samples, computed when they are wanted'
+    """
+    wanted = min(numel / _PARAMETERS_A_FEATURE, _FEATURES_A_SAMPLE * n_train)
+    nearest = 2 ** round(math.log2(max(1.0, wanted)))
+    proj_dim = min(most, max(min(_FEWEST, most), nearest))
+    late = n_train * numel <= _SMALL
+    when = "computed when they are wanted" if late else "computed while training"
+    reason = f"{proj_dim:,} features for {numel:,} parameters and {n_train:,} training samples, {when}"
+    return FeatureChoice(proj_dim, late, reason)
+
+
+@runtime_checkable
+class ChoosesFeatures(Protocol):
+    """A method that may be left to choose how many features there are."""
+
+    choice: FeatureChoice | None
+
+    def settled(self, n_train: int, numel: int) -> AttributionMethod:
+        """Choose, if that was left open.
+
+        Args:
+            n_train: training samples.
+            numel: parameters of the model, frozen or not.
+
+        Returns:
+            The method, with nothing left to choose.
+        """
+
+
+def settled(method: AttributionMethod, n_train: int, numel: int) -> AttributionMethod:
+    """Let a method choose what was left to it, now that model and data are known.
+
+    Args:
+        method: any.
+        n_train: training samples.
+        numel: parameters of the model, frozen or not.
+
+    Returns:
+        The method, with nothing left to choose.
+
+    Example:
+        >>> from lightning_attr.methods import TRAK, GradDot
+        >>> settled(TRAK(), 1437, 10_090).projector.proj_dim, settled(TRAK(64), 1437, 10_090).projector.proj_dim
+        (512, 64)
+        >>> method = GradDot()
+        >>> settled(method, 1437, 10_090) is method
+        True
+    """
+    return method.settled(n_train, numel) if isinstance(method, ChoosesFeatures) else method
+
+
+def choice_of(method: AttributionMethod) -> FeatureChoice | None:
+    """Give what a method chose.
+
+    Args:
+        method: any.
+
+    Returns:
+        The choice; None where there was none.
+
+    Example:
+        >>> from lightning_attr.methods import TRAK
+        >>> choice_of(TRAK()), choice_of(settled(TRAK(), 1437, 10_090)).late
+        (None, True)
+    """
+    return method.choice if isinstance(method, ChoosesFeatures) else None
