@@ -307,8 +307,9 @@ class AttributionStep(nn.Module):
         snapshots = [self._features(snapshot, train) for snapshot in self.used]
         n = len(self.train_data)
         ensemble = Ensemble(self.method, [(part.share, len(part.snapshots)) for part in self.parts])
+        slopes = snapshots[-1].targets["out_to_loss"].float().cpu()
         scores, self_influence = score(
-            ensemble, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on
+            ensemble, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on, slopes
         )
         loss, labels = self.training_rows.loss_and_labels(self.used[-1].key)
         provenance = provenance_of(

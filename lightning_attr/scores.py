@@ -46,6 +46,8 @@ class ScoreMatrix:
         provenance: method, its arguments and snapshots, as plain values.
         trained_on: ``(n_train,)``, bool: False for samples that training never drew. Their scores are zero, and they
             are neither proponents nor opponents. None where nothing says that there are any.
+        target_slopes: ``(n_target,)``, float32: how fast the loss of each target falls as its model output rises, at
+            the last snapshot. None where nothing says: ones.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -66,11 +68,18 @@ class ScoreMatrix:
     target_indices: Tensor = field(default=None)  # type: ignore[assignment]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     trained_on: Tensor | None = None
+    target_slopes: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tensor(self, "values", self.values, "(n_train, n_target)", [2])
         for name, size in zip(("train_indices", "target_indices"), self.values.shape, strict=True):
             indices = getattr(self, name)
+            if name == "target_indices" and self.target_slopes is not None:
+                check_tensor(self, "target_slopes", self.target_slopes, f"({size},)", [1])
+                if len(self.target_slopes) != size:
+                    raise ValueError(
+                        argument_message(self, "target_slopes", f"a tensor of shape ({size},)", self.target_slopes)
+                    )
             if indices is None:
                 object.__setattr__(self, name, torch.arange(size))
                 continue
@@ -85,8 +94,17 @@ class ScoreMatrix:
 
     @property
     def data_value(self) -> Tensor:
-        """Mean score of each training sample over the targets, ``(n_train,)``."""
-        means = [values.mean(1) for _, values in functional.score_blocks(self.values)]
+        r"""What each training sample is worth to the targets, ``(n_train,)``, positive for helpful samples.
+
+        .. math:: v_i = \frac1m \sum_j q_j S_{ij}, \qquad q_j = -\partial \ell_j / \partial f_j
+
+        To first order that is how much the mean loss of the targets would rise without sample ``i``, in units of the
+        loss. The slopes ``q`` leave out the targets that are safe: their output may fall far before anything is lost.
+        Without :attr:`target_slopes` it is the mean score, in units of the model output.
+        """
+        m = self.values.shape[1]
+        slopes = torch.ones(m) if self.target_slopes is None else self.target_slopes
+        means = [values @ slopes.double() / m for _, values in functional.score_blocks(self.values)]
         return torch.cat(means).to(self.values.dtype)
 
     @property
@@ -152,8 +170,8 @@ class ScoreMatrix:
         """
         folder = check_path("ScoreMatrix.save", "path", path)
         tensors = {"values": self.values, "train_indices": self.train_indices, "target_indices": self.target_indices}
-        if self.trained_on is not None:
-            tensors["trained_on"] = self.trained_on
+        beside = {"trained_on": self.trained_on, "target_slopes": self.target_slopes}
+        tensors |= {name: values for name, values in beside.items() if values is not None}
         save_scores(folder, "matrix", tensors, self.provenance)
 
     @classmethod
@@ -171,8 +189,8 @@ class ScoreMatrix:
         """
         folder = check_path("ScoreMatrix.load", "path", path)
         expected = {"values": (2, True), "train_indices": (1, False), "target_indices": (1, False)}
-        expected["trained_on"] = (1, False)
-        tensors, provenance = load_scores(folder, "matrix", expected, optional=frozenset({"trained_on"}))
+        beside = {"trained_on": (1, False), "target_slopes": (1, True)}
+        tensors, provenance = load_scores(folder, "matrix", {**expected, **beside}, optional=frozenset(beside))
         try:
             return cls(**tensors, provenance=provenance)
         except (ValueError, TypeError) as error:

@@ -31,6 +31,7 @@ def score(
     folder: Callable[[], Path] = Path.cwd,
     share: tuple[int, int] = (0, 1),
     trained_on: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[ScoreMatrix | TopScores, Tensor]:
     """Score every training row for every target.
 
@@ -46,6 +47,7 @@ def score(
         share: number of this process, and how many there are.
         trained_on: ``(n_train,)``, bool: False for samples that training never draws, without which nothing would
             change: their scores are zero, and they are no proponents. None for all.
+        slopes: ``(m,)``: how fast each target's loss falls as its output rises, for the data value; None for ones.
 
     Returns:
         The scores, and self-influence ``(n_train,)``, float32; the same in all processes.
@@ -71,7 +73,7 @@ def score(
     reduce = snapshots[0].reduce
     if topk is not None and trained_on is not None:
         topk = min(topk, int(trained_on.sum()))
-    found = TopScoresSum(n_train, m, topk) if topk is not None else None
+    found = TopScoresSum(n_train, m, topk, slopes) if topk is not None else None
     values = zeros(n_train, m if found is None else 0, folder)
     self_influence = torch.zeros(n_train)
     ensemble = method if isinstance(method, Ensemble) else Ensemble(method)
@@ -92,7 +94,7 @@ def score(
                 values[rows, targets] = own.scores
     if found is not None:
         return found.total(share, reduce), reduce(self_influence)
-    scores = ScoreMatrix(reduce(values), trained_on=trained_on)
+    scores = ScoreMatrix(reduce(values), trained_on=trained_on, target_slopes=slopes)
     return scores, reduce(self_influence)
 
 

@@ -64,7 +64,8 @@ class TopScores:
         proponent_scores: ``(n_target, k)``, float32, descending.
         opponents: ``(n_target, k)``, int64: rows of the lowest scores, most negative first.
         opponent_scores: ``(n_target, k)``, float32, ascending.
-        data_value: ``(n_train,)``, float32: mean score of each training sample over all targets.
+        data_value: ``(n_train,)``, float32: what each training sample is worth to the targets, see
+            :attr:`lightning_attr.ScoreMatrix.data_value`.
         effective_proponents: of all scores, see :func:`lightning_attr.metrics.effective_proponents`.
         train_indices: ``(n_train,)``, int64: indices into the training data set.
         target_indices: ``(n_target,)``, int64: indices into the target data set.
@@ -184,6 +185,7 @@ class TopScoresSum:
         n_train: training samples.
         n_target: targets.
         k: scores kept of each target, at either end.
+        slopes: ``(n_target,)``: how fast each target's loss falls as its model output rises; None for ones.
 
     Example:
         >>> found = TopScoresSum(n_train=4, n_target=1, k=1)
@@ -193,7 +195,8 @@ class TopScoresSum:
         (tensor([[3]]), tensor([[6.]]))
     """
 
-    def __init__(self, n_train: int, n_target: int, k: int) -> None:
+    def __init__(self, n_train: int, n_target: int, k: int, slopes: Tensor | None = None) -> None:
+        self.slopes = torch.ones(n_target, dtype=torch.float64) if slopes is None else slopes.double()
         self.ends = (_Extremes(n_target, k, largest=True), _Extremes(n_target, k, largest=False))
         self.sums = torch.zeros(n_train, dtype=torch.float64)
         self.positive = torch.zeros(2, n_target, dtype=torch.float64)
@@ -215,7 +218,7 @@ class TopScoresSum:
         for end in self.ends:
             out = -torch.inf if end.largest else torch.inf
             end.add(rows, targets, scores if left_out is None else scores.masked_fill(left_out[:, None], out))
-        self.sums[rows.start : rows.stop] += scores.sum(1, dtype=torch.float64)
+        self.sums[rows.start : rows.stop] += scores.double() @ self.slopes[targets]
         self.positive[:, targets] += positive_sums(scores.clamp(min=0).double())
 
     def total(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
-from lightning_attr import AttributionResult, FeatureStore, ScoreMatrix, scoring
+from lightning_attr import AttributionResult, FeatureStore, ScoreMatrix, attribute, scoring
 from lightning_attr.manifest import Fingerprint
 from lightning_attr.methods import TRAK, AttributionMethod, GradCos, GradDot, SnapshotFeatures
 from lightning_attr.projectors import IdentityProjector
@@ -256,3 +256,75 @@ def test_scores_that_are_not_finite() -> None:
     snapshot = SnapshotFeatures.of(train, _columns(M, 1))
     with pytest.raises(ValueError, match=f"`scores` to be finite, but got {M} NaN or infinite values"):
         score(GradDot(), [snapshot], N, topk=2)
+
+
+# The data value ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topk", [None, TOP])
+@pytest.mark.parametrize("width", [3, 100])
+def test_the_data_value_weighs_targets_by_the_slopes_of_their_losses(
+    topk: int | None, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_MOST_TARGETS", width)
+    slopes = torch.linspace(-1, 2, M)
+    found, _ = score(GradDot(), _snapshots(GradDot()), N, topk, slopes=slopes)
+    expected = (_dense(GradDot())[0].double() * slopes.double()).mean(1)
+    torch.testing.assert_close(found.data_value, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_data_value_is_the_rise_of_the_mean_loss() -> None:
+    """Of a linear regression: against training again without each sample."""
+    torch.manual_seed(0)
+    x, targets = torch.randn(400, 3).double(), torch.randn(50, 3).double()
+    truth = torch.randn(3).double()
+    y, measured = x @ truth + torch.randn(400).double(), targets @ truth + torch.randn(50).double()
+
+    def fitted(kept: Tensor) -> Tensor:
+        return torch.linalg.solve(x[kept].T @ x[kept], x[kept].T @ y[kept])
+
+    def loss(weights: Tensor) -> Tensor:
+        return (targets @ weights - measured).square().mean() / 2
+
+    whole = fitted(torch.ones(400, dtype=torch.bool))
+    train = {"features": x, "out_to_loss": y - x @ whole, "newton_weight": torch.ones(400).double()}
+    snapshot = SnapshotFeatures.of(train, {"features": targets})
+    method = TRAK(damping=0.0, loo_correction=True)
+    found, _ = score(method, [snapshot], 400, slopes=measured - targets @ whole)
+    rises = torch.stack([loss(fitted(torch.arange(400) != i)) for i in range(400)]) - loss(whole)
+    assert torch.corrcoef(torch.stack([found.data_value.double(), rises]))[0, 1] > 0.99
+    torch.testing.assert_close(found.data_value.double(), rises, rtol=0.1, atol=2e-4)
+
+
+@pytest.mark.parametrize("topk", [None, TOP])
+def test_attributing_takes_the_slopes_of_the_last_snapshot(topk: int | None) -> None:
+    trainer = quiet_trainer()
+    loaders = {"train_dataloaders": loader_of(blobs(20)), "target_dataloaders": loader_of(blobs(8, seed=1))}
+    module = BlobClassifier()
+    found = attribute(trainer, model=module, method=GradDot(IdentityProjector()), topk=topk, **loaders)
+    x, y = blobs(8, seed=1).tensors
+    with torch.no_grad():
+        slopes = 1 - module(x).softmax(1)[torch.arange(8), y]
+    whole = attribute(trainer, model=module, method=GradDot(IdentityProjector()), **loaders)
+    expected = (whole.scores.values * slopes).mean(1)
+    torch.testing.assert_close(found.data_value, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_function_measures_is_valued_as_it_is() -> None:
+    loaders = {"train_dataloaders": loader_of(blobs(20)), "target_dataloaders": loader_of(blobs(8, seed=1))}
+    found = attribute(
+        quiet_trainer(),
+        model=BlobClassifier(),
+        method=GradDot(IdentityProjector()),
+        target_function=lambda module, batch: module(batch[0])[:, 0],
+        **loaders,
+    )
+    torch.testing.assert_close(found.data_value, found.scores.values.mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_slopes_are_saved_and_checked(tmp_path: Path) -> None:
+    scores = ScoreMatrix(torch.randn(4, 3), target_slopes=torch.tensor([1.0, 0.0, -2.0]))
+    scores.save(tmp_path)
+    assert torch.equal(ScoreMatrix.load(tmp_path).data_value, scores.data_value)
+    with pytest.raises(ValueError, match=r"`target_slopes` of ScoreMatrix to be a tensor of shape \(3,\)"):
+        ScoreMatrix(torch.randn(4, 3), target_slopes=torch.ones(4))
