@@ -180,7 +180,7 @@ def attribute(
             mode, unless the loss or its gradient depends on the mode, or exists in train mode only: a log line says so.
         pilots: how many short runs from other weights score together with the recorded run; see
             :class:`lightning_attr.pilots.Pilots`. Those that the store misses are trained now, by the training loader
-            at hand, and kept: each costs a sixth of the run (a third for language models). By default the run alone
+            at hand, and kept: each costs a sixth of the run or more, which is said before. By default the run alone
             scores.
 
     Returns:

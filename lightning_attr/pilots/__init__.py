@@ -1,8 +1,8 @@
 """Pilots: short runs from other weights, whose ends score together with the recorded run.
 
 One run cannot say what its own initialisation and order of samples have to do with its scores; two short ones say most
-of it. A pilot trains a fresh module on all training samples for a sixth of the epochs, with a learning rate that falls
-to zero, and only its end is kept, as a snapshot of the store.
+of it. A pilot trains a fresh module on all training samples for a sixth of the epochs or somewhat more, with a learning
+rate that falls to zero, and only its end is kept, as a snapshot of the store.
 
 ``request`` is what a user asks for, ``again`` makes module and Trainer once more, ``decay`` is the learning rate,
 ``training`` trains what is missing.

@@ -73,7 +73,7 @@ def train_pilots(
     missing = wanted.count - len(there)
     if missing <= 0:
         return
-    epochs = wanted.epochs or (pilot_epochs(run.epochs, module) if run.epochs else 0)
+    epochs = wanted.epochs or (pilot_epochs(run.epochs, run.last.global_step, module) if run.epochs else 0)
     if not epochs:
         raise AttributionError(
             f"Pilots train for a share of the epochs of the recorded run, but {path} does not tell how many it had. "

@@ -15,7 +15,7 @@ from lightning_attr import AttributionMixin
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK
 
-N, M, EPOCHS = 40, 6, 12
+N, M, EPOCHS = 40, 6, 4
 
 
 class Fresh(AttributionMixin, L.LightningModule):

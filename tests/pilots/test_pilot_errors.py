@@ -168,12 +168,12 @@ def test_functions_that_make_something_else(run: Any) -> None:
         (
             Pilots(1, trainer=lambda epochs: quiet_trainer(max_epochs=9)),
             AttributionError,
-            "Expected the function `trainer` of Pilots to make a Trainer with max_epochs=1, .* its max_epochs is 9",
+            "Expected the function `trainer` of Pilots to make a Trainer with max_epochs=2, .* its max_epochs is 9",
         ),
         (
             Pilots(1, trainer=lambda epochs: quiet_trainer(max_epochs=-1)),
             AttributionError,
-            "max_epochs=1, .* its max_epochs is -1",
+            "max_epochs=2, .* its max_epochs is -1",
         ),
         (
             Pilots(1, trainer=lambda epochs: quiet_trainer(max_epochs=epochs, gradient_clip_val=1.0)),

@@ -46,7 +46,7 @@ def test_a_pilot_is_a_plain_training_whose_learning_rate_falls_to_zero(run: Any)
     store = FeatureStore.open(folder)
     for number, snapshot in enumerate(pilots_of(folder)):
         assert (snapshot.key, snapshot.pilot, snapshot.epoch, snapshot.global_step) == (
-            *(f"pilot={number:04d}", number, 1),  # a sixth of 12 epochs
+            *(f"pilot={number:04d}", number, 1),
             10,
         )
         seed = hashed_seed("pilot", store.manifest.run, number) % 2**32
@@ -123,7 +123,7 @@ def test_methods_that_run_the_module(run: Any, method: Any) -> None:
     result = run[1].attribute(pilots=2, method=method)
     assert sum(result.scores.provenance["parts"].values()) == pytest.approx(1.0)
     assert result.scores.values.isfinite().all()
-    assert result.scores.provenance["snapshots"][-1].startswith("epoch=0011")
+    assert result.scores.provenance["snapshots"][-1].startswith("epoch=0003")
 
 
 def test_a_pilot_keeps_what_the_method_needs_of_the_optimizer(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_schedule_of_the_users_own_is_for_the_length_of_the_pilot(tmp_path: Pa
 
     trainer = recorded(tmp_path, Scheduled(0.2))
     trainer.attribute(pilots=1)
-    assert seen == [(60, 12), (10, 2)]
+    assert seen == [(20, 4), (10, 2)]
     assert pilots_of(tmp_path)[0].learning_rate == pytest.approx(0.2 * sum(1 - t / 10 for t in range(10)))
 
 
