@@ -21,7 +21,7 @@ from lightning_attr.files import digest
 from lightning_attr.learning_rates import LearningRates
 from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
-from lightning_attr.pilots import training_settings
+from lightning_attr.pilots import run_settings
 from lightning_attr.store import FeatureStore
 from lightning_attr.worlds import AnyCallback
 from lightning_attr.writing import WriterLock
@@ -79,7 +79,7 @@ class RunStore(AnyCallback):
         )
         store = FeatureStore.open(path)
         note_drawable_rows(trainer, pl_module, self.source, store)
-        store.mark_training(training_settings(trainer))
+        store.mark_training(run_settings(trainer, self.source.loader))
 
     def _check_unchanged(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         """See that weights are finite, and say so if the data are others than at the start of the training."""

@@ -120,7 +120,7 @@ class FeatureStore(SnapshotStore):
         """Note how the run is trained, so that pilots can be trained like it.
 
         Args:
-            settings: of its Trainer, as :func:`lightning_attr.pilots.training_settings` gives them.
+            settings: as :func:`lightning_attr.pilots.run_settings` gives them.
         """
         if self.manifest.training != settings:
             self._save(replace(self.manifest, training=dict(settings)))

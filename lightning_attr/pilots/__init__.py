@@ -8,8 +8,8 @@ rate that falls to zero, and only its end is kept, as a snapshot of the store.
 ``training`` trains what is missing.
 """
 
-from lightning_attr.pilots.again import training_settings
+from lightning_attr.pilots.again import run_settings
 from lightning_attr.pilots.request import Pilots, check_pilots
 from lightning_attr.pilots.training import train_pilots
 
-__all__ = ["Pilots", "check_pilots", "train_pilots", "training_settings"]
+__all__ = ["Pilots", "check_pilots", "run_settings", "train_pilots"]

@@ -17,11 +17,12 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
 
 from lightning_attr.errors import AttributionError
 from lightning_attr.worlds import both, own
 
-__all__ = ["check_settings", "module_again", "trainer_again", "training_settings"]
+__all__ = ["check_settings", "module_again", "run_settings", "trainer_again", "training_settings"]
 
 _WATCHING = (
     *(ProgressBar, ModelSummary, ModelCheckpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, EarlyStopping),
@@ -214,26 +215,52 @@ def training_settings(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def check_settings(recorded: Mapping[str, Any] | None, trainer: L.Trainer) -> None:
-    """Refuse a Trainer of other settings than the run's.
+def run_settings(trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
+    """Describe how a run is trained, so that pilots can be trained like it.
+
+    Args:
+        trainer: its own.
+        loader: its training loader.
+
+    Returns:
+        What :func:`training_settings` gives, and the class of the ``sampler``.
+
+    Example:
+        >>> trainer = L.Trainer(accelerator="cpu", logger=False)
+        >>> run_settings(trainer, DataLoader([1.0], shuffle=True))["sampler"]
+        'RandomSampler'
+    """
+    return {**training_settings(trainer), "sampler": type(loader.sampler).__name__}
+
+
+def check_settings(recorded: Mapping[str, Any] | None, trainer: L.Trainer, loader: DataLoader[Any]) -> None:
+    """Refuse a Trainer of other settings than the run's, or a loader that takes samples in another order.
 
     Args:
         recorded: of the run; None where it kept no record.
         trainer: that would train pilots.
+        loader: by which it would.
 
     Raises:
         AttributionError: naming the setting.
 
     Example:
-        >>> check_settings(None, L.Trainer(accelerator="cpu", logger=False))
+        >>> check_settings(None, L.Trainer(accelerator="cpu", logger=False), DataLoader([1.0]))
     """
-    found = training_settings(trainer)
-    for name, value in (recorded or {}).items():
-        if name in found and found[name] != value:
+    recorded, found = recorded or {}, run_settings(trainer, loader)
+    for name in training_settings(trainer):
+        if recorded.get(name, found[name]) != found[name]:
             raise AttributionError(
-                f"Pilots are trained as the run was, which had {name}={value!r}, but this Trainer has "
+                f"Pilots are trained as the run was, which had {name}={recorded[name]!r}, but this Trainer has "
                 f"{name}={found[name]!r}. Attribute with a Trainer of the run's settings, or pass {_trainer('n')}."
             )
+    sampler = str(recorded.get("sampler", found["sampler"]))
+    if sampler != found["sampler"] and not sampler.startswith("Distributed"):
+        raise AttributionError(
+            f"Pilots are trained as the run was, whose loader drew samples by {sampler}, but this one has "
+            f"{found['sampler']}. Pass the datamodule or the loader that the run was fitted with (`shuffle=True`, for "
+            "instance): pilots train by it."
+        )
 
 
 def _module(count: object) -> str:

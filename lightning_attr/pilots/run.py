@@ -78,7 +78,7 @@ class RecordedRun:
         Raises:
             AttributionError: if a setting, or the number of steps in an epoch, is not the run's.
         """
-        check_settings(self.store.manifest.training, trainer)
+        check_settings(self.store.manifest.training, trainer, self.train.loader)
         last, batches = self.last, trainer.num_training_batches
         by_hand = not trainer.lightning_module.automatic_optimization  # which may step any number of times
         if by_hand or not self.epochs or math.isinf(batches):

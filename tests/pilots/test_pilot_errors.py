@@ -16,6 +16,7 @@ from torch import nn
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore
+from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.methods import TRAK
 from lightning_attr.pilots import Pilots
@@ -86,12 +87,18 @@ class Wrapped(Fresh):
 
 
 class Seeded(Fresh):
-    """The same weights each time, and the same order of samples."""
+    """The same weights each time."""
+
+    value = 0.0
 
     def __init__(self) -> None:
         super().__init__()
         for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+            nn.init.constant_(parameter, self.value)
+
+
+class Ones(Seeded):
+    value = 1.0
 
 
 def network() -> nn.Sequential:
@@ -218,6 +225,13 @@ def test_another_loader_than_the_runs(run: Any) -> None:
         quiet_trainer().attribute(Data(batch_size=20), model=Fresh(0.2), store=run[0], pilots=1)
 
 
+def test_a_loader_in_another_order(run: Any) -> None:
+    match = r"whose loader drew samples by RandomSampler, but this one has SequentialSampler\. Pass the datamodule"
+    loaders = {"train_dataloaders": loader_of(blobs(40)), "target_dataloaders": loader_of(blobs(3, seed=1))}
+    with pytest.raises(AttributionError, match=match):
+        quiet_trainer().attribute(model=Fresh(0.2), store=run[0], pilots=1, **loaders)
+
+
 def test_no_run_to_be_like(tmp_path: Path) -> None:
     with pytest.raises(AttributionError, match=r"Pilots are kept in the store of a recorded run, and nothing is kept"):
         quiet_trainer().attribute(Data(), model=Fresh(), pilots=1)
@@ -269,9 +283,10 @@ def test_a_pilot_that_diverges(tmp_path: Path) -> None:
 
 def test_pilots_in_which_nothing_is_random(tmp_path: Path) -> None:
     trainer = quiet_trainer()
-    fitted = recorded(tmp_path, Seeded(), max_epochs=1)
-    del fitted
     ordered = loader_of(blobs(40))
+    L.seed_everything(3, verbose=False)
+    callback = AttributionCallback(tmp_path, TRAK(16), log=False)
+    quiet_trainer(max_epochs=1, callbacks=[callback]).fit(Ones(), ordered)
     arguments = {"train_dataloaders": ordered, "target_dataloaders": loader_of(blobs(3, seed=1)), "model": Seeded()}
     with pytest.raises(AttributionError, match=r"Pilot 1 came out as pilot=0000 did, to the last bit: nothing in its"):
         trainer.attribute(**arguments, store=tmp_path, pilots=2)
