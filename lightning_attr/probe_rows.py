@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_attr.batch import map_tensors
+from lightning_attr.labels_at_hand import without_label
 from lightning_attr.loader import DataSource
 from lightning_attr.reading_state import unchanged_data
 
@@ -38,7 +39,7 @@ def probe_rows(source: DataSource, count: int = 8) -> list[int]:
         >>> sorted(probe_rows(DataSource.of(DataLoader([3.0, 4.0, 5.0]), "training")))
         [0, 1, 2]
     """
-    spread = _spread(len(source))
+    spread = list(dict.fromkeys([*without_label(source.dataset), *_spread(len(source))]))
     traits: dict[int, tuple[Any, ...]] = {}
     read, stop = source.reader(), time.monotonic() + _SECONDS
     with unchanged_data(source.dataset):
@@ -67,7 +68,7 @@ def _unlike(traits: Mapping[int, tuple[Any, ...]], count: int) -> list[int]:
         for row in rows:
             kinds.setdefault(traits[row][trait], []).append(row)
         if len(kinds) > 1:
-            chosen += [kind[0] for kind in sorted(kinds.values(), key=len)]
+            chosen += [min(kind) for kind in sorted(kinds.values(), key=len)]
     chosen += rows
     return list(dict.fromkeys(chosen))[:count]
 

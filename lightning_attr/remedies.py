@@ -36,8 +36,7 @@ def mixin_lines(module: Any, batch: Any) -> str:
 
         def attribution_step(self, batch):  # here {describe_batch(batch)}
             {taken}
-            return self({inputs}), {targets}  # outputs, targets
-"""
+            return self({inputs}), {targets}  # outputs, targets"""
 
 
 def describe_batch(batch: Any) -> str:

@@ -26,6 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "texts",
         "tokens",
         "tolerance",
+        "labels_at_hand",
         "highlights",
         "trainable",
         "namespaces",

@@ -8,16 +8,18 @@ from typing import Any
 from unittest.mock import Mock
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from cases import loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, attribute
 from lightning_attr.errors import AttributionError, BatchDependenceError, BatchRowsError
+from lightning_attr.labels_at_hand import without_label
 from lightning_attr.loader import DataSource
 from lightning_attr.methods import GradDot, Influence, RepresentationSimilarity
 from lightning_attr.outputs import Regression
@@ -375,6 +377,30 @@ def test_reading_for_the_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert len(probe_rows(DataSource.of(DataLoader(Slow(PLAIN * 20)), "training"))) == 8
     assert read.call_count == 8
+
+
+@pytest.mark.parametrize("size", [40, 3000])
+def test_the_first_sample_without_a_label_is_among_the_probes(size: int) -> None:
+    x, y = torch.randn(size, 2), torch.zeros(size, dtype=torch.int64)
+    y[[size - 7, size // 2 + 1, size - 2]] = -100
+    rows = probe_rows(DataSource.of(DataLoader(TensorDataset(x, y)), "training"))
+    assert size // 2 + 1 in rows[:4]
+    subset = Subset(TensorDataset(x, y), list(range(size))[::-1])
+    assert 1 in probe_rows(DataSource.of(DataLoader(subset), "training"))[:4]
+
+
+class Labelled(Rows):
+    def __init__(self, samples: Any, targets: Any) -> None:
+        super().__init__(samples)
+        self.targets = targets
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_labels_beside_the_samples_are_looked_through(kind: Any) -> None:
+    targets = [0, 1, 2, -1, 2, -1]
+    assert without_label(Labelled(PLAIN[:6], kind(targets))) == [3]
+    assert without_label(Labelled(PLAIN[:6], kind(targets[:3]))) == []
+    assert without_label(Labelled(PLAIN[:6], None)) == []
 
 
 # Losses whose batches differ from those that were checked -------------------------------------------------------------
