@@ -312,7 +312,7 @@ class AttributionCallback(EarlySnapshots):
             together(self.store.reload)
             self._incomplete = None
             self._recorded = Recording(epoch, trainer.global_step, self.store.snapshot(key).weights)
-            self._rates.sums.clear()
+            self._rates.clear()
             wanted = self._reporting and self._read(trainer)
             if self.featurize and trainer.is_global_zero and wanted:
                 with self._guard.training(self._stop_reporting):

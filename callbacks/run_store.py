@@ -133,11 +133,13 @@ class RunStore(AnyCallback):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: where the store is, its last snapshot, and the learning rates integrated since."""
         path = str(self._path) if self._path else None
-        return {"path": path, "rates": dict(self._rates.sums), "recorded": astuple(self._recorded)}
+        rates = {"rates": dict(self._rates.sums), "learning_rate": self._rates.common}
+        return {"path": path, **rates, "recorded": astuple(self._recorded)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         self._path = Path(state_dict["path"]) if state_dict["path"] is not None else None
-        self._rates = LearningRates(state_dict["rates"])
+        # Checkpoints of earlier versions have one sum for all parameters.
+        self._rates = LearningRates(state_dict.get("rates"), state_dict.get("learning_rate", 0.0))
         self._recorded = Recording(*state_dict["recorded"])

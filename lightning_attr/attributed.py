@@ -81,7 +81,8 @@ def check_module(module: Any) -> None:
     if not has_training_step(module):
         raise TypeError(
             f"Expected {name} to have lightning_attr.AttributionMixin among its bases, or to be a LightningModule with "
-            f"a `training_step`, but it is neither. Write `class {name}(AttributionMixin, LightningModule)`."
+            f"a `training_step`, but it is neither. Write `class Attributed{name}(AttributionMixin, {name})`, with an "
+            "`attribution_step`."
         )
     check_training_step(module)
 

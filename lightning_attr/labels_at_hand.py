@@ -45,6 +45,7 @@ def without_label(dataset: Any) -> list[int]:
 def _labels(dataset: Any) -> Iterator[Any]:
     """The arrays of integers and of floating point numbers that may be labels, one row a sample."""
     known = dataset.tensors if type(dataset) is TensorDataset else [getattr(dataset, name, None) for name in _NAMES]
+    values: Any
     for values in known:
         if isinstance(values, torch.Tensor):
             dense = values.layout is torch.strided and values.device.type == "cpu" and not values.is_quantized

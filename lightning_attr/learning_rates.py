@@ -17,6 +17,7 @@ class LearningRates:
 
     Args:
         sums: parameter name -> what was summed up so far.
+        common: what was summed up so far for all parameters alike.
 
     Example:
         >>> import torch
@@ -33,8 +34,9 @@ class LearningRates:
         (1.0, None)
     """
 
-    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+    def __init__(self, sums: Mapping[str, float] | None = None, common: float = 0.0) -> None:
         self.sums = dict(sums or {})
+        self.common = common
         self._names: dict[int, str] = {}
         self._step = -1
 
@@ -67,4 +69,9 @@ class LearningRates:
         Returns:
             The mean over their entries, and the sum of each if they differ, else None.
         """
-        return layout.mean(self.sums)
+        return layout.mean({name: self.sums.get(name, 0.0) + self.common for name in layout.shapes})
+
+    def clear(self) -> None:
+        """Begin anew, at a snapshot."""
+        self.sums.clear()
+        self.common = 0.0

@@ -123,14 +123,35 @@ def _losses_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
     return torch.stack(losses)
 
 
-def _value(module: Any, batch: Any) -> Tensor:
+def _value(module: Any, batch: Any, batch_idx: int = 0) -> Tensor:
     """Compute a loss without its graph."""
     with plain_execution():
-        return training_loss(module, batch).detach()
+        return training_loss(module, batch, batch_idx).detach()
 
 
 def _values_apart(module: Any, batch: Any, batch_size: int) -> Tensor:
     return torch.stack([_value(module, select_rows(batch, batch_size, [i])) for i in range(batch_size)])
+
+
+def _again(module: Any, batch: Any, whole: Tensor) -> Tensor:
+    """Compute a loss once more, as of the second batch of an epoch; where that is another, as of the first again."""
+    try:
+        second = _value(module, batch, batch_idx=1)
+        if _close(module, whole, second, whole.abs()):
+            return second
+        found = f"{second.item():.6g} with batch_idx=1"
+    except Exception as error:  # of the user's code, or no loss at all
+        found = f"with batch_idx=1 {type(error).__name__}: {error}"
+    again = _value(module, batch)
+    if _close(module, whole, again, whole.abs()):
+        log.warning(
+            "%s: the loss of `training_step` depends on `batch_idx` (%.6g with batch_idx=0, %s, of the same samples): "
+            "each sample is attributed as one of the first batch of an epoch.",
+            type(module).__name__,
+            whole.item(),
+            found,
+        )
+    return again
 
 
 def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingLoss:
@@ -144,12 +165,13 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
 
 def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> TrainingLoss:
     name = type(module).__name__
-    again = _value(module, batch)
+    again = _again(module, batch, whole)
     if not _close(module, whole, again, whole.abs()):
         raise BatchDependenceError(
             f"The loss that `training_step` of {name} returns is random: the same {batch_size} samples give "
             f"{whole.item():.6g}, then {again.item():.6g}. Attribution needs the loss of a sample to be one number: "
-            f'look for noise or dropout that does not heed eval mode (`self.training`), or pass mode="train", in which '
+            "look for noise, dropout or mixing (mixup) that does not heed eval mode (`self.training`), or pass "
+            f'mode="train", in which '
             f"each sample has random numbers of its own. {mixin_lines(module, batch)}"
         )
     _check_splits(name, batch, batch_size)

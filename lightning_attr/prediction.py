@@ -246,7 +246,7 @@ class AttributionStep(nn.Module):
         settle_projection(projection, self.store, key, learn, self.processes.together)
         of_targets = self.method.bind_targets(projection)
         self.featurizer = Featurizer(self.module, plan, projection, self.memory, stream)
-        check_recorded_losses(self.featurizer, self.store, key, samples, precision, self.train_data.form)
+        check_recorded_losses(self.featurizer, self.store, key, samples, precision, self.train_data.form, self.world)
         target_plan = self._target_plan(plan)
         self.target_featurizer = Featurizer(
             self.module, target_plan, of_targets, self.memory, stream, self.first_target

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,10 +14,13 @@ from lightning_attr.draws import Samples
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.projectors import NoProjection
+from lightning_attr.step_world import StepWorld
 from lightning_attr.store import FeatureStore
 from lightning_attr.user_calls import known_changes
 
 __all__ = ["check_recorded_losses"]
+
+log = logging.getLogger(__name__)
 
 _SAMPLES = 4
 
@@ -28,6 +32,7 @@ def check_recorded_losses(
     samples: Samples,
     precision: Callable[[], AbstractContextManager[Any]],
     form: BatchForm,
+    world: StepWorld | None = None,
 ) -> None:
     """Compare the losses of the first samples with those on record: targets are seen as training samples were.
 
@@ -41,10 +46,14 @@ def check_recorded_losses(
         samples: the training samples, on the module's device.
         precision: the context that forward passes run in.
         form: what is known of how the training samples are read.
+        world: that the step has seen, which has noted what it asked for.
 
     Raises:
         StoreMismatchError: if they differ by more than rounding.
     """
+    name, asked = type(featurizer.module).__name__, world.asked if world is not None else set()
+    if 0 not in store.snapshot(key).shards and asked:
+        log.warning("The training step of %s asks for %s. %s", name, _calls(asked), _OF_THE_END)
     if form.random or 0 not in store.snapshot(key).shards:
         return
     rows = store.rows(0)[:_SAMPLES]
@@ -63,11 +72,11 @@ def check_recorded_losses(
         named = ", ".join(f"dataset[{rows[i]}]: {recorded[i].item():.6g}, now {now[i].item():.6g}" for i in apart)
         raise StoreMismatchError(
             f"The losses at snapshot {key!r} in {store.path} are not those on record ({named}), although the weights "
-            f"are. {_cause(featurizer.module, form)}"
+            f"are. {_cause(featurizer.module, form, asked)}"
         )
 
 
-def _cause(module: Any, form: BatchForm) -> str:
+def _cause(module: Any, form: BatchForm, asked: Collection[str]) -> str:
     """Say what the losses may depend on, as far as that is known."""
     name, changes = type(module).__name__, known_changes(module)
     if form.drifting:
@@ -81,11 +90,24 @@ def _cause(module: Any, form: BatchForm) -> str:
             "longer what it was then. State that a loss depends on can be kept in a buffer (`register_buffer`), which "
             "every snapshot has, or follow from `self.current_epoch` or `self.global_step`, which are put back."
         )
+    if asked:
+        return (
+            f"The training step of {name} asks for {_calls(asked)}. {_OF_THE_END} A loss that depends on a learning "
+            "rate can take it from a buffer (`register_buffer`), which every snapshot has, or from "
+            "`self.current_epoch`."
+        )
     return (
         f"What {name} computes depends on something else, such as the Trainer's `max_epochs`, or an attribute that "
         "training has changed. Attribute with the trainer and module that fitted, or with a Trainer of the same "
         "settings; keep state that a loss depends on in a buffer (`register_buffer`), which every snapshot has."
     )
+
+
+_OF_THE_END = "Learning rates, and the state of optimizers and schedulers, are those of the end of training here."
+
+
+def _calls(asked: Collection[str]) -> str:
+    return ", ".join(f"`self.{name}()`" for name in sorted(asked))
 
 
 def _some(names: Sequence[str]) -> str:

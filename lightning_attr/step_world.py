@@ -40,6 +40,9 @@ class StepWorld:
         datamodule: the user's datamodule, if any.
         loader: the training loader, for a trainer that never fitted or has forgotten its own.
 
+    Attributes:
+        asked: "optimizers" and "lr_schedulers", as far as the module's code has asked its fit for them.
+
     Example:
         >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
         >>> module = L.LightningModule()
@@ -76,6 +79,7 @@ class StepWorld:
         if trainer.fit_loop._combined_loader is None:
             self._lend_loader()
         self._fitted = bool(trainer.strategy.optimizers)
+        self.asked: set[str] = set()
         self._configured: tuple[list[Any], list[Any]] | None = None
 
     def _lend_loader(self) -> None:
@@ -135,8 +139,15 @@ class StepWorld:
         return partial(self._around, real, [*real, (self.trainer, "state", training)])
 
     def _around(self, real: list[Any], training: list[Any], function: str) -> AbstractContextManager[object]:
-        stands_in = {} if self._fitted else {"optimizers": self._optimizers, "lr_schedulers": self._lr_schedulers}
+        asked = {name: partial(self._asked, name) for name in ("optimizers", "lr_schedulers")}
+        configured = {"optimizers": self._optimizers, "lr_schedulers": self._lr_schedulers}
+        stands_in = asked if self._fitted else configured
         return _Exchanged(training if function == "training_step" else real, vars(self.module), stands_in)
+
+    def _asked(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a method of the module that gives what its fit has."""
+        self.asked.add(name)
+        return getattr(type(self.module), name)(self.module, *args, **kwargs)
 
     def _optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """In the place of ``self.optimizers`` where there was no fit."""

@@ -53,8 +53,8 @@ def check_training_step(module: L.LightningModule) -> None:
     """
     name = type(module).__name__
     remedy = (
-        f"Write `class {name}(AttributionMixin, LightningModule)`: the mixin's `attribution_step` says what is "
-        "attributed."
+        f"Write `class Attributed{name}(AttributionMixin, {name})`, and train that: the mixin's `attribution_step` "
+        "says what is attributed."
     )
     if not module.automatic_optimization:
         raise TypeError(
@@ -65,7 +65,7 @@ def check_training_step(module: L.LightningModule) -> None:
         raise TypeError(f"Expected `training_step` of {name} to take a batch, but it takes `dataloader_iter`. {remedy}")
 
 
-def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
+def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
     """Compute the training loss of a batch by the module's own ``training_step``, and leave no trace of it.
 
     What the step logs or prints through the module goes nowhere; for what it changes see
@@ -73,7 +73,8 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
 
     Args:
         module: a module that :func:`check_training_step` passes.
-        batch: what its ``training_step`` takes; ``batch_idx`` is 0.
+        batch: what its ``training_step`` takes.
+        batch_idx: likewise.
 
     Returns:
         The loss, a scalar, with its graph where gradients are enabled.
@@ -92,7 +93,7 @@ def training_loss(module: L.LightningModule, batch: Any) -> Tensor:
     """
     silent = silent_loggers(module._trainer) if surroundings_of(module) is None else nullcontext()
     step: Callable[..., Any] = module.training_step
-    index = (0,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
+    index = (batch_idx,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
     with silent:
         returned = called(module, "training_step", lambda own: step(own, *index), batch)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned

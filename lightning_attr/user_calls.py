@@ -221,7 +221,8 @@ def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[A
         The batch to call it with.
 
     Raises:
-        AttributionError: if the call changes what cannot be put back.
+        AttributionError: if the call changes what cannot be put back, or differentiates with torch.func beside that.
+        RuntimeError: whatever the call raises.
 
     Example:
         >>> class Counts(nn.Linear):
@@ -245,8 +246,17 @@ def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[A
     metrics = [] if first else [(name, inner) for name, inner in state.reachable.modules if isinstance(inner, Metric)]
     failed: dict[str, str] = {}
     kept, silenced = state.kept(recording=first), _silenced(state)
-    with kept as changed, _world(module, function), silenced, answered_metrics(metrics, failed):
-        yield own.batch
+    try:
+        with kept as changed, _world(module, function), silenced, answered_metrics(metrics, failed):
+            yield own.batch
+    except RuntimeError as error:
+        if known.changing and "saved tensor hooks" in str(error):
+            raise AttributionError(
+                f"`{function}` of {type(module).__name__} changes `{min(known.changing)}` and differentiates with "
+                "torch.func, which does not go together with keeping the values from before the change. Make the "
+                "change in `on_train_batch_end`, or differentiate with torch.autograd.grad."
+            ) from error
+        raise
     if own.written() and function not in known.written:
         known.written.add(function)
         if not first:

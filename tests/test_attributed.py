@@ -391,7 +391,7 @@ class Iterates(Plain):
         (Manual, r"Expected Manual to return its loss from `training_step`, but it optimizes by hand \(automatic_opt"),
         (
             Iterates,
-            r"`training_step` of Iterates to take a batch, but it takes `dataloader_iter`. Write `class Iterates",
+            r"`training_step` of Iterates to take a batch, but it takes `dataloader_iter`. Write `class AttributedI",
         ),
     ],
 )
@@ -409,7 +409,7 @@ def test_modules_without_any_step(candidate: object) -> None:
     name = type(candidate).__name__
     expected = (
         f"Expected {name} to have lightning_attr.AttributionMixin among its bases, or to be a LightningModule with a "
-        rf"`training_step`, but it is neither. Write `class {name}\(AttributionMixin, LightningModule\)`"
+        rf"`training_step`, but it is neither. Write `class Attributed{name}\(AttributionMixin, {name}\)`"
     )
     with pytest.raises(TypeError, match=expected):
         check_module(candidate)

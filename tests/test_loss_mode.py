@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import lightning as L
@@ -125,3 +126,31 @@ def test_a_partial_likelihood_with_risk_sets_of_its_own_is_attributed() -> None:
         loss = module.losses([part[row : row + 1] for part in batch]).sum()
         gradient = torch.autograd.grad(-loss, list(module.parameters()), materialize_grads=True)
         torch.testing.assert_close(found["features"][row], torch.cat([g.flatten() for g in gradient]))
+
+
+class ByIndex(Scores):
+    """A loss that counts more in later batches, or is none there."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.skips = skips
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.network(batch).square().mean() * (1 + batch_idx)
+        return None if self.skips and batch_idx else loss
+
+
+@pytest.mark.parametrize(
+    ("skips", "found"),
+    [(False, r"[\d.]+ with batch_idx=1"), (True, r"with batch_idx=1 TypeError: Expected `training_st")],
+)
+def test_a_loss_that_depends_on_the_index_of_its_batch_is_told(
+    skips: bool, found: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = torch.randn(B, 4)
+    module = ByIndex(skips).eval()
+    subject = plan(module, batch, B).attributed
+    torch.testing.assert_close(subject.forward(module, batch, B)[0], -module.network(batch).square().squeeze(1))
+    assert re.search(
+        rf"ByIndex: the loss of `training_step` depends on `batch_idx` \([\d.]+ with batch_idx=0, {found}", caplog.text
+    )

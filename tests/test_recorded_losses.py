@@ -15,7 +15,7 @@ from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import StoreMismatchError
-from lightning_attr.methods import GradDot
+from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import IdentityProjector
 
 
@@ -54,3 +54,49 @@ def test_another_trainer_gives_the_same_losses_or_is_refused(tmp_path: Path, epo
         return
     with pytest.raises(StoreMismatchError, match=r"not those on record \(dataset\[0\]: .* now .*`max_epochs`"):
         attribute(other, model=Annealed(seed=3), **later)
+
+
+class Rated(Annealed):
+    """Its loss depends on the learning rate, which a scheduler lowers."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        optimizer: Any = self.optimizers()
+        return F.cross_entropy(self(x), y) + 10 * optimizer.param_groups[0]["lr"] * self(x).square().mean()
+
+
+class Counted(Annealed):
+    """Its loss depends on how often it was called."""
+
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls += 1
+        return (1 + 0.1 * self.calls) * F.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (Rated, r"step of Rated asks for `self\.optimizers\(\)`\. Learning rates, .* are those of the end of training"),
+        (Counted, r"step of Counted changes `calls`, and training has gone on with that.*`register_buffer`"),
+    ],
+)
+def test_the_cause_is_named(kind: Any, cause: str, tmp_path: Path) -> None:
+    callback = AttributionCallback(tmp_path, method=TRAK(8))
+    trainer = quiet_trainer(max_epochs=4, callbacks=[callback])
+    trainer.fit(kind(), loader_of(blobs(20)))
+    with pytest.raises(StoreMismatchError, match=f"not those on record .*{cause}"):
+        trainer.attribute(targets="train")
+
+
+def test_where_nothing_is_on_record_it_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = AttributionCallback(tmp_path, method=GradDot(exact=True))
+    trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
+    trainer.fit(Rated(), loader_of(blobs(20)))
+    trainer.attribute(targets="train")
+    assert "step of Rated asks for `self.optimizers()`. Learning rates, and the state" in caplog.text

@@ -310,6 +310,18 @@ def test_a_step_may_use_torch_func() -> None:
     assert values == [module.training_step((X, Y), 0).item()] * 2
 
 
+class MomentumSlopes(Momentum):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.besides(batch)
+        return torch.func.vmap(torch.func.jacrev(self.online))(batch[0]).square().sum()
+
+
+def test_torch_func_beside_a_change_is_named() -> None:
+    module = MomentumSlopes()
+    with pytest.raises(AttributionError, match=r"`training_step` of MomentumSlopes changes `teacher\.0\..*torch\.func"):
+        training_loss(module, (X, Y))
+
+
 # Batches ----------------------------------------------------------------------------------------------------------
 
 

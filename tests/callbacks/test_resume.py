@@ -20,6 +20,7 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.files import read_tensors
+from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import TRAK
 from lightning_attr.store import FeatureStore
 
@@ -313,9 +314,23 @@ def test_callback_added_on_resuming(tmp_path: Path) -> None:
     assert [snapshot.learning_rate for snapshot in callback.store.snapshots] == pytest.approx([0.3, 0.3])
 
 
+def test_a_checkpoint_of_an_earlier_version_has_one_learning_rate(tmp_path: Path) -> None:
+    callback = run(tmp_path / "store", epochs=1)
+    state = {name: value for name, value in callback.state_dict().items() if name != "rates"} | {"learning_rate": 0.25}
+    twin = AttributionCallback()
+    twin.load_state_dict(state)
+    model = BlobClassifier()
+    for _ in range(2):
+        model(torch.randn(2, 4)).sum().backward()
+        twin._rates.add(torch.optim.SGD(model.parameters(), lr=0.5), model, _)
+    assert twin._rates.of(ParameterLayout.of(model)) == (1.25, None)
+    twin._rates.clear()
+    assert twin._rates.of(ParameterLayout.of(model)) == (0.0, None)
+
+
 def test_state_dict(tmp_path: Path) -> None:
     callback = run(tmp_path / "store", epochs=1)
-    callback._learning_rate = 0.25
+    callback._rates.common = 0.25
     twin = AttributionCallback()
     twin.load_state_dict(callback.state_dict())
     assert twin.state_dict() == callback.state_dict()
