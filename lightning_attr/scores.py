@@ -93,6 +93,11 @@ class ScoreMatrix:
         return self.values.shape[0], self.values.shape[1]
 
     @property
+    def depth(self) -> int:
+        """Proponents and opponents that each target has at most."""
+        return self.values.shape[0]
+
+    @property
     def data_value(self) -> Tensor:
         r"""What each training sample is worth to the targets, ``(n_train,)``, positive for helpful samples.
 

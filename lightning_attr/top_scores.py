@@ -105,6 +105,11 @@ class TopScores:
         return len(self.data_value), len(self.proponents)
 
     @property
+    def depth(self) -> int:
+        """Proponents and opponents that each target has at most."""
+        return self.proponents.shape[1]
+
+    @property
     def values(self) -> Tensor:
         """Not there.
 

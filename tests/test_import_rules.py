@@ -90,7 +90,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "interop", "command_line"),
     ("pilots",),
     ("trainer",),
-    ("callbacks", "__init__"),
+    ("callbacks", "cli", "__init__"),
 )
 # Further imports, from a module to another of its own level.
 SIDEWAYS = {("projectors", "gradients"), ("store", "snapshot_store")}
@@ -102,6 +102,7 @@ LIGHTNING = (
         for name in (
             "attribute_arguments",
             "borrow",
+            "cli",
             "ckpt_files",
             "ckpt_snapshots",
             "data",

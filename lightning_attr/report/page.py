@@ -64,7 +64,7 @@ def write_report(
     """
     owner = "AttributionResult.report"
     file = check_path(owner, "path", path)
-    k = min(check_int(owner, "k", k, 1), result.scores.shape[0])
+    k = min(check_int(owner, "k", k, 1), result.scores.depth)
     renderer = render_sample if renderer is None else renderer
     check_callable(owner, "renderer", renderer, "a function from a sample to HTML")
     for name, value in {"train": train, "targets": targets}.items():

@@ -18,6 +18,10 @@ class ShownScores(Protocol):
         """Numbers of training samples and targets."""
 
     @property
+    def depth(self) -> int:
+        """Proponents and opponents that each target has at most."""
+
+    @property
     def effective_proponents(self) -> float:
         """See :func:`lightning_attr.metrics.effective_proponents`."""
 

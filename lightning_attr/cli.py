@@ -1,0 +1,82 @@
+"""A LightningCLI with one more subcommand: ``python main.py attribute --config config.yaml --ckpt_path best``.
+
+It needs ``jsonargparse``, as Lightning's own does: ``pip install "lightning_attr[cli]"``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]  # re-exported
+
+from lightning_attr.files import write_bytes
+from lightning_attr.result import AttributionResult
+from lightning_attr.trainer import AttributionTrainer, attribute
+
+__all__ = ["AttributionCLI"]
+
+FOLDER = "attribution_result"
+
+
+class AttributionCLI(LightningCLI):
+    """Lightning's command line with the subcommand ``attribute``, whose arguments are those of ``trainer.attribute``.
+
+    ``--method TRAK`` names a method, ``--method.damping 0.1`` one of its arguments; all of them can be in the config as
+    well, and ``--print_config`` prints it. The result is printed, and saved in ``attribution_result`` under the
+    trainer's ``default_root_dir``, with the page of it and the whole config: ``python main.py --config config.yaml
+    attribute`` runs it again.
+
+    Args:
+        *args: as ``lightning.pytorch.cli.LightningCLI`` takes them.
+        **kwargs: likewise; the trainer's class is :class:`lightning_attr.AttributionTrainer` or a subclass.
+
+    Attributes:
+        result: of ``attribute``, None after another subcommand.
+
+    Example:
+        >>> sorted(AttributionCLI.subcommands())
+        ['attribute', 'fit', 'predict', 'test', 'validate']
+    """
+
+    result: AttributionResult | None = None
+
+    def __init__(self, *args: Any, trainer_class: Any = AttributionTrainer, **kwargs: Any) -> None:
+        super().__init__(*args, **{"trainer_class": trainer_class, **kwargs})
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the subcommands, and the arguments that a command line cannot give."""
+        objects = {"model", "datamodule", "train_dataloaders", "target_dataloaders", "noise_mask", "target_function"}
+        return {**LightningCLI.subcommands(), "attribute": objects}
+
+    def attribute(self, model: Any, datamodule: Any = None, **arguments: Any) -> None:
+        """Attribute, print and save the result.
+
+        Args:
+            model: from the config.
+            datamodule: from the config.
+            **arguments: of ``trainer.attribute``.
+        """
+        self.result = attribute(self.trainer, datamodule, model=model, **arguments)
+        self._keep(self.result)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's hook, which takes a model's hyperparameters from one file: of several, from the first."""
+        own = self.config.get(self.config.get("subcommand")) or {}
+        files = own.get("ckpt_path")
+        if not isinstance(files, list):
+            super()._parse_ckpt_path()
+            return
+        own["ckpt_path"] = files[0] if files else None
+        super()._parse_ckpt_path()
+        self.config[self.config["subcommand"]]["ckpt_path"] = files
+
+    @rank_zero_only
+    def _keep(self, result: AttributionResult) -> None:
+        folder = Path(self.trainer.default_root_dir) / FOLDER
+        result.save(folder)
+        result.report(folder / "report.html")
+        write_bytes(folder / "config.yaml", self.parser.dump(self.config).encode())
+        print(f"{result}\nin {folder}")
