@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from cases import QUIET, BlobClassifier, blobs, loader_of, quiet_trainer
+from lightning_attr import AttributionMixin
 from lightning_attr.command_line import main
 from lightning_attr.methods import GradDot
 
@@ -106,3 +107,47 @@ def test_extending(repository: Path) -> None:
     assert torch.allclose(names["influence"].scores.values, dots / 20, rtol=1e-4, atol=1e-6)
     assert names["projected"].scores.shape == (20, 8)
     assert names["agreement"].compute() == 1
+
+
+class YourTagger(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+
+def token_loss(outputs: Tensor, tags: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.transpose(1, 2), tags, reduction="none").sum(1)
+
+
+def test_beyond_classifiers(repository: Path) -> None:
+    (block,) = code(repository, "beyond_classifiers")
+    names: dict[str, Any] = {"YourTagger": YourTagger, "token_loss": token_loss, "AttributionMixin": AttributionMixin}
+    exec(block, names)
+    data = [{"tokens": torch.tensor([i % 5, 1, 2]), "tags": torch.tensor([0, 1, 2])} for i in range(8)]
+    loader = loader_of(data)
+    trainer = quiet_trainer(enable_checkpointing=False)
+    result = trainer.attribute(model=names["LitTagger"](), train_dataloaders=loader, target_dataloaders=loader)
+    assert result.scores.shape == (8, 8)
+
+
+def test_evaluating_scores_shows_what_the_readme_shows(repository: Path) -> None:
+    (block,) = code(repository, "evaluating_scores")  # tests/test_readme.py runs it
+    assert block in (repository / "README.md").read_text("utf-8")
+
+
+def test_every_link_leads_somewhere(repository: Path) -> None:
+    pages = [repository / "README.md", *(repository / "examples").rglob("*.md"), *(repository / "tests").rglob("*.md")]
+    pages += (repository / ".github").glob("*.md")
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8"))]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 20
+    assert [link for page, link in local if not (page.parent / link).exists()] == []
+
+
+def code(repository: Path, guide: str) -> list[str]:
+    """The blocks of a guide that are Python."""
+    text = (repository / "examples" / "guides" / f"{guide}.md").read_text("utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
