@@ -22,7 +22,7 @@ from lightning_attr.attribute_arguments import MASK, check_noise_mask
 from lightning_attr.attributed import check_module, describe_output
 from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.early import EarlySnapshots
-from lightning_attr.callbacks.featurizing import featurize, self_influence_at, settle
+from lightning_attr.callbacks.featurizing import featurize, learn, self_influence_at, settle
 from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
@@ -33,7 +33,7 @@ from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.learning import learn_from, learn_projection, load_projection
+from lightning_attr.learning import learn_from, load_projection
 from lightning_attr.manifest import Fingerprint, Snapshot
 from lightning_attr.memory import MemoryBudget, check_memory_budget
 from lightning_attr.methods import TRAK, AttributionMethod
@@ -46,7 +46,6 @@ from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_count, parameter_shapes, trainable_names
 from lightning_attr.trainer import attribute, check_strategy
-from lightning_attr.transfer import samples_on_device, set_up_at
 
 __all__ = ["AttributionCallback"]
 
@@ -301,7 +300,7 @@ class AttributionCallback(EarlySnapshots):
         if self._rehearsal or trainer.global_step == self._recorded.global_step:
             return
         key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
-        self._incomplete = key
+        self._incomplete, self._set_up_at = key, None
         together = self._guard.together
         with self._beside_training(trainer, pl_module, max(0, epoch)):
             together(partial(self._snapshot, trainer, pl_module, epoch, key))
@@ -346,11 +345,8 @@ class AttributionCallback(EarlySnapshots):
         layout, plan = self._plans.current()
         projection = self.method.bind(layout, stream)
         if isinstance(projection, LearnedProjection):
-            datamodule = getattr(trainer, "datamodule", None)
-            set_up_at(stream, trainer, pl_module, datamodule, self.source)
-            samples = samples_on_device(trainer, pl_module, datamodule, self.source)
-            precision = trainer.precision_plugin.forward_context
-            learn_projection(projection, self.store, key, pl_module, plan, samples, precision)
+            self._set_up(trainer, pl_module, stream)
+            learn(trainer, pl_module, self.source, projection, plan, self.store, key)
 
     def _adopt(self, trainer: L.Trainer, key: str) -> None:
         """Enter what all processes have written."""
@@ -368,7 +364,7 @@ class AttributionCallback(EarlySnapshots):
         batches = [batch for shard in shards for batch in self.source.batches(self.store.rows(shard))]
         if not batches:
             return
-        set_up_at(snapshot.projection, trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
+        self._set_up(trainer, pl_module, snapshot.projection)
         featurizer = Featurizer(pl_module, plan, projection, self.memory, snapshot.projection)
         featurize(trainer, pl_module, self.source, batches, featurizer, ShardWriter(self.store, key, self._spare))
 

@@ -11,17 +11,43 @@ from torch import Tensor
 
 from lightning_attr.callbacks.progress import progress
 from lightning_attr.feature_check import check_features
-from lightning_attr.featurizer import Featurizer
+from lightning_attr.featurizer import AttributionPlan, Featurizer
+from lightning_attr.learning import learn_projection
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.manifest import Snapshot
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.methods.choice import choice_of, settled
+from lightning_attr.projectors import Projection
 from lightning_attr.scoring import score_self_influence
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
-from lightning_attr.transfer import placed
+from lightning_attr.transfer import placed, samples_on_device
 
-__all__ = ["featurize", "self_influence_at", "settle"]
+__all__ = ["featurize", "learn", "self_influence_at", "settle"]
+
+
+def learn(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    source: DataSource,
+    projection: Projection,
+    plan: AttributionPlan,
+    store: FeatureStore,
+    key: str,
+) -> None:
+    """Learn the projection of a snapshot, in the process that writes the store.
+
+    Args:
+        trainer: in its fit.
+        pl_module: the module in training, set up for the snapshot.
+        source: the training data.
+        projection: of the snapshot.
+        plan: what is attributed.
+        store: keeps what is learned.
+        key: the snapshot.
+    """
+    samples = samples_on_device(trainer, pl_module, getattr(trainer, "datamodule", None), source)
+    learn_projection(projection, store, key, pl_module, plan, samples, trainer.precision_plugin.forward_context)
 
 
 def settle(

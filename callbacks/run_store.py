@@ -23,6 +23,7 @@ from lightning_attr.loader import DataSource
 from lightning_attr.manifest import Fingerprint, Stopped
 from lightning_attr.pilots import run_settings
 from lightning_attr.store import FeatureStore
+from lightning_attr.transfer import set_up_at
 from lightning_attr.worlds import AnyCallback
 from lightning_attr.writing import WriterLock
 
@@ -57,6 +58,7 @@ class RunStore(AnyCallback):
         self._training = False  # whether this fit is recorded, up to its very end
         self._recorded = Recording()
         self._incomplete: str | None = None
+        self._set_up_at: str | None = None  # the snapshot that the module is set up for
         self.stopped: Stopped | None = None
         self.self_influence = None
 
@@ -64,6 +66,11 @@ class RunStore(AnyCallback):
     def store_path(self) -> Path | None:
         """Directory of the feature store; None before the run that makes it, unless ``dirpath`` was given."""
         return self.dirpath or self._path
+
+    def _set_up(self, trainer: L.Trainer, pl_module: L.LightningModule, stream: str) -> None:
+        if self._set_up_at != stream:  # once for learning and for features
+            set_up_at(stream, trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
+            self._set_up_at = stream
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
         if not trainer.is_global_zero:

@@ -15,8 +15,10 @@ from lightning_attr.store import FeatureStore
 
 __all__ = ["learn_from", "learn_projection", "load_projection", "settle_projection"]
 
-_PART = 16
-"""Samples that are learned from at once: whole rectangles of coordinates are in memory for each."""
+_ENTRIES = 2**24
+"""Numbers that what learns may hold of the samples that go through it at once: 64 MiB."""
+_FEWEST = 128
+"""Samples that are not made fewer."""
 
 
 def learn_from(
@@ -39,14 +41,16 @@ def learn_from(
     """
     rows = projection.learning_rows(len(samples))
 
-    def run(learner: Projection) -> None:
+    def run(learner: Projection, every: int = 1, entries: int = 1) -> None:
         # Without a memory budget: it rehearses, and what is rehearsed would be learned twice.
         featurizer = Featurizer(module, plan, learner, None, snapshot)
-        for numbers, batch in samples.batches(rows):
-            for start in range(0, len(numbers), _PART):
-                part = range(start, min(start + _PART, len(numbers)))
+        step, size = max(1, min(every, len(rows) // _FEWEST)), max(1, _ENTRIES // entries)
+        for numbers, batch in samples.batches(rows[::step]):
+            for start in range(0, len(numbers), size):
+                part = range(start, min(start + size, len(numbers)))
+                own = batch if len(part) == len(numbers) else select_rows(batch, len(numbers), part)
                 with precision():
-                    featurizer(select_rows(batch, len(numbers), part), [numbers[i] for i in part])
+                    featurizer(own, [numbers[i] for i in part])
 
     projection.learn(run)
 

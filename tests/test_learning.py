@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -105,6 +105,52 @@ def test_a_basis_that_is_gone_or_of_another_snapshot(tmp_path: Path) -> None:
         scores(trainer)
     first.write_bytes(kept)
     assert scores(trainer).isfinite().all()
+
+
+def test_the_default_learns_and_gives_way_where_it_cannot(tmp_path: Path) -> None:
+    assert TRAK(12).projector_config == EigenProjector(12).config
+    trainer = fitted(tmp_path, TRAK(12))
+    assert all(snapshot.basis is not None for snapshot in FeatureStore.open(tmp_path).snapshots)
+    assert scores(trainer).isfinite().all()
+    assert DropoutEnsemble(TRAK(12, seed=3)).method.projector_config == KroneckerProjector(12, seed=3).config
+
+
+def test_runs_are_merged_with_what_they_learned(tmp_path: Path) -> None:
+    trainers = [fitted(tmp_path / str(run), TRAK(12)) for run in range(2)]
+    own = sum(scores(trainer, method=TRAK(12, balanced=False)) for trainer in trainers) / 2
+    FeatureStore.merge([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
+    merged = scores(trainers[1], store=tmp_path / "merged", method=TRAK(12, balanced=False))
+    torch.testing.assert_close(merged, own)
+
+
+class Bank(BlobClassifier):
+    """Counts how often it is set up."""
+
+    calls: ClassVar[list[str]] = []
+
+    def attribution_setup(self, samples: Any, snapshot: str) -> None:
+        self.calls.append(snapshot)
+
+
+def test_a_module_is_set_up_once_a_snapshot(tmp_path: Path) -> None:
+    Bank.calls.clear()
+    fitted(tmp_path, TRAK(12), kind=Bank)
+    of_snapshots = [key for key in Bank.calls if key]
+    assert len(of_snapshots) == len(set(of_snapshots)) == len(FeatureStore.open(tmp_path).snapshots)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_fewer_samples_than_features_lose_nothing(tmp_path: Path, n: int) -> None:
+    """All directions of the training gradients are kept, which is all that inner products with them see."""
+    train = loader_of(blobs(n))
+    found = []
+    for name, projector in (("eigen", EigenProjector(20)), ("whole", IdentityProjector())):
+        callback = AttributionCallback(tmp_path / name, method=GradDot(projector), feature_dtype="float32")
+        trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
+        torch.manual_seed(0)
+        trainer.fit(BlobClassifier(), train)
+        found.append(scores(trainer))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_methods_that_change_gradients_before_refuse(tmp_path: Path) -> None:

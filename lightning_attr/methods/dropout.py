@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotF
 from lightning_attr.methods.model import model_of
 from lightning_attr.methods.trak import TRAK
 from lightning_attr.projectors import NoProjection, Projection, check_not_learned
+from lightning_attr.projectors.eigen import DefaultProjector
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.snapshot_model import SnapshotModel
 
@@ -83,7 +85,7 @@ class DropoutEnsemble(AttributionMethod):
             rate = check_float(self, "rate", rate, minimum=0, below=1, also="None")
         self.projector = None
         self.scale = method.scale
-        self.method = method
+        self.method = _with_random_default(method)
         self.masks = check_int(self, "masks", masks, minimum=1)
         self.rate = rate
         self.seed = check_seed(self, seed)
@@ -232,6 +234,14 @@ def _at_rate(module: nn.Module, rate: float | None) -> Iterator[None]:
     finally:
         for layer, p in zip(layers, own, strict=True):
             layer.p = p
+
+
+def _with_random_default(method: AttributionMethod) -> AttributionMethod:
+    """A default that learns from the gradients of a snapshot gives way: under a mask they are others."""
+    if isinstance(method.projector, DefaultProjector):
+        method = copy(method)
+        method.projector = method.projector.random()
+    return method
 
 
 def _restricted(member: SnapshotFeatures, rows: range) -> SnapshotFeatures:

@@ -15,7 +15,8 @@ from lightning_attr.methods.choice import MOST_FEATURES, FeatureChoice, choose_f
 from lightning_attr.methods.dual import DualKernel
 from lightning_attr.methods.kernel import KernelMethod
 from lightning_attr.methods.subset_truth import SubsetTruth
-from lightning_attr.projectors import KroneckerProjector, Projector
+from lightning_attr.projectors import Projector
+from lightning_attr.projectors.eigen import DefaultProjector
 
 __all__ = ["TRAK"]
 
@@ -49,8 +50,8 @@ class TRAK(KernelMethod):
         proj_dim: projection dimension of the default projector; by default 256 to 2,048 by the sizes of model and data,
             see :func:`lightning_attr.methods.choice.choose_features`. For small data the callback then stores weights
             only, unless something reads features while training: ``trainer.attribute`` computes them.
-        projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector` with ``proj_dim``
-            and ``seed``.
+        projector: the projection; by default :class:`lightning_attr.projectors.EigenProjector` with ``proj_dim`` and
+            ``seed``.
         damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular
             kernel. "auto" chooses by the ``truth``, see :func:`lightning_attr.methods.damping.choose_damping`.
         newton_weights: weigh the kernel by the curvature of the loss; ``tests/benchmarks/lds.py`` compares both.
@@ -101,8 +102,8 @@ class TRAK(KernelMethod):
                 "Expected argument `exact` to come without `projector`, which it would ignore, and without `per_layer`."
             )
         chosen = MOST_FEATURES if proj_dim is None else proj_dim
-        drawn = KroneckerProjector(chosen, seed)
-        super().__init__(drawn if projector is None else projector, damping, per_layer, truth)
+        learned = DefaultProjector(chosen, seed)
+        super().__init__(learned if projector is None else projector, damping, per_layer, truth)
         self.exact = exact
         if exact:
             self.projector, self.proj_dim = None, chosen

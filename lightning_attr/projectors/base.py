@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from lightning_attr.layout import ParameterLayout
 __all__ = [
     "IdentityProjector",
     "LearnedProjection",
+    "LearningRun",
     "MatrixProjection",
     "NoProjection",
     "Projection",
@@ -102,6 +103,27 @@ class Projection(ABC):
         return columns
 
 
+class LearningRun(Protocol):
+    """Sends the gradients of samples through a map.
+
+    Example:
+        >>> from lightning_attr.projectors import EigenProjector
+        >>> def run(learner, every=1, entries=1):          # of one batch, whatever it is asked to spare
+        ...     with learner.filling(torch.zeros(20, learner.dim)) as add:
+        ...         add({"weight": torch.ones(20, 3, 5)})
+        >>> EigenProjector(4).bind(ParameterLayout({"weight": (3, 5)}), "final").learn(run)
+    """
+
+    def __call__(self, learner: Projection, every: int = 1, entries: int = 1) -> None:
+        """Send them through.
+
+        Args:
+            learner: the map; its features are not looked at.
+            every: only every n-th of the samples may be wanted.
+            entries: numbers that the learner holds of each sample that goes through at once.
+        """
+
+
 class LearnedProjection(Projection):
     """A linear map that is learned from training samples at its snapshot, and kept with it.
 
@@ -126,7 +148,7 @@ class LearnedProjection(Projection):
         """
 
     @abstractmethod
-    def learn(self, run: Callable[[Projection], None]) -> None:
+    def learn(self, run: LearningRun) -> None:
         """Learn the map.
 
         Args:

@@ -7,17 +7,22 @@ whole counts by :math:`G G^\top` and :math:`G^\top G`.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.projectors.kronecker import MatrixBlock
-from lightning_attr.randomness import rademacher
+from lightning_attr.randomness import rademacher, random_words
 
 __all__ = ["BlockMoments"]
 
-_WHOLE = 2048
-"""Up to this size a covariance is decomposed whole: about a second."""
+VECTORS = 2**14
+"""Numbers that are looked at of each side and sample: of more positions than fit, some are taken."""
+_WHOLE = 1024
+"""Up to this size a covariance is decomposed whole: a quarter of a second."""
 _DIAGONAL = 8192
 """Above this size only the diagonal of a covariance is kept, and its largest axes stand for eigenvectors."""
 _ITERATIONS = 6
@@ -83,12 +88,9 @@ class BlockMoments:
     def _factors(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> tuple[Tensor, Tensor]:
         """Both factors of all samples and positions, ``(N, rows)`` and ``(N', columns)``."""
         if isinstance(weight, OuterSum):
-            rows, columns = weight.rows.flatten(0, 1), weight.columns.flatten(0, 1)
+            rows, columns = (_some(side).flatten(0, 1) for side in (weight.rows, weight.columns))
         elif isinstance(weight, ConvSum) and weight.groups == 1:
-            windows = weight.windows().squeeze(1)  # (b, c_in, *out_size, *kernel_size)
-            dims = len(weight.kernel_size)
-            windows = windows.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-            rows, columns = weight.backprops.flatten(2).mT.flatten(0, 1), windows.flatten(0, dims).flatten(1)
+            rows, columns = _some(weight.backprops.flatten(2).mT).flatten(0, 1), _windows(weight)
         else:
             return self._whole(weight, bias)
         if self.block.bias is not None:
@@ -106,6 +108,33 @@ class BlockMoments:
             zeros = matrices.new_zeros(len(matrices), self.block.rows, missing)
             matrices = torch.cat([matrices, zeros] if weight is not None else [zeros, matrices], 2)
         return matrices.mT.flatten(0, 1), matrices.flatten(0, 1)
+
+
+def _positions(count: int, size: int) -> Tensor | None:
+    """Which of the positions of a sample are looked at, for vectors of a size; the same for all samples. None: all."""
+    wanted = max(1, VECTORS // size)
+    if count <= wanted:
+        return None
+    order = random_words(count, "positions", count).argsort(kind="stable")
+    return torch.from_numpy(order[:wanted].astype(np.int64)).sort().values
+
+
+def _some(factors: Tensor) -> Tensor:
+    """Some positions of ``(b, s, size)``."""
+    chosen = _positions(*factors.shape[1:])
+    return factors if chosen is None else factors[:, chosen.to(factors.device)]
+
+
+def _windows(gradient: ConvSum) -> Tensor:
+    """Patches of some positions, ``(N, columns)``; only these are unfolded."""
+    windows, dims = gradient.windows().squeeze(1), len(gradient.kernel_size)  # (b, c_in, *out_size, *kernel_size)
+    out_size = windows.shape[2 : 2 + dims]
+    count = math.prod(out_size)
+    chosen = _positions(count, math.prod(windows.shape) // (len(windows) * count))
+    places = torch.arange(count) if chosen is None else chosen
+    index = tuple(place.to(windows.device) for place in torch.unravel_index(places, out_size))
+    patches: Tensor = windows[(slice(None), slice(None), *index)]  # (b, c_in, positions, *kernel_size)
+    return patches.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _formed(gradient: ParameterGradient) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_attr.methods import (
     ScoreBlock,
     SnapshotFeatures,
 )
-from lightning_attr.projectors import GaussianProjector, IdentityProjector, NoProjection, Projector
+from lightning_attr.projectors import GaussianProjector, IdentityProjector, KroneckerProjector, NoProjection, Projector
 from lightning_attr.randomness import hashed_seed
 from lightning_attr.scoring import score
 from lightning_attr.snapshot_model import SnapshotModel
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_behind_its_last_mask(tmp_path: Path, forward_only:
 def test_arguments_are_on_record() -> None:
     config = DropoutEnsemble(TRAK(proj_dim=8), masks=4, rate=0.2).config
     assert config["method"] == "DropoutEnsemble"
-    assert config["of"] == TRAK(proj_dim=8).config
+    assert config["of"] == TRAK(projector=KroneckerProjector(8)).config  # in place of the default, which would learn
     assert (config["masks"], config["rate"], config["seed"], config["forward_only"]) == (4, 0.2, 0, False)
     assert DropoutEnsemble(GradDot()).select([1, 2]) == [2]
     assert DropoutEnsemble().select([1, 2]) == [1, 2]

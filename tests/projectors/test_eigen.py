@@ -14,10 +14,12 @@ from lightning_attr.projectors import (
     AdamDirection,
     EigenProjector,
     IdentityProjector,
+    LearnedProjection,
     Projection,
     ScaledProjection,
     projector_from_config,
 )
+from lightning_attr.projectors.eigen import EigenProjection
 
 
 def _gradients(module: nn.Module, x: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -31,9 +33,9 @@ def _gradients(module: nn.Module, x: torch.Tensor, projection: Projection) -> to
     return features
 
 
-def _learned(module: nn.Module, x: torch.Tensor, proj_dim: int) -> Projection:
-    projection = EigenProjector(proj_dim).bind(ParameterLayout.of(module), "final")
-    projection.learn(lambda learner: _gradients(module, x, learner))
+def _learned(module: nn.Module, x: torch.Tensor, proj_dim: int) -> Any:
+    projection = EigenProjection(ParameterLayout.of(module), proj_dim, 512, (0, "final"))  # also where all would fit
+    projection.learn(lambda learner, every=1, entries=1: _gradients(module, x, learner))
     return projection
 
 
@@ -68,6 +70,19 @@ def test_features_are_the_coordinates_of_largest_second_moment(name: str) -> Non
     torch.testing.assert_close(chosen.abs(), largest.abs(), rtol=1e-6, atol=1e-8)
     # And they hold more than 15 of the coordinates by themselves, which a random choice would on average.
     assert moments[:15].sum() > 15 * moments.mean() * 1.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_gradients_are_kept_where_they_are_no_more_than_the_features(name: str) -> None:
+    make, shape = CASES[name]
+    torch.manual_seed(0)
+    module, x = make().double(), torch.randn(shape).double()
+    layout = ParameterLayout.of(module)
+    projection = EigenProjector(layout.numel).bind(layout, "final")
+    assert not isinstance(projection, LearnedProjection)
+    features = _gradients(module, x, projection)
+    whole = _gradients(module, x, IdentityProjector().bind(layout, "final"))
+    torch.testing.assert_close(features @ features.T, whole @ whole.T)
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
@@ -113,13 +128,13 @@ def test_wide_sides_are_decomposed_by_their_leading_subspace(monkeypatch: pytest
 
 
 def test_samples_to_learn_from_are_spread_and_repeatable() -> None:
-    projection = EigenProjector(8, samples=10).bind(ParameterLayout({"w": (2, 2)}), "final")
+    projection = EigenProjector(8, samples=10).bind(ParameterLayout({"w": (4, 4)}), "final")
     rows = projection.learning_rows(1000)
     assert rows == projection.learning_rows(1000)
     assert len(set(rows)) == 10
     assert max(rows) > 500
     assert list(projection.learning_rows(7)) == list(range(7))
-    assert rows != EigenProjector(8, seed=1, samples=10).bind(ParameterLayout({"w": (2, 2)}), "final").learning_rows(
+    assert rows != EigenProjector(8, seed=1, samples=10).bind(ParameterLayout({"w": (4, 4)}), "final").learning_rows(
         1000
     )
 
