@@ -177,7 +177,7 @@ class AttributionCallback(EarlySnapshots):
             self._forget()
         resumed = self._path is not None
         self._open_store(trainer, pl_module)
-        weight_bytes = snapshot_bytes(pl_module, self.optimizer_state)
+        weight_bytes = snapshot_bytes(pl_module, self.optimizer_state) + (self._basis_bytes if self.featurize else 0)
         snapshots = self.schedule.count(epoch_limit(trainer), steps_of_an_epoch(trainer))
         announce(self.store, bytes_a_row=bytes_a_row, weight_bytes=weight_bytes, snapshots=snapshots)
         epoch = trainer.current_epoch - 1
@@ -214,6 +214,7 @@ class AttributionCallback(EarlySnapshots):
         if isinstance(projection, LearnedProjection):
             samples = Samples(len(rows), lambda _: iter([(rows, batch)]))
             learn_from(projection, pl_module, plan, samples, "", trainer.precision_plugin.forward_context)
+            self._basis_bytes = sum(tensor.nbytes for tensor in projection.basis.values())
         self.layers = projection.layers
         featurizer = Featurizer(pl_module, plan, projection, self.memory)
         with trainer.precision_plugin.forward_context():

@@ -49,6 +49,7 @@ class RunStore(AnyCallback):
         self._path: Path | None = None
         self._lock: WriterLock | None = None
         self._spare: list[Tensor] = []  # memory of shards, from one snapshot to the next
+        self._basis_bytes = 0  # of what a projection learns at a snapshot
         self._forget()
 
     def _forget(self) -> None:

@@ -49,7 +49,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def fitted(data: TensorDataset, mask: Tensor | None = None, classes: int = 10) -> L.Trainer:
-    callback = AttributionCallback("run", method=TRAK(proj_dim=256), noise_mask=mask, log=False)
+    callback = AttributionCallback("run", method=TRAK(proj_dim=1024), noise_mask=mask, log=False)
     trainer = quiet_trainer(max_epochs=6, callbacks=[callback])
     torch.manual_seed(0)
     trainer.fit(DigitClassifier(classes), loader_of(data, batch_size=32, shuffle=True))
@@ -79,7 +79,7 @@ def test_copy_of_a_target_is_its_top_proponent_or_flipped_its_top_opponent(flipp
     y = y % 2 if flipped else y
     planted = 1 - y[300:] if flipped else y[300:]
     trainer = fitted(TensorDataset(x, torch.cat([y[:300], planted])), classes=2 if flipped else 10)
-    projector = TRAK(proj_dim=256).projector
+    projector = TRAK(proj_dim=1024).projector
     chosen = {None: None, TRAK: TRAK(projector=projector, balanced=False), GradCos: GradCos(projector)}[method]
     targets = loader_of(TensorDataset(x[300:], y[300:]))
     scores = attribute(trainer, target_dataloaders=targets, method=chosen).scores

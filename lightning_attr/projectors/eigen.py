@@ -279,7 +279,8 @@ class _SideMoments(Projection):
     def accumulate_layer(self, features: Tensor, gradients: Mapping[str, ParameterGradient]) -> None:
         for name in {self.biases.get(name, name) for name in gradients}:
             block = self.moments[name].block
-            self.moments[name].add(gradients.get(name), gradients.get(str(block.bias)))
+            for side in self.moments[name].add(gradients.get(name), gradients.get(str(block.bias))):
+                _mark(features, side.sum(1).view(len(features), -1).sum(1))
 
     def sides(self, block: MatrixBlock, most: int) -> Sides:
         """The leading eigenvectors of both sides."""
@@ -305,4 +306,10 @@ class _Squares(Projection):
         entries = features.new_empty(len(features), self.wide.dim)
         with self.wide.filling(entries) as add:
             yield add
+        _mark(features, entries.sum(1))
         self.sums += entries.square().sum(0).to(self.sums)
+
+
+def _mark(features: Tensor, sums: Tensor) -> None:
+    """Put NaN where a sample's numbers are not finite, so that whoever featurizes can name it."""
+    features[:, 0] += sums * 0

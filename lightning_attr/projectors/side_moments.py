@@ -37,7 +37,7 @@ class BlockMoments:
 
     Example:
         >>> moments = BlockMoments(MatrixBlock("weight", None, 2, 3))
-        >>> moments.add(torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]), None)
+        >>> _ = moments.add(torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]), None)
         >>> left, right = moments.leading(1)
         >>> left.abs(), right.abs()
         (tensor([[1., 0.]]), tensor([[1., 0., 0.]]))
@@ -48,19 +48,23 @@ class BlockMoments:
         self.rows: Tensor | None = None  # (r, r), or (r,) where only the diagonal is wanted
         self.columns: Tensor | None = None  # (c, c)
 
-    def add(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> None:
-        """Add the gradients of a batch.
+    def add(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> list[Tensor]:
+        """Add the gradients of a batch of ``b`` samples.
 
         Args:
             weight: of the weight; None where only the bias was used.
             bias: of the bias, from the same use; None without one.
+
+        Returns:
+            What was looked at, ``(b * positions, size)`` of each side, sample after sample.
         """
         if isinstance(weight, GatherSum):
             self._add_table(weight)
-            return
+            return [weight.columns.flatten(0, 1)]
         rows, columns = self._factors(weight, bias)
         self.rows = _plus(self.rows, _gram(rows))
         self.columns = _plus(self.columns, _gram(columns))
+        return [rows, columns]
 
     def leading(self, most: int) -> tuple[Tensor, Tensor]:
         """Find the leading eigenvectors of both sides, the leading ones first.

@@ -22,6 +22,7 @@ from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.featurizer import Featurizer, plan
 from lightning_attr.layout import ParameterLayout
+from lightning_attr.learning import load_projection
 from lightning_attr.methods import TRAK
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.store import FeatureStore
@@ -64,7 +65,9 @@ def reference(store: FeatureStore, key: str, module: L.LightningModule, data: An
     load_weights(module, store.weights(key))
     layout = ParameterLayout.of(module)
     first = [torch.stack(parts) for parts in zip(*(data[i] for i in range(4)), strict=True)]
-    featurizer = Featurizer(module, plan(module, first, 4), projector.bind(layout, store.snapshot(key).projection))
+    projection = projector.bind(layout, store.snapshot(key).projection)
+    load_projection(projection, store, key)
+    featurizer = Featurizer(module, plan(module, first, 4), projection)
     rows = [featurizer([part[None] for part in data[i]], [i]) for i in range(len(data))]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 

@@ -151,6 +151,24 @@ def test_a_learned_projection_of_scaled_gradients_is_refused(make: Any) -> None:
         make(EigenProjector(4).bind(layout, ""), layout, {})
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_gradient_that_is_not_finite_shows_in_its_row_while_learning(number: int) -> None:
+    seen: list[torch.Tensor] = []
+
+    def run(learner: Projection, every: int = 1, entries: int = 1) -> None:
+        gradient = torch.ones(5, 3, 4)
+        gradient[2, 1, 1] = float("inf") if len(seen) == number else 1.0
+        seen.append(torch.empty(5, learner.dim))
+        with learner.filling(seen[-1]) as add:
+            add({"weight": gradient})
+        if not seen[-1].isfinite().all():
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        EigenProjector(4).bind(ParameterLayout({"weight": (3, 4)}), "").learn(run)
+    assert seen[number].isfinite().all(1).tolist() == [True, True, False, True, True]
+
+
 def test_bad_input() -> None:
     layout = ParameterLayout({"weight": (3, 4)})
     with pytest.raises(ValueError, match=r"`samples` of EigenProjector to be .*>= 1, but got 0"):
