@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_instance
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import Projection, Projector, check_not_learned, check_projector
+from lightning_attr.projectors.base import Projection, Projector, check_projector
+from lightning_attr.projectors.learned import check_not_learned
 
 __all__ = ["random_project"]
 

@@ -5,12 +5,10 @@ from typing import Any
 
 from lightning_attr.projectors.base import (
     IdentityProjector,
-    LearnedProjection,
     MatrixProjection,
     NoProjection,
     Projection,
     Projector,
-    check_not_learned,
 )
 from lightning_attr.projectors.dense import GaussianProjector, RademacherProjector
 from lightning_attr.projectors.eigen import EigenProjector
@@ -20,6 +18,7 @@ from lightning_attr.projectors.fast_jl import FastJLProjector
 from lightning_attr.projectors.grass import FactGraSSProjector, GraSSProjector
 from lightning_attr.projectors.kronecker import KroneckerProjector
 from lightning_attr.projectors.layer_subset import LayerSubset
+from lightning_attr.projectors.learned import LearnedProjection, check_not_learned
 from lightning_attr.projectors.preconditioned import AdamDirection, ScaledProjection
 from lightning_attr.projectors.sjlt import SJLTProjector
 

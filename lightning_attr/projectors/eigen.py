@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_attr.arguments import check_int
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.projectors.base import LearnedProjection, LearningRun, Projection, Projector, by_layer
+from lightning_attr.projectors.base import Projection, Projector, by_layer
 from lightning_attr.projectors.chosen_entries import ChosenEntries
 from lightning_attr.projectors.kronecker import (
     KroneckerProjector,
@@ -33,6 +33,7 @@ from lightning_attr.projectors.kronecker import (
     TwoSidedProjection,
     matrix_blocks,
 )
+from lightning_attr.projectors.learned import LearnedProjection, LearningRun
 from lightning_attr.projectors.side_moments import VECTORS, BlockMoments
 from lightning_attr.randomness import random_words
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.optimizer_state import AdamMoments
-from lightning_attr.projectors.base import Projection, check_not_learned, flat_rows, flat_slots
+from lightning_attr.projectors.base import Projection, flat_rows, flat_slots
+from lightning_attr.projectors.learned import check_not_learned
 
 __all__ = ["AdamDirection", "ScaledProjection"]
 

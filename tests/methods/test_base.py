@@ -61,6 +61,7 @@ def test_trak_config() -> None:
         "loo_correction": False,
         "balanced": True,
         "exact": False,
+        "sampling": True,
         "projector": {"kind": "eigen", "proj_dim": 100, "seed": 5, "samples": 512},
     }
     exact = TRAK(proj_dim=100, exact=True).config
