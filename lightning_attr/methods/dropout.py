@@ -238,9 +238,10 @@ def _at_rate(module: nn.Module, rate: float | None) -> Iterator[None]:
 
 def _with_random_default(method: AttributionMethod) -> AttributionMethod:
     """A default that learns from the gradients of a snapshot gives way: under a mask they are others."""
-    if isinstance(method.projector, DefaultProjector):
+    learned = method.projector
+    if isinstance(learned, DefaultProjector):
         method = copy(method)
-        method.projector = method.projector.random()
+        method.projector = learned.random()
     return method
 
 

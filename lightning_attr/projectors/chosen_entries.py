@@ -63,10 +63,10 @@ class ChosenEntries:
             rows, columns = rows.index_select(1, self._row), columns.index_select(1, self._column)
             torch.mul(rows, columns, out=target) if fresh else target.addcmul_(rows, columns)
             return
-        own = {name: gradients[name] for name in (self.block.weight, self.block.bias) if name in gradients}
+        own = {name: gradient for name, gradient in gradients.items() if name in {self.block.weight, self.block.bias}}
         rectangle = features.new_empty(len(features), self._rectangle.dim)
         with self._rectangle.filling(rectangle) as add:
-            add({str(name): gradient for name, gradient in own.items()})
+            add(own)
         found = rectangle.index_select(1, self.entries)
         target.copy_(found) if fresh else target.add_(found)
 

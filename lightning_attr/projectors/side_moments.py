@@ -8,6 +8,7 @@ whole counts by :math:`G G^\top` and :math:`G^\top G`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def _windows(gradient: ConvSum) -> Tensor:
     count = math.prod(out_size)
     chosen = _positions(count, math.prod(windows.shape) // (len(windows) * count))
     places = torch.arange(count) if chosen is None else chosen
-    index = tuple(place.to(windows.device) for place in torch.unravel_index(places, out_size))
+    index: list[Any] = [place.to(windows.device) for place in torch.unravel_index(places, out_size)]
     patches: Tensor = windows[(slice(None), slice(None), *index)]  # (b, c_in, positions, *kernel_size)
     return patches.transpose(1, 2).flatten(0, 1).flatten(1)
 
