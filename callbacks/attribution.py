@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -191,10 +191,10 @@ class AttributionCallback(EarlySnapshots):
         """Find the data and go the whole way with a few samples; return how many bytes the store keeps of each."""
         self.source = train_source(trainer, pl_module, getattr(trainer, "datamodule", None), batch_size=self.batch_size)
         self.noise_mask = check_noise_mask(self.noise_mask, len(self.source), self)
-        self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
         self._plans = Plans(trainer, pl_module, getattr(trainer, "datamodule", None), self.source, self.mode)
         numbers, read = (len(self.source), parameter_count(pl_module)), self._read(trainer)
         self.method, self.featurize = settle(*self._asked, *numbers, read)
+        self.memory = MemoryBudget(self.memory_budget, careful=True)  # another run may have larger samples
         with self._beside_training(trainer, pl_module):
             bytes_a_row = self._probe(trainer, pl_module)
         if self.batch_size is None and self.source.stacks:
@@ -303,7 +303,7 @@ class AttributionCallback(EarlySnapshots):
         key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         self._incomplete, self._set_up_at = key, None
         together = self._guard.together
-        with self._beside_training(trainer, pl_module, max(0, epoch)):
+        with self._beside_training(trainer, pl_module, max(0, epoch)) if self.featurize else nullcontext():
             together(partial(self._snapshot, trainer, pl_module, epoch, key))
             self._stored = key
             if self.featurize:
@@ -321,7 +321,7 @@ class AttributionCallback(EarlySnapshots):
     def _snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, key: str) -> None:
         if self._failures:  # told here, where all processes listen
             raise self._failures.pop()
-        self._check_unchanged(trainer, pl_module, epoch)
+        self._check_unchanged(trainer, pl_module, epoch, data=self.featurize)
         if not trainer.is_global_zero:
             return
         state = self._optimizer_state(trainer, pl_module)

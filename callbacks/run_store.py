@@ -89,9 +89,11 @@ class RunStore(AnyCallback):
         note_drawable_rows(trainer, pl_module, self.source, store)
         store.mark_training(run_settings(trainer, self.source.loader))
 
-    def _check_unchanged(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
-        """See that weights are finite, and say so if the data are others than at the start of the training."""
+    def _check_unchanged(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, data: bool = True) -> None:
+        """See that weights are finite; read some of the data and say so if they are others than at the start."""
         check_weights(pl_module, self.source, epoch)
+        if not data:
+            return
         changed = changed_data(self.source, self.store.fingerprint.data, trainer.train_dataloader)
         if changed is not None:
             rank_zero_warn(changed)
