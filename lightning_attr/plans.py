@@ -10,6 +10,7 @@ from lightning_attr.featurizer import AttributionPlan
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.loader import DataSource
 from lightning_attr.probe import probe
+from lightning_attr.start_hooks import after_start_hooks
 
 __all__ = ["Plans"]
 
@@ -63,7 +64,7 @@ class Plans:
             The plan, and the few samples that it was checked on, with their rows.
         """
         layout = ParameterLayout.of(self._data[1])
-        plan, batch, rows = probe(*self._data, self.mode)
+        plan, batch, rows = after_start_hooks(self._data[1], lambda: probe(*self._data, self.mode))
         self.mode = plan.mode
         self._known[layout.digest] = plan
         return plan, batch, rows

@@ -285,8 +285,9 @@ def lasting_call(module: nn.Module, function: str) -> Iterator[None]:
         Nothing.
     """
     observed = _observed.get(module)
+    silenced = nullcontext() if observed is None else _silenced(observed.current())
     try:
-        with _world(module, function):
+        with _world(module, function), silenced:
             yield
     finally:
         if observed is not None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cases import quiet_trainer
+from cases import blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import GradDot
 from lightning_attr.trainer import attribute
@@ -74,3 +76,47 @@ def test_each_snapshot_has_its_own_epoch_and_step(tmp_path: Any) -> None:
     )
     torch.testing.assert_close(other.loss, last)
     torch.testing.assert_close(other.scores.values, here.scores.values)
+
+
+class StartsLate(L.LightningModule):
+    """Its hooks make what its step needs, and report through Lightning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+    def on_train_start(self) -> None:
+        self.losses: list[Tensor] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.factor = 0.5**self.current_epoch
+        self.log("factor", self.factor)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.factor * F.cross_entropy(self.layer(batch[0]), batch[1])
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_hooks_make_when_training_starts_is_there_before(tmp_path: Path) -> None:
+    trained = []
+    for callbacks in ([], [AttributionCallback(tmp_path)]):
+        module, trainer = StartsLate(), quiet_trainer(max_epochs=2, callbacks=callbacks)
+        trainer.fit(module, loader_of(blobs(16)))
+        trained.append((module.layer.weight.clone(), len(module.losses)))
+    assert torch.equal(trained[0][0], trained[1][0])
+    assert trained[0][1] == trained[1][1] == 4
+
+
+def test_a_step_that_fails_after_its_hooks_as_well_fails_as_it_did() -> None:
+    class Broken(StartsLate):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.layer(batch[0]).sum() * self.missing
+
+    trainer = quiet_trainer(max_epochs=1, callbacks=[AttributionCallback()])
+    with pytest.raises(AttributeError, match="'Broken' object has no attribute 'missing'"):
+        trainer.fit(Broken(), loader_of(blobs(16)))
