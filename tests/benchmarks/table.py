@@ -4,7 +4,8 @@
 
 LDS: over 100 half subsets with 3 models each. AUROC: self-influence, against 10 % of labels flipped, of models trained
 on them; plain training loss has a row of its own. Removal: points of test accuracy lost by retraining without the 10,
-20 and 40 % of training samples of highest mean score, less what random samples lose, area under the curve. Flipped: of
+20 and 40 % of training samples of highest value, less what random samples lose, area under the curve; the value is our
+`data_value`, and the mean score of the others, as they have none. Flipped: of
 30 targets, those that retraining without their top 50 proponents gets wrong. Seconds: on one CPU thread, of training
 and scores for 360 targets. captum and dattri score at the snapshots that our callback recorded in one run.
 """
@@ -51,7 +52,7 @@ class Data(NamedTuple):
     y_target: Tensor
 
 
-Scores = Callable[[Setting, Data], Tensor]  # (n_train, n_target)
+Scores = Callable[[Setting, Data], Tensor | ScoreMatrix]  # (n_train, n_target)
 
 
 @contextmanager
@@ -74,10 +75,11 @@ def one_run(setting: Setting, data: Data) -> Any:
         yield trainer, module.eval(), FeatureStore.open(folder)
 
 
-def ours(setting: Setting, data: Data) -> Tensor:
+def ours(setting: Setting, data: Data) -> ScoreMatrix:
     """The default."""
     with one_run(setting, data) as (trainer, _, _):
-        return trainer.attribute().scores.values
+        scores: ScoreMatrix = trainer.attribute().scores
+        return scores
 
 
 def dattri_trak(setting: Setting, data: Data) -> Tensor:
@@ -193,6 +195,10 @@ def flip_rate(setting: Setting, data: Data, sets: list[list[int]], targets: list
     return wrong / len(targets)
 
 
+def as_matrix(scores: Tensor | ScoreMatrix) -> ScoreMatrix:
+    return scores if isinstance(scores, ScoreMatrix) else ScoreMatrix(scores)
+
+
 def measure(setting: Setting, wanted: str, cache: Path) -> list[dict[str, Any]]:
     """All figures of all rows."""
     x, x_target, y, y_target = load(setting)
@@ -209,17 +215,20 @@ def measure(setting: Setting, wanted: str, cache: Path) -> list[dict[str, Any]]:
         if wanted not in name:
             continue
         start = time.perf_counter()
-        scores = attribute(setting, data)
+        found = as_matrix(attribute(setting, data))
         seconds = time.perf_counter() - start
+        scores = found.values
         lds = linear_datamodeling_score(scores, masks, outputs)
-        best_first = scores.mean(1).argsort(descending=True)
+        best_first = found.data_value.argsort(descending=True)
         accuracy = accuracy_without(setting, data, lambda _, order=best_first: order)
         curve = data_selection_curve(torch.tensor(FRACTIONS), accuracy, random_accuracy, kind="remove")
         sets = proponent_sets(ScoreMatrix(scores), targets, [FLIP_COUNT])
         rows.append({
             "what": name,
             **{key: float(value) for key, value in zip(("lds", "low", "high", "ceiling"), lds, strict=False)},
-            "auroc": float(noisy_label_auroc(attribute(setting, noisy).diagonal().contiguous(), mask)),
+            "auroc": float(
+                noisy_label_auroc(as_matrix(attribute(setting, noisy)).values.diagonal().contiguous(), mask)
+            ),
             "removal": 100 * float(curve.area),
             "removal_error": 100 * float(curve.area_error),
             "flipped": flip_rate(setting, data, sets, targets),
