@@ -42,10 +42,11 @@ from lightning_attr.modes import check_mode
 from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.plans import Plans
 from lightning_attr.projectors import LearnedProjection
+from lightning_attr.request import check_strategy
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_count, parameter_shapes, trainable_names
-from lightning_attr.trainer import attribute, check_strategy
+from lightning_attr.trainer import attribute
 
 __all__ = ["AttributionCallback"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_attr.access import open_store, ready_store, take, usable_snapshots
 from lightning_attr.checkpoints import load_weights
-from lightning_attr.ckpt_snapshots import CheckpointSnapshots
 from lightning_attr.data import named_targets
 from lightning_attr.draws import Samples
 from lightning_attr.ensemble import Ensemble, parts_of
@@ -24,22 +23,22 @@ from lightning_attr.featurizer import AttributionPlan, Featurizer, apart_plan
 from lightning_attr.jobs import Jobs, WorkDivision
 from lightning_attr.learning import learn_projection, settle_projection
 from lightning_attr.loader import DataSource, OrderedLoader
-from lightning_attr.manifest import Fingerprint, Snapshot
-from lightning_attr.memory import MemoryBudget
-from lightning_attr.methods import AttributionMethod, SnapshotFeatures
+from lightning_attr.manifest import Snapshot
+from lightning_attr.methods import SnapshotFeatures
 from lightning_attr.paths import inside
 from lightning_attr.plans import Plans
 from lightning_attr.probe import look_at
 from lightning_attr.processes import Processes
 from lightning_attr.provenance import provenance_of
 from lightning_attr.recorded_losses import check_recorded_losses
+from lightning_attr.request import AttributionRequest
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.step_world import StepWorld
 from lightning_attr.target_check import check_target_function
-from lightning_attr.target_function import MeasuredOutput, TargetFunction
+from lightning_attr.target_function import MeasuredOutput
 from lightning_attr.trainable import set_trainable
 from lightning_attr.training_rows import TrainingRows
 from lightning_attr.transfer import placed, samples_on_device, set_up_at
@@ -55,63 +54,23 @@ class AttributionStep(nn.Module):
     Made by :func:`lightning_attr.worlds.as_lightning_module` it is a ``LightningModule`` of the trainer's own package.
 
     Args:
-        module: the user's module.
-        datamodule: the user's datamodule, for its transfer hooks.
-        method: what scores.
-        train: the training data.
-        targets: the target data; None for the training data.
-        store_path: where the store is, or is to be.
-        fingerprint: of data, module and method.
-        noise_mask: samples known to be mislabelled.
-        topk: how many proponents and opponents of each target to keep; None for all scores.
-        memory: what a batch may take while it is featurized.
-        folder: for a result that has to travel between processes.
-        target_function: what is measured of the targets, in place of the model output.
-        mode: that the module is attributed in, "eval" or "train"; None where nobody chose.
-        scratch: whether the store is thrown away in the end: features keep all digits then, and stay in memory where
-            they fit.
-        pilots: how many of the store's pilots score together with the recorded run.
-        checkpoints: of the module, to be the snapshots in place of its current weights.
+        request: what is to be done.
+        folder: for a store that is thrown away, and for a result that has to travel between processes.
     """
 
     trainer: L.Trainer
 
-    def __init__(
-        self,
-        module: L.LightningModule,
-        datamodule: L.LightningDataModule | None,
-        method: AttributionMethod,
-        train: DataSource,
-        targets: DataSource | None,
-        store_path: Path,
-        fingerprint: Fingerprint,
-        noise_mask: Tensor | None,
-        topk: int | None,
-        memory: MemoryBudget,
-        folder: Path,
-        target_function: TargetFunction | None = None,
-        mode: str | None = None,
-        scratch: bool = False,
-        pilots: int = 0,
-        checkpoints: CheckpointSnapshots | None = None,
-    ) -> None:
+    def __init__(self, request: AttributionRequest, folder: Path) -> None:
         super().__init__()
-        self.module = module
-        self.datamodule = datamodule
-        self.method = method
-        self.train_data = train
-        self.target_data = targets
-        self.store_path = store_path.absolute()  # what is run may change the working directory
-        self.fingerprint = fingerprint
-        self.noise_mask = noise_mask
-        self.topk = topk
-        self.memory = memory
-        self.folder = folder
-        self.target_function = target_function
-        self.mode = mode
-        self.scratch = scratch
-        self.pilots = pilots
-        self.checkpoints = checkpoints
+        self.request = request
+        self.module = request.module
+        self.datamodule = request.datamodule
+        self.method = request.method
+        self.train_data = request.train
+        self.target_data = request.targets
+        self.scratch = request.store is None
+        self.store_path = (request.store or folder / "store").absolute()  # what is run may change the working directory
+        self.folder = folder / "result"
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.processes = Processes(0, 1, torch.device("cpu"))  # until the strategy is set up
         self.result: AttributionResult | None = None
@@ -134,20 +93,21 @@ class AttributionStep(nn.Module):
                 if only_read is None:
                     ready_store(
                         self.store_path,
-                        self.fingerprint,
+                        self.request.fingerprint,
                         self.module,
                         batch_size=self.train_data.batch_size,
                         feature_dtype="float32" if self.scratch else "float16",  # the same in memory and on disk
                         epoch=max(0, self.trainer.current_epoch - 1),
                         global_step=self.trainer.global_step,
-                        checkpoints=self.checkpoints,
+                        checkpoints=self.request.checkpoints,
                     )
         self.only_read: str | None = strategy.broadcast(only_read)
         with self.processes.together():
             self.store = open_store(self.store_path, self.trainer.is_global_zero, self.only_read)
-            self.store.check(self.fingerprint)
+            self.store.check(self.request.fingerprint)
             usable = usable_snapshots(self.store, self.only_read, self.method.projector is not None)
-            self.parts = parts_of(usable, self.pilots, self.method.select)
+            pilots = 0 if self.request.pilots is None else self.request.pilots.count
+            self.parts = parts_of(usable, pilots, self.method.select)
             self.used = [snapshot for part in self.parts for snapshot in part.snapshots]
             self.tables = {snapshot.key: RowTable(len(self.target_rows)) for snapshot in self.used}
         n, (rank, count) = len(self.train_data), self.share
@@ -194,7 +154,7 @@ class AttributionStep(nn.Module):
 
     def on_predict_start(self) -> None:
         """Begin with no snapshot loaded."""
-        self.plans = Plans(self.trainer, self.module, self.datamodule, self.train_data, self.mode)
+        self.plans = Plans(self.trainer, self.module, self.datamodule, self.train_data, self.request.mode)
         self.layers: dict[str, Mapping[str, slice] | None] = {}
         self.looked = self.checked = False
         self.current: str | None = None
@@ -245,13 +205,13 @@ class AttributionStep(nn.Module):
         learn = partial(learn_projection, projection, self.store, key, self.module, plan, samples, precision)
         settle_projection(projection, self.store, key, learn, self.processes.together)
         of_targets = self.method.bind_targets(projection)
-        self.featurizer = Featurizer(self.module, plan, projection, self.memory, stream)
+        self.featurizer = Featurizer(self.module, plan, projection, self.request.memory, stream)
         check_recorded_losses(self.featurizer, self.store, key, samples, precision, self.train_data.form, self.world)
         target_plan = self._target_plan(plan)
         self.target_featurizer = Featurizer(
-            self.module, target_plan, of_targets, self.memory, stream, self.first_target
+            self.module, target_plan, of_targets, self.request.memory, stream, self.first_target
         )
-        if self.target_function is not None and self.current is None:
+        if self.request.target_function is not None and self.current is None:
             targets = self._samples(self.target_data or self.train_data)
             check_target_function(target_plan.attributed, self.module, targets, stream, precision, target_plan.seeded)
         self.writer = ShardWriter(self.store, key, self.spare)
@@ -269,8 +229,8 @@ class AttributionStep(nn.Module):
             set_surroundings(self.module, self.world.at(snapshot.epoch, snapshot.global_step))
 
     def _target_plan(self, plan: AttributionPlan) -> AttributionPlan:
-        if self.target_function is not None:
-            plan = replace(plan, attributed=MeasuredOutput(self.target_function))
+        if self.request.target_function is not None:
+            plan = replace(plan, attributed=MeasuredOutput(self.request.target_function))
         return apart_plan(plan) if (self.target_data or self.train_data).form.apart else plan
 
     def _set_up(self, stream: str) -> None:
@@ -309,19 +269,19 @@ class AttributionStep(nn.Module):
         ensemble = Ensemble(self.method, [(part.share, len(part.snapshots)) for part in self.parts])
         slopes = snapshots[-1].targets["out_to_loss"].float().cpu()
         scores, self_influence = score(
-            ensemble, snapshots, n, self.topk, lambda: self.folder, self.share, self.trained_on, slopes
+            ensemble, snapshots, n, self.request.topk, lambda: self.folder, self.share, self.trained_on, slopes
         )
         loss, labels = self.training_rows.loss_and_labels(self.used[-1].key)
         provenance = provenance_of(
             self.method,
             self.used,
             snapshots,
-            train_data=self.fingerprint.data,
+            train_data=self.request.fingerprint.data,
             target_probe=self._target_digest,
             mode=self.plans.mode,
             stopped=self.store.manifest.stopped,
-            topk=self.topk,
-            target_function=self.target_function,
+            topk=self.request.topk,
+            target_function=self.request.target_function,
             parts=dict(zip((part.name for part in self.parts), ensemble.weights, strict=True)),
         )
         return AttributionResult(
@@ -329,7 +289,7 @@ class AttributionStep(nn.Module):
             self_influence,
             loss=loss.float(),
             labels=labels,
-            noise_mask=self.noise_mask,
+            noise_mask=self.request.noise_mask,
             trained_on=self.trained_on,
         )
 
@@ -343,13 +303,13 @@ class AttributionStep(nn.Module):
     def first_target(self) -> int:
         """What random draws add to the rows of targets: nothing where they are the training samples themselves."""
         same = self.target_data is None or (
-            self.fingerprint.data is not None and self._target_digest == self.fingerprint.data
+            self.request.fingerprint.data is not None and self._target_digest == self.request.fingerprint.data
         )
         return 0 if same else len(self.train_data)
 
     @cached_property
     def _target_digest(self) -> str | None:
-        return self.target_data.digest() if self.target_data is not None else self.fingerprint.data
+        return self.target_data.digest() if self.target_data is not None else self.request.fingerprint.data
 
     def _features(self, snapshot: Snapshot, train: Replay) -> SnapshotFeatures:
         rank, world = self.share
@@ -386,12 +346,12 @@ class AttributionStep(nn.Module):
             target_batches=self._samples(source).batches,
             target_plan=self._target_plan(plan),
             precision=self.trainer.precision_plugin.forward_context,
-            memory=self.memory,
+            memory=self.request.memory,
             reduce=self.processes.sum,
             folder=inside(self.store.path, snapshot.folder, "computed"),
             place=self.store.place(snapshot.key, "computed"),
             writer=self.trainer.is_global_zero,
-            train_digest=self.fingerprint.data,
+            train_digest=self.request.fingerprint.data,
             target_digest=self._target_digest,
             first_target=self.first_target,
         )

@@ -35,7 +35,7 @@ from lightning_attr.errors import (
 )
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.trainer import check_strategy
+from lightning_attr.request import check_strategy
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

@@ -25,7 +25,7 @@ from lightning_attr.callbacks.progress import progress
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation import retrain_lds, retrain_loo, retrain_without
 from lightning_attr.methods import TRAK, GradDot
-from lightning_attr.trainer import check_strategy
+from lightning_attr.request import check_strategy
 from lightning_attr.worlds import as_lightning_module, both, overrides, own
 
 pl = pytest.importorskip("pytorch_lightning")

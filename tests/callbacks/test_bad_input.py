@@ -26,8 +26,8 @@ from lightning_attr.errors import (
 )
 from lightning_attr.methods import TRAK
 from lightning_attr.outputs import MulticlassMargin
+from lightning_attr.request import check_strategy
 from lightning_attr.store import FeatureStore
-from lightning_attr.trainer import check_strategy
 
 pytestmark = [
     # Only early stopping needs validation data here.
