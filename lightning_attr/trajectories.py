@@ -168,6 +168,21 @@ def sample_trajectory(
     Raises:
         ValueError: if the conditioning has not one entry a sample, or the scheduler does not say what it takes a sample
             for.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Halves:                                     # in the place of a scheduler of diffusers
+        ...     def set_timesteps(self, steps):
+        ...         self.timesteps = range(steps)[::-1]
+        ...     def step(self, noise, t, x, generator):
+        ...         return SimpleNamespace(prev_sample=x / 2, pred_original_sample=x - noise)
+        >>> class Model(torch.nn.Linear):
+        ...     scheduler = Halves()
+        ...     def denoise(self, x, timesteps):
+        ...         return self(x)
+        >>> trajectory = sample_trajectory(Model(2, 2), (2,), count=3, steps=4)
+        >>> trajectory.samples.shape, trajectory.estimates.shape
+        (torch.Size([3, 2]), torch.Size([4, 3, 2]))
     """
     _check_lengths(conditioning or {}, count)
     scheduler = copy.deepcopy(module.scheduler if scheduler is None else scheduler)
