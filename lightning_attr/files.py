@@ -113,7 +113,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors writes files that nobody else may read, whatever the umask
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -156,7 +159,11 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator of its own
         found = digest(tensors) if hashed else header["sha256"]
     except FileNotFoundError as error:
+        if path.exists():  # what safetensors says of files that may not be read
+            raise CorruptedStoreError(f"{path} cannot be opened. See to its permissions. {remedy}".strip()) from error
         raise CorruptedStoreError(f"{path} is missing. {remedy}".strip()) from error
+    except PermissionError as error:
+        raise CorruptedStoreError(f"{path} may not be read: {error}. See to its permissions.") from error
     except CorruptedStoreError as error:
         raise CorruptedStoreError(f"{path} {error} {remedy}".strip()) from error
     except _UNREADABLE as error:

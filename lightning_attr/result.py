@@ -182,6 +182,8 @@ class AttributionResult:
         file = inside(folder, "result.safetensors")
         columns = read_tensors(file, remedy=REMEDY, place=_place(record))
         check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask", "trained_on"}))
+        if "labels" in columns and columns["labels"].dtype == torch.bool:
+            raise CorruptedStoreError(f"{file} is damaged: `labels` holds no class numbers. {REMEDY}")
         if any(len(column) != scores.shape[0] for column in columns.values()):
             raise CorruptedStoreError(f"{file} is damaged: its columns have other rows than the scores. {REMEDY}")
         return cls(scores, **columns)

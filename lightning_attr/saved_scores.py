@@ -123,7 +123,8 @@ def check_tensors(
     """
     for name in tensors.keys() | expected.keys() - optional:
         shape, found = expected.get(name), tensors.get(name)
-        if shape is None or found is None or shape != (found.ndim, found.dtype.is_floating_point):
+        fits = found is not None and shape == (found.ndim, found.dtype.is_floating_point)
+        if not fits or (found is not None and found.dtype.is_complex):
             shown = "nothing" if found is None else f"shape {tuple(found.shape)} of {found.dtype}"
             kind = "nothing" if shape is None else f"{shape[0]} dimensions of {'real' if shape[1] else 'whole'} numbers"
             raise CorruptedStoreError(f"{path} is damaged: `{name[:80]}` has {shown}, where {kind} belongs. {REMEDY}")

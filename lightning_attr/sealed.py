@@ -73,7 +73,7 @@ def read_record(path: Path, what: str, version: int, remedy: str = RESTORE) -> d
     """
     try:
         content = read_regular(inside(path.parent, path.name), _MOST_BYTES)
-        record: dict[str, Any] = json.loads(content)
+        record: dict[str, Any] = json.loads(content.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptedStoreError(f"{path.parent} holds no {what}: {path.name} is missing.") from error
     except (OSError, ValueError, RecursionError) as error:

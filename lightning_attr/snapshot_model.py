@@ -19,7 +19,8 @@ from lightning_attr.checkpoints import load_weights, weights_of
 from lightning_attr.draws import Draw
 from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
-from lightning_attr.files import read_tensors, write_tensors
+from lightning_attr.files import write_tensors
+from lightning_attr.kept_files import Shapes, read_kept
 from lightning_attr.layout import ParameterLayout, real_dtype
 from lightning_attr.memory import MemoryBudget
 from lightning_attr.paths import inside
@@ -244,7 +245,13 @@ class SnapshotModel:
         """
         return self.plan.attributed.total_loss(self.module, params, batch, batch_size)
 
-    def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def kept(
+        self,
+        name: str,
+        compute: Callable[[], dict[str, Tensor]],
+        shapes: Shapes | None = None,
+        optional: Sequence[Sequence[str]] = (),
+    ) -> dict[str, Tensor]:
         """Compute something costly once: a run that was killed, or the next one, reads it.
 
         All processes call it together; ``compute`` has to :attr:`reduce` at least once, so that none is still looking
@@ -253,6 +260,8 @@ class SnapshotModel:
         Args:
             name: of the file, with all that its content depends on besides the snapshot and the data.
             compute: computes the tensors, the same in every process.
+            shapes: name -> shape of each of them; None where that is not known.
+            optional: groups of these names that may be missing, all of a group together.
 
         Returns:
             The tensors.
@@ -260,7 +269,7 @@ class SnapshotModel:
         path = None if self.folder is None else inside(self.folder.parent, self.folder.name, f"{name}.safetensors")
         place = {**self.place, "name": name, **({} if self.train_digest is None else {"data": self.train_digest})}
         if path is not None and path.exists():
-            return read_tensors(path, remedy="Delete it: it is computed again.", place=place)
+            return read_kept(path, place, shapes, optional)
         tensors = compute()
         if path is not None and self.writer:
             try:

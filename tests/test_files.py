@@ -9,6 +9,7 @@ import signal
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 
 from cases import child, wait_for
+from lightning_attr import files
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.files import digest, read_tensors, remains, write_bytes, write_tensors
 from lightning_attr.headers import header_of
@@ -356,3 +358,22 @@ def test_a_crafted_header_is_refused_by_name(tmp_path: Path, what: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(CRAFTED[what])
     with pytest.raises(CorruptedStoreError, match=r"a\.safetensors is (truncated or )?damaged"):
         read_tensors(tmp_path / "a.safetensors")
+
+
+def test_files_have_the_rights_that_the_umask_gives(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a", b"text")
+    write_tensors(tmp_path / "b", {"x": torch.ones(2)})
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_file_that_cannot_be_opened_is_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tensors(tmp_path / "a", {"x": torch.ones(2)})
+
+    def refused(*args: Any, **kwargs: Any) -> Any:  # as safetensors does where a file may not be read
+        raise FileNotFoundError("No such file or directory")
+
+    monkeypatch.setattr(files, "safe_open", refused)
+    with pytest.raises(CorruptedStoreError, match=r"a cannot be opened\. See to its permissions"):
+        read_tensors(tmp_path / "a")

@@ -49,6 +49,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("optimizer_state", "learning_rates", "kept_state", "metric_calls"),
     ("user_calls", "reading_state"),
     ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
+    ("kept_files",),
     ("curvature", "reductions", "step_world", "start_hooks", "sealed", "claims"),
     ("training_step",),
     ("func", "loss_terms", "report", "saved_scores", "writing"),

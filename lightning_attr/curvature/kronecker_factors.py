@@ -167,6 +167,29 @@ class KroneckerFactors:
         }
         return {**named, "samples": torch.tensor(self.samples)}
 
+    @staticmethod
+    def shapes(layout: KroneckerLayout) -> dict[str, tuple[int, ...]]:
+        """Give the shapes of what :meth:`tensors` names; blocks that no sample reaches are missing there.
+
+        Args:
+            layout: that of the module.
+
+        Returns:
+            Name -> shape.
+        """
+        found: dict[str, tuple[int, ...]] = {"samples": ()}
+        for block in layout.blocks:
+            own = (
+                (block.rows, block.rows),
+                (block.rows,),
+                (block.columns, block.columns),
+                (block.columns,),
+                (block.rows, block.columns),
+            )
+            for field, shape in zip(dataclasses.fields(BlockFactors), own, strict=True):
+                found[f"{block.weight}/{field.name}"] = (block.groups, *shape)
+        return found
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], layout: KroneckerLayout) -> KroneckerFactors:
         """Put back what :meth:`tensors` has named.

@@ -192,10 +192,10 @@ class DropoutEnsemble(AttributionMethod):
         self, model: SnapshotModel, projection: Projection, mask: int | None, rows: Sequence[range]
     ) -> dict[str, Tensor]:
         """Columns of this process's training samples, one block of rows after the other."""
+        shapes = {name: (model.n_train, *([projection.dim] if name == "features" else [])) for name in _COLUMNS}
 
         def compute() -> dict[str, Tensor]:
-            shapes = {name: (projection.dim,) if name == "features" else () for name in _COLUMNS}
-            everything = {name: torch.zeros(model.n_train, *shapes[name], dtype=model.dtype) for name in _COLUMNS}
+            everything = {name: torch.zeros(shape, dtype=model.dtype) for name, shape in shapes.items()}
             with self._dropout(model, mask):
                 for block, columns in model.train(projection):
                     for name, values in everything.items():
@@ -203,7 +203,7 @@ class DropoutEnsemble(AttributionMethod):
             return {name: model.reduce(values) for name, values in everything.items()}
 
         projector = None if projection.dim == 0 else self.method.projector_config
-        found = model.kept(f"dropout-{hashed_seed(str(projector), mask, self.rate, self.seed):016x}", compute)
+        found = model.kept(f"dropout-{hashed_seed(str(projector), mask, self.rate, self.seed):016x}", compute, shapes)
         own = torch.tensor([row for block in rows for row in block], dtype=torch.int64)
         if torch.equal(own, torch.arange(model.n_train)):
             return found

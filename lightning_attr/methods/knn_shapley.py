@@ -137,7 +137,8 @@ class KNNShapley(ModelMethod):
                 own[part] = values[:, part].diagonal()
             return {"self_influence": model.reduce(own)}
 
-        return model.kept(f"knn-shapley-{self.layer}-k={self.k}", compute)["self_influence"]
+        shapes = {"self_influence": (model.n_train,)}
+        return model.kept(f"knn-shapley-{self.layer}-k={self.k}", compute, shapes)["self_influence"]
 
     def _values(self, train: _Labelled, representations: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Shapley values ``(w, n_train)`` for a few targets at a time, float64 on the CPU."""

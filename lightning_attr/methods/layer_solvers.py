@@ -114,7 +114,9 @@ class EKFAC(Solver):
 
         drawn = seed if labels in {"mixed", "sampled"} else None
         digest = hashed_seed(labels, drawn, str(model.dtype), model.n_train, layout.parameters.digest, *layout.names)
-        tensors = model.kept(f"kronecker-{digest:016x}", compute)
+        shapes = KroneckerFactors.shapes(layout)
+        blocks = [[name for name in shapes if name.startswith(f"{block.weight}/")] for block in layout.blocks]
+        tensors = model.kept(f"kronecker-{digest:016x}", compute, shapes, optional=blocks)
         tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
         factors = KroneckerFactors.from_tensors(tensors, layout)
         log.info("Kronecker factors cover %.1f%% of the parameters.", 100 * factors.layout.share)

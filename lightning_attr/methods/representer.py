@@ -126,16 +126,18 @@ class RPS(ModelMethod):
             yield _HeadInput(rows, values["features"].double(), values["logits"].double(), values["labels"])
 
     def _fit(self, model: SnapshotModel, blocks: Sequence[_HeadInput]) -> Tensor:
+        rows, batch = next(iter(model.target_batches(range(1))))  # a process may have no training samples
+        seen = observe(model, model.completed(rows, batch), len(rows), self.layer)
+        _head_input(model, seen)
+        assert isinstance(seen.layer, nn.Linear)
+        start = _trained(model, seen.layer)
+
         def fit() -> dict[str, Tensor]:
-            rows, batch = next(iter(model.target_batches(range(1))))  # a process may have no training samples
-            seen = observe(model, model.completed(rows, batch), len(rows), self.layer)
-            _head_input(model, seen)
-            assert isinstance(seen.layer, nn.Linear)
             features, logits = [block.features for block in blocks], [block.logits for block in blocks]
-            start = _trained(model, seen.layer)
             return {"weight": fit_head(features, logits, start, self.l2, model.n_train, model.reduce)}
 
-        return model.kept(f"representer-{self.layer}-l2={self.l2}", fit)["weight"].to(model.device)
+        kept = model.kept(f"representer-{self.layer}-l2={self.l2}", fit, {"weight": tuple(start.shape)})
+        return kept["weight"].to(model.device)
 
     def _alpha(self, model: SnapshotModel, block: _HeadInput, weight: Tensor) -> Tensor:
         """Weights of the samples in the logit of each class, ``(b, c)``; c = 2 for one output."""

@@ -254,7 +254,7 @@ class Explicit(Solver):
             return {"matrix": dense(curvature.product, p, model.dtype, model.device)}
 
         digest = hashed_seed(curvature.curvature, curvature.weight_decay, str(model.dtype), model.n_train)
-        matrix = model.kept(f"curvature-{digest:016x}", compute)["matrix"].to(model.device)
+        matrix = model.kept(f"curvature-{digest:016x}", compute, {"matrix": (p, p)})["matrix"].to(model.device)
         curvature.write(matrix)
 
         def inverse(damping: float) -> Inverse:

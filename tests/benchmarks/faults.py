@@ -1,6 +1,6 @@
 """What stored files, hostile directories and kills can do: a table of faults tried, and of what came of them.
 
-    python tests/benchmarks/faults.py [--seed 0] [--damages 1000] [--kills 2] [--json FILE]
+    python tests/benchmarks/faults.py [--seed 0] [--damages 300] [--kills 2] [--json FILE]
 
 Each table comes from a file ``faults_*.py`` beside this one, with a function ``rows(options)``: plain values by column,
 ``table`` and ``what`` among them; another file is another table.
@@ -11,6 +11,8 @@ Each table comes from a file ``faults_*.py`` beside this one, with a function ``
   error, "silent" any other reading.
 - hostile: directories that a stranger crafted to be read, written, deleted or copied outside of them. "contained" means
   that nothing outside changed or was read, and that no raw error came.
+- wrong calls: every public argument with values that cannot be right, of the tests. "named" is an error of this package
+  that names the argument; "raw" is any other error, "accepted" none.
 - kills: runs ended by SIGKILL at a random moment, then started again. "lost" counts stores that differ in any bit from
   that of a run that was not.
 """
@@ -51,7 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--damages", type=int, default=1000, help="damages tried")
+    parser.add_argument("--damages", type=int, default=300, help="damages tried")
     parser.add_argument("--kills", type=int, default=2, help="runs killed")
     parser.add_argument("--only", help="one part, such as faults_damages")
     parser.add_argument("--json", type=Path, help="write the rows to this file")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import shutil
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import faults_subject as subject
 import torch
+from safetensors import safe_open
 
 from lightning_attr.errors import AttributionError
+from lightning_attr.files import write_tensors
 
 __all__ = ["rows"]
 
@@ -66,19 +72,128 @@ def retouch(rng: random.Random, file: Path, others: list[Path]) -> None:
         file.write_bytes(content)
 
 
-DAMAGES = (flip, flip, truncate, delete, swap, overwrite, append, retouch)
+def empty(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Leave nothing in it, as a full disk does."""
+    file.write_bytes(b"")
+
+
+def into_folder(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Put a folder in its place, with the file inside or without."""
+    content = file.read_bytes()
+    file.unlink()
+    file.mkdir()
+    if rng.random() < 0.5:
+        (file / file.name).write_bytes(content)
+
+
+def rename(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Give it another name, or that of another file in its folder."""
+    beside = [other.name for other in others if other.suffix == file.suffix]
+    file.rename(file.with_name(rng.choice([f"{file.name}.bak", f"copy of {file.name}", *beside])))
+
+
+def duplicate(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Put a copy of it beside it, under the name of a file that could be there."""
+    names = ["00007.safetensors", f"copy of {file.name}", f".{file.name}.1.tmp", f"{file.name}~"]
+    shutil.copy(file, file.with_name(rng.choice(names)))
+
+
+def deny(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Let nobody read it."""
+    file.chmod(0)
+
+
+def only_read(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Let nobody write it, nor its folder."""
+    file.chmod(0o444)
+    file.parent.chmod(0o555)
+
+
+def header(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Let the first bytes, the size of a header of safetensors, say something absurd."""
+    content = file.read_bytes()
+    size = rng.choice([0, 1, len(content), len(content) - 8, 2**31, 2**40, 2**63 - 1, 2**64 - 1])
+    file.write_bytes(size.to_bytes(8, "little") + content[8:])
+
+
+def senseless(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Write other tensors with right checksums, as a stranger can: NaN, other shapes, dtypes and names, none at all."""
+    if file.suffix != ".safetensors":
+        retouch(rng, file, others)
+        return
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no iterator of its own
+        metadata = json.loads(opened.metadata()["lightning_attr"])
+    name = rng.choice(sorted(tensors))
+    tensor = tensors[name]
+    changes = [
+        torch.full(tensor.shape, float("nan")),
+        tensor.new_zeros(*tensor.shape, 1),
+        tensor.new_zeros(max(1, len(tensor.shape)) * [3]),
+        torch.zeros(tensor.shape, dtype=torch.bool),
+        torch.zeros(tensor.shape, dtype=torch.complex64),
+        torch.zeros(0),
+    ]
+    if "result" in file.name or "scores" in file.name:
+        del changes[0]  # scores may be NaN
+    if rng.random() < 0.2:
+        tensors[f"{name}2"] = tensors.pop(name)
+    elif rng.random() < 0.1:
+        tensors = {}
+    else:
+        tensors[name] = rng.choice(changes)
+    write_tensors(file, tensors, {key: value for key, value in metadata.items() if "sha256" not in key})
+
+
+DAMAGES = (
+    flip,
+    flip,
+    truncate,
+    delete,
+    swap,
+    overwrite,
+    append,
+    retouch,
+    empty,
+    into_folder,
+    rename,
+    duplicate,
+    deny,
+    only_read,
+    header,
+    senseless,
+    senseless,
+)
+
+
+_BESIDE = (duplicate, deny, only_read)
+"""What does not change the content."""
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Read as somebody to whom permissions apply; they do not to root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def outcome(kind: str, path: Path, file: Path, reference: subject.Reading) -> str:
     """Read a damaged directory, and say what came of it."""
     try:
-        found = subject.read(kind, path)
+        with unprivileged() if file.is_file() and not file.stat().st_mode & 0o444 else nullcontext():
+            found = subject.read(kind, path)
     except AttributionError as error:
         return "named" if file.name in str(error) or str(path) in str(error) else "raw"
     except Exception:  # what the user must never see is what is counted here
         return "raw"
     missing = reference.keys() - found.keys()
-    gone = not file.exists() and (kind == "truth" or file.parent.name == "computed")  # it is made again
+    gone = not file.is_file() and (kind == "truth" or file.parent.name == "computed")  # it is made again
     same = all(_equal(value, reference.get(name)) for name, value in found.items())
     return "harmless" if same and (gone or not missing) else "silent"
 
@@ -93,27 +208,30 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Try ``options.damages`` damages, and count what came of them by kind of file."""
     rng, counts = random.Random(options.seed), defaultdict[str, Counter[str]](Counter)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        subject.make(folder / "whole")
-        subject.know_factors(folder / "whole")
+        place = Path(name).resolve()
+        place.chmod(0o755)
+        whole, damaged = place / "whole", place / "damaged"
+        subject.make(whole)
+        subject.know_factors(whole)
         files = defaultdict[str, list[Path]](list)
-        for file in sorted(file for file in (folder / "whole").rglob("*") if file.is_file()):
-            files[subject.kind_of(file, folder / "whole")].append(file)
-        references = {kind: subject.read(kind, folder / "whole" / kind / "a") for kind in subject.KINDS}
+        for file in sorted(file for file in whole.rglob("*") if file.is_file()):
+            files[subject.kind_of(file, whole)].append(file)
+        references = {kind: subject.read(kind, whole / kind / "a") for kind in subject.KINDS}
         for number in range(options.damages):
             what = sorted(files)[number % len(files)]
             kind = what.split()[0]
-            file = rng.choice([f for f in files[what] if f.relative_to(folder / "whole").parts[1] == "a"])
-            damaged = folder / "damaged"
-            shutil.copytree(folder / "whole" / kind / "a", damaged)
-            target = damaged / file.relative_to(folder / "whole" / kind / "a")
+            file = rng.choice([f for f in files[what] if f.relative_to(whole).parts[1] == "a"])
+            shutil.copytree(whole / kind / "a", damaged)
+            target = damaged / file.relative_to(whole / kind / "a")
             damage, before = rng.choice(DAMAGES), target.read_bytes()
             damage(rng, target, [other for other in files[what] if other != file and other.suffix == file.suffix])
-            if not target.exists() or target.read_bytes() != before:
+            if damage in _BESIDE or not target.is_file() or target.read_bytes() != before:
                 found = outcome(kind, damaged, target, references[kind])
                 counts[what][found] += 1
                 if found in {"raw", "silent"}:
-                    print(f"{found}: {damage.__name__} of {file.relative_to(folder / 'whole')} (damage {number})")
+                    print(f"{found}: {damage.__name__} of {file.relative_to(whole)} (damage {number})")
+            for changed in (damaged, *damaged.rglob("*")):
+                changed.chmod(0o700)
             shutil.rmtree(damaged)
     return [
         {"table": "damages", "what": what, "tried": sum(own.values()), **{name: own[name] for name in OUTCOMES}}

@@ -18,6 +18,7 @@ from lightning_attr import AttributionMixin, AttributionResult, AttributionTrain
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets
+from lightning_attr.files import read_tensors
 from lightning_attr.methods import TRAK, Influence
 from lightning_attr.snapshot_model import SnapshotModel
 
@@ -105,14 +106,14 @@ def read_store(path: Path) -> Reading:
         own = replace(
             model, folder=path / "snapshots" / key / "computed", place=place, train_digest=digest, writer=False
         )
-        for name in _FACTORS:
+        for name, shapes in _FACTORS.items():
             # Where it is gone it is computed again: no damage.
-            found |= {f"{key} {name} {part}": value for part, value in own.kept(name, dict).items()}
+            found |= {f"{key} {name} {part}": value for part, value in own.kept(name, dict, shapes).items()}
     return found
 
 
-_FACTORS: list[str] = []
-"""Names of the files in ``computed/``; they depend on the versions of all that they are computed with."""
+_FACTORS: dict[str, dict[str, tuple[int, ...]]] = {}
+"""Names of the files in ``computed/``, which depend on the versions of all that they are computed with, and shapes."""
 
 
 def read_truth(path: Path) -> Reading:
@@ -168,5 +169,7 @@ def kind_of(file: Path, folder: Path) -> str:
 
 
 def know_factors(folder: Path) -> None:
-    """Note what the files of factors are called."""
-    _FACTORS[:] = sorted({file.stem for file in folder.rglob("computed/*.safetensors")})
+    """Note what the files of factors are called, and the shapes in them."""
+    _FACTORS.clear()
+    for file in sorted(folder.rglob("computed/*.safetensors")):
+        _FACTORS[file.stem] = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}

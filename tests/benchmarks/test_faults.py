@@ -21,8 +21,6 @@ def test_no_damage_is_silent_or_raw(damages: int) -> None:
     rows = faults_damages.rows(argparse.Namespace(seed=3, damages=damages))
     assert total(rows, "tried") > 0.9 * damages
     assert (total(rows, "raw"), total(rows, "silent")) == (0, 0)
-    for row in rows:
-        assert (row["harmless"] == 0) or row["what"].endswith(("metrics", "factors", "retraining"))
     print(faults.table(rows))
 
 
@@ -38,5 +36,5 @@ def test_no_kill_loses_anything() -> None:
 
 
 def test_every_table_is_found() -> None:
-    assert {"faults_damages", "faults_hostile", "faults_kills"} <= set(faults.parts())
+    assert {"faults_arguments", "faults_damages", "faults_hostile", "faults_kills"} <= set(faults.parts())
     assert "faults_subject" not in faults.parts()
