@@ -223,6 +223,7 @@ def measure(setting: Setting, wanted: str, cache: Path) -> list[dict[str, Any]]:
         accuracy = accuracy_without(setting, data, lambda _, order=best_first: order)
         curve = data_selection_curve(torch.tensor(FRACTIONS), accuracy, random_accuracy, kind="remove")
         sets = proponent_sets(ScoreMatrix(scores), targets, [FLIP_COUNT])
+        own = as_matrix(attribute(setting, noisy)).values.diagonal().contiguous()
         rows.append({
             "what": name,
             **{key: float(value) for key, value in zip(("lds", "low", "high", "ceiling"), lds, strict=False)},
