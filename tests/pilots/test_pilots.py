@@ -245,6 +245,15 @@ def test_the_users_own_functions(tmp_path: Path) -> None:
     assert [snapshot.epoch for snapshot in pilots_of(tmp_path)] == [2]
 
 
+@pytest.mark.slow
+def test_several_processes_score_with_pilots_that_are_there(run: Any) -> None:
+    folder, _, _, together = run
+    trainer = quiet_trainer(strategy="ddp_spawn", devices=2)
+    result = trainer.attribute(Data(), model=Fresh(0.2), store=folder, pilots=2)
+    torch.testing.assert_close(result.scores.values, together.scores.values, rtol=1e-4, atol=1e-6)
+    assert result.scores.provenance["parts"] == pytest.approx(together.scores.provenance["parts"])
+
+
 def test_weights_have_digests_of_their_own(run: Any) -> None:
     contents = [snapshot.weights for snapshot in FeatureStore.open(run[0]).snapshots]
     assert len(set(contents)) == len(contents)
