@@ -31,7 +31,6 @@ from lightning_attr.checkpoints import weights_of
 from lightning_attr.data import train_source
 from lightning_attr.draws import Samples
 from lightning_attr.encoding import check_feature_dtype, row_bytes
-from lightning_attr.featurizer import Featurizer
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.learning import learn_from, load_projection
 from lightning_attr.manifest import Fingerprint, Snapshot
@@ -43,6 +42,7 @@ from lightning_attr.optimizer_state import OptimizerState
 from lightning_attr.plans import Plans
 from lightning_attr.projectors import LearnedProjection
 from lightning_attr.request import check_strategy
+from lightning_attr.second_direction import note_directions, training_featurizer, tried
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.trainable import parameter_count, parameter_shapes, trainable_names
@@ -209,17 +209,16 @@ class AttributionCallback(EarlySnapshots):
     def _probe(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int:
         plan, batch, rows = self._plans.probe()
         self._mode = plan.mode
-        layout = ParameterLayout.of(pl_module)
         state = self._optimizer_state(trainer, pl_module)  # refused now where it is wanted and there is none
-        projection = self.method.projection_at(layout, "", lambda: state)
+        projection = self.method.projection_at(ParameterLayout.of(pl_module), "", lambda: state)
         if isinstance(projection, LearnedProjection):
             samples = Samples(len(rows), lambda _: iter([(rows, batch)]))
             learn_from(projection, pl_module, plan, samples, "", trainer.precision_plugin.forward_context)
             self._basis_bytes = sum(tensor.nbytes for tensor in projection.basis.values())
         self.layers = projection.layers
-        featurizer = Featurizer(pl_module, plan, projection, self.memory)
+        wanted, n_train = self.method.second_directions, len(self.source)
         with trainer.precision_plugin.forward_context():
-            columns = featurizer(batch, rows)
+            columns = tried(pl_module, plan, projection, self.memory, batch, rows, wanted, n_train)
         return row_bytes(columns, self.feature_dtype) if self.featurize else 0
 
     def _optimizer_state(self, trainer: L.Trainer, pl_module: L.LightningModule) -> OptimizerState | None:
@@ -343,6 +342,7 @@ class AttributionCallback(EarlySnapshots):
         self._adopt(trainer, key)  # what a killed run computed of it
 
     def _learn(self, trainer: L.Trainer, pl_module: L.LightningModule, key: str) -> None:
+        note_directions(self.store, key, pl_module, self.method.second_directions)
         stream = self.store.snapshot(key).projection
         layout, plan = self._plans.current()
         projection = self.method.bind(layout, stream)
@@ -367,7 +367,7 @@ class AttributionCallback(EarlySnapshots):
         if not batches:
             return
         self._set_up(trainer, pl_module, snapshot.projection)
-        featurizer = Featurizer(pl_module, plan, projection, self.memory, snapshot.projection)
+        featurizer = training_featurizer(self.store, key, pl_module, plan, projection, self.memory)
         featurize(trainer, pl_module, self.source, batches, featurizer, ShardWriter(self.store, key, self._spare))
 
     def _beside_training(

@@ -19,6 +19,7 @@ from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.methods.choice import choice_of, settled
 from lightning_attr.projectors import Projection
 from lightning_attr.scoring import score_self_influence
+from lightning_attr.second_direction import directions_of
 from lightning_attr.shards import ShardWriter
 from lightning_attr.store import FeatureStore
 from lightning_attr.transfer import placed, samples_on_device
@@ -136,5 +137,6 @@ def self_influence_at(
         n_train=n_train,
         key=snapshot.key,
         rates=snapshot.rates,
+        **directions_of(store, snapshot.key),
     )
     return score_self_influence(method, features, n_train)

@@ -28,7 +28,7 @@ __all__ = ["drawable_rows", "from_bitmap", "masked", "to_bitmap"]
 _PASSES = 4
 """Epochs of a sampler that nobody knows; rows that are in none of them, while all agree, count as left out."""
 _MOST_ROWS = 10_000_000
-_LEARNED_FROM = frozenset({"features", "out_to_loss", "newton_weight"})
+_LEARNED_FROM = frozenset({"features", "second_features", "out_to_loss", "newton_weight"})
 
 
 def drawable_rows(loader: Any, batches: float = math.inf, processes: int = 1) -> Tensor | None:

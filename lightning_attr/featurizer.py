@@ -298,7 +298,7 @@ class Featurizer:
         drawn = [row + self.first_row for row in rows]
         with self.projection.filling(features) as add, named_samples(rows):
             for number in range(draws):
-                given = completed(self.module, batch, Draw(drawn, self.snapshot, number, device))
+                given = self.given(batch, drawn, number)
                 key = ("mode", self.snapshot, number, *drawn)
                 seed = hashed_seed(*key) if self.plan.seeded else None
                 for name, column in self._draw(given, len(rows), add, seed).items():
@@ -313,10 +313,22 @@ class Featurizer:
 
     def _run_alone(self, batch: Any, rows: Sequence[int], position: int) -> None:
         """Run a sample of a batch, to see whether it goes through."""
-        draw = Draw([rows[position] + self.first_row], self.snapshot, 0, _device(self.module))
-        one = completed(self.module, select_rows(batch, len(rows), [position]), draw)
+        one = self.given(select_rows(batch, len(rows), [position]), [rows[position] + self.first_row], 0)
         with torch.enable_grad(), plain_execution():  # some steps differentiate
             self.plan.attributed.sample_outputs(self.module, one, 1)
+
+    def given(self, batch: Any, rows: Sequence[int], number: int) -> Any:
+        """Complete a batch with what is drawn for its samples.
+
+        Args:
+            batch: as in :meth:`__call__`.
+            rows: that draws depend on.
+            number: of the draw.
+
+        Returns:
+            What is attributed takes this batch.
+        """
+        return completed(self.module, batch, Draw(rows, self.snapshot, number, _device(self.module)))
 
     def _draw(self, batch: Any, batch_size: int, add: LayerSink, seed: int | None) -> dict[str, Tensor]:
         """Add the features of one draw, and return the values beside them."""

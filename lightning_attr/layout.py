@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ParameterLayout", "as_pairs", "real_dtype"]
+__all__ = ["ParameterLayout", "as_pairs", "layout_difference", "real_dtype"]
 
 
 def as_pairs(tensor: Tensor) -> Tensor:
@@ -141,3 +141,26 @@ class ParameterLayout:
         """Hash of names, shapes and their order: equal for equal layouts, on every machine."""
         text = json.dumps([[name, list(shape)] for name, shape in self.shapes.items()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Say how the parameters of a model differ from those on record.
+
+    Args:
+        stored: name -> shape, on record.
+        found: name -> shape, of the model.
+
+    Returns:
+        The first difference, in words.
+
+    Example:
+        >>> layout_difference({"w": (2,)}, {"w": (3,)})
+        'its parameter `w` has the shape (2,), here (3,)'
+    """
+    for name, shape in stored.items():
+        if name not in found:
+            return f"its parameter `{name}` is missing here"
+        if found[name] != shape:
+            return f"its parameter `{name}` has the shape {shape}, here {found[name]}"
+    extra = next((name for name in found if name not in stored), None)
+    return f"it has no parameter `{extra}`" if extra is not None else "the order of the parameters differs"

@@ -26,6 +26,7 @@ from lightning_attr.fields import (
     text,
 )
 from lightning_attr.files import RESTORE
+from lightning_attr.layout import layout_difference
 from lightning_attr.paths import check_key
 from lightning_attr.sealed import read_record, write_record
 
@@ -96,7 +97,7 @@ class Fingerprint:
                 "without a fixed seed does that)"
             )
         if list(self.layout.items()) != list(found.layout.items()):
-            return f"was written for another model: {_layout_difference(self.layout, found.layout)}"
+            return f"was written for another model: {layout_difference(self.layout, found.layout)}"
         if self.projector is not None and found.projector is not None and self.projector != found.projector:
             return (
                 f"was featurized with the projection {dict(self.projector)}, but here it is {dict(found.projector)}: "
@@ -132,6 +133,8 @@ class Snapshot:
             where all are ``learning_rate``, which is their mean over all entries otherwise.
         basis: digest of what its projection learned from training samples; None where it learns nothing.
         pilot: number of the pilot that it is the end of; None for a snapshot of the recorded run.
+        directions: second directions that its features have of a sample; None for none.
+        curvature: what these are of, see :attr:`lightning_attr.outputs.ModelOutput.curvature`; None without.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -153,6 +156,8 @@ class Snapshot:
     rates: Mapping[str, float] | None = None
     basis: str | None = None
     pilot: int | None = None
+    directions: int | None = None
+    curvature: str | None = None
 
 
 _SNAPSHOT = {
@@ -171,6 +176,8 @@ _SNAPSHOT = {
     "rates": optional(pairs(text(), real(0))),
     "basis": optional(sha256),
     "pilot": optional(integer(0)),
+    "directions": optional(integer(1)),
+    "curvature": optional(one_of("rest", "whole")),
 }
 """What each field of a snapshot must be in a file."""
 _FINGERPRINT = {
@@ -275,9 +282,8 @@ class Manifest:
             present = sorted(snapshot["shards"])
             bitmap = sum(((1 << min(rows, length - s * rows)) - 1) << (s * rows) for s in present)
             snapshot["rows"] = f"{bitmap:x}"  # bit i: row i has features
-            for name in ("optimizer", "frozen", "origin", "trainable", "rates", "basis", "pilot"):
-                if snapshot[name] is None:
-                    del snapshot[name]
+            for name in [name for name, value in snapshot.items() if value is None]:
+                del snapshot[name]
         write_record(path, record)
 
     @classmethod
@@ -388,13 +394,3 @@ _MANIFEST = {
     "trained_on": optional(text(2**28)),
     "training": optional(plain),
 }
-
-
-def _layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    for name, shape in stored.items():
-        if name not in found:
-            return f"its parameter `{name}` is missing here"
-        if found[name] != shape:
-            return f"its parameter `{name}` has the shape {shape}, here {found[name]}"
-    extra = next((name for name in found if name not in stored), None)
-    return f"it has no parameter `{extra}`" if extra is not None else "the order of the parameters differs"

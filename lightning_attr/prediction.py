@@ -34,6 +34,7 @@ from lightning_attr.recorded_losses import check_recorded_losses
 from lightning_attr.request import AttributionRequest
 from lightning_attr.result import AttributionResult
 from lightning_attr.scoring import score
+from lightning_attr.second_direction import directions_of, settle_directions, training_featurizer
 from lightning_attr.shards import RowTable, ShardWriter
 from lightning_attr.snapshot_model import Replay, SnapshotModel
 from lightning_attr.step_world import StepWorld
@@ -204,21 +205,19 @@ class AttributionStep(nn.Module):
         samples, precision = self._samples(self.train_data), self.trainer.precision_plugin.forward_context
         learn = partial(learn_projection, projection, self.store, key, self.module, plan, samples, precision)
         settle_projection(projection, self.store, key, learn, self.processes.together)
-        of_targets = self.method.bind_targets(projection)
-        self.featurizer = Featurizer(self.module, plan, projection, self.request.memory, stream)
+        settle_directions(self.store, key, self.module, self.method.second_directions, self.processes.together)
+        memory, target_plan = self.request.memory, self._target_plan(plan)
+        self.featurizer = training_featurizer(self.store, key, self.module, plan, projection, memory)
         check_recorded_losses(self.featurizer, self.store, key, samples, precision, self.train_data.form, self.world)
-        target_plan = self._target_plan(plan)
-        self.target_featurizer = Featurizer(
-            self.module, target_plan, of_targets, self.request.memory, stream, self.first_target
-        )
+        of_targets = (target_plan, self.method.bind_targets(projection), memory, stream, self.first_target)
+        self.target_featurizer = Featurizer(self.module, *of_targets)
         if self.request.target_function is not None and self.current is None:
             targets = self._samples(self.target_data or self.train_data)
             check_target_function(target_plan.attributed, self.module, targets, stream, precision, target_plan.seeded)
         self.writer = ShardWriter(self.store, key, self.spare)
         self.training_rows.begin(key, projection.dim)
         self.layers[key] = projection.layers
-        self.checked = False
-        self.current = key
+        self.checked, self.current = False, key
 
     def _restore(self, key: str) -> None:
         """Put the module back to a snapshot: its weights, which of them were trained, and the world of its fit."""
@@ -325,6 +324,7 @@ class AttributionStep(nn.Module):
             n_drawn=0 if self.trained_on is None else int(self.trained_on.sum()),
             n_train=len(self.train_data),
             key=snapshot.key,
+            **directions_of(self.store, snapshot.key, self.module),
         )
 
     def _model(self, snapshot: Snapshot, train: Replay) -> SnapshotModel:

@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "gaussian",
     "hashed_seed",
+    "hashed_uniforms",
     "packed_bits",
     "packed_columns",
     "philox",
@@ -24,6 +25,7 @@ __all__ = [
     "random_words",
     "row_gaussians",
     "row_uniforms",
+    "row_words",
 ]
 
 _Words: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
@@ -188,6 +190,58 @@ def row_uniforms(rows: Sequence[int], count: int, *key: object) -> Tensor:
     pairs = np.stack([words[0] << _HALF | words[1], words[2] << _HALF | words[3]], axis=-1)  # (b, blocks, 2)
     values = ((pairs >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
     return torch.from_numpy(values.reshape(len(row), block.size * 2)[:, :count])
+
+
+def row_words(rows: Sequence[int], *key: object) -> Tensor:
+    """Draw one word for each row of a data set, from which :func:`hashed_uniforms` draws more on any device.
+
+    Args:
+        rows: non-negative row numbers, ``b`` of them in any order.
+        key: what they depend on, besides the row.
+
+    Returns:
+        ``(b,)``, int64, on the CPU.
+
+    Example:
+        >>> bool(row_words([3], 0, "labels") == row_words([5, 3], 0, "labels")[1])
+        True
+    """
+    seed = hashed_seed(*key)
+    row, zero = np.asarray(rows, dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+    words = philox((row & _LOW, row >> _HALF, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    return torch.from_numpy((words[0] << _HALF | words[1]).view(np.int64))
+
+
+def hashed_uniforms(words: Tensor, count: int) -> Tensor:
+    """Draw uniform numbers from a word a row by SplitMix64 (Steele et al., 2014): the same on every device.
+
+    Args:
+        words: ``(b,)``, int64, from :func:`row_words`.
+        count: how many a row; the first ones do not depend on it.
+
+    Returns:
+        ``(b, count)``, float64, in the open interval (0, 1), on the device of the words.
+
+    Example:
+        >>> u = hashed_uniforms(row_words([5, 3], 0), 1000)
+        >>> u.shape, bool((u.mean(1) - 0.5).abs().max() < 0.05)
+        (torch.Size([2, 1000]), True)
+    """
+    steps = torch.arange(1, count + 1, device=words.device)
+    mixed = words[:, None] + steps * _signed(0x9E3779B97F4A7C15)  # integers wrap around
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+    mixed = mixed ^ _shifted(mixed, 31)
+    return (_shifted(mixed, 12).double() + 0.5) / 2.0**52
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shift to the right, zeros from the left."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
 
 
 def philox(counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int]) -> tuple[_Words, ...]:

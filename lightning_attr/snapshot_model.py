@@ -26,6 +26,7 @@ from lightning_attr.memory import MemoryBudget
 from lightning_attr.paths import inside
 from lightning_attr.projectors import GradientFactors, Projection
 from lightning_attr.samples_apart import SamplesApart
+from lightning_attr.second_direction import SecondFeaturizer, module_curvature
 
 __all__ = ["Batches", "Replay", "SnapshotModel"]
 
@@ -172,6 +173,27 @@ class SnapshotModel:
             with self.precision():
                 columns = featurizer(batch, rows)
             yield range(rows[0], rows[-1] + 1), columns
+
+    def second_directions(self, projection: Projection, directions: int) -> Iterator[tuple[range, Tensor]]:
+        """Featurize the second directions of this process's training samples.
+
+        Args:
+            projection: as in :meth:`train`.
+            directions: how many a sample.
+
+        Yields:
+            Rows, and ``(b, directions, dim)`` as :class:`lightning_attr.second_direction.SecondFeaturizer` gives them.
+        """
+        featurizer = SecondFeaturizer(self.module, self.plan, projection, self.memory, self.key, directions)
+        for rows, batch in self.train_batches():
+            with self.precision():
+                features = featurizer(batch, rows)
+            yield range(rows[0], rows[-1] + 1), features
+
+    @property
+    def curvature(self) -> str:
+        """How the Gauss-Newton matrix of the training loss is known; see :attr:`ModelOutput.curvature`."""
+        return module_curvature(self.module)
 
     def targets(self, projection: Projection, rows: Sequence[int]) -> dict[str, Tensor]:
         """Featurize targets.

@@ -13,7 +13,9 @@
         features/00001.safetensors                  ...
 
 A shard holds for each of its rows ``features`` ``(rows, dim)`` and ``output``, ``loss``, ``out_to_loss``,
-``newton_weight`` ``(rows,)``; row ``i`` of the store belongs to ``dataset[i]``. Features are in half precision by
+``newton_weight`` ``(rows,)``; row ``i`` of the store belongs to ``dataset[i]``. Of some or all of them there are second
+directions (see :mod:`lightning_attr.second_direction`), ``second_features`` ``(number, directions, dim)`` with their
+places ``second_rows`` ``(number,)``. Features are in half precision by
 default, see :mod:`lightning_attr.encoding`; without this package they are read by
 
 >>> from safetensors.torch import load_file
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.arguments import check_instance, check_int, check_path
-from lightning_attr.encoding import SCALE, check_columns, check_feature_dtype, decode, decode_features, encode
+from lightning_attr.encoding import by_row, check_columns, check_feature_dtype, decode, decode_features, encode
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
 from lightning_attr.files import digest, read_tensors, remains, write_tensors
 from lightning_attr.headers import config_digest
@@ -151,6 +153,17 @@ class FeatureStore(SnapshotStore):
         return [shard for shard in range(self.manifest.num_shards) if shard not in self.snapshot(key).shards]
 
     @one_writer
+    def set_directions(self, key: str, directions: int, curvature: str) -> None:
+        """Note that features of a snapshot have second directions, before any is computed.
+
+        Args:
+            key: the snapshot.
+            directions: how many a sample.
+            curvature: what they are of, "rest" or "whole".
+        """
+        self._enter(key, directions=directions, curvature=curvature)
+
+    @one_writer
     def write_shard(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
         """Store the rows of a shard.
 
@@ -250,6 +263,8 @@ class FeatureStore(SnapshotStore):
             "output": written.output,
             "optimizer": snapshot.optimizer,
             "basis": snapshot.basis,
+            "curvature": snapshot.curvature,
+            "directions": None if snapshot.directions is None else str(snapshot.directions),
         }
         known["mode"] = None if written.mode == "auto" else written.mode
         known["projection"] = None if written.projector is None else config_digest(dict(written.projector))
@@ -257,7 +272,7 @@ class FeatureStore(SnapshotStore):
         return {**place, **{name: value for name, value in known.items() if value is not None}}
 
     def _check_rows(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
-        lengths = {values.shape[:1] for name, values in columns.items() if name != SCALE}
+        lengths = {values.shape[:1] for values in by_row(columns).values()}
         if lengths - {(len(self.rows(shard)),)}:
             raise CorruptedStoreError(
                 f"{self._shard_path(key, shard)} has columns of another length than its {len(self.rows(shard))} rows. "

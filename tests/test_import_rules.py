@@ -80,6 +80,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "repeated_reads",
     ),
     ("access", "featurizer"),
+    ("second_direction",),
     ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "target_check", "training_rows"),
     ("methods",),
     ("ensemble",),

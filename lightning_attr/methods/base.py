@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,7 @@ __all__ = [
     "check_method",
     "compute_precision",
     "in_step",
-    "tell_zero",
 ]
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -55,6 +51,9 @@ class SnapshotFeatures:
         rates: parameter name -> sum of its own learning rate, where they differ; None where all are ``learning_rate``,
             which is their mean over all entries otherwise.
         n_drawn: training samples that training can draw; 0 for all.
+        directions: second directions a sample in the columns, ``second_features`` ``(b, directions, k)``; 0 without.
+        curvature: how the Gauss-Newton matrix of the loss is known, see
+            :attr:`lightning_attr.outputs.ModelOutput.curvature`.
 
     Example:
         >>> import torch
@@ -74,6 +73,8 @@ class SnapshotFeatures:
     key: str = "current"
     rates: Mapping[str, float] | None = None
     n_drawn: int = 0
+    directions: int = 0
+    curvature: str = "unknown"
 
     @property
     def evidence(self) -> dict[str, Any]:
@@ -121,7 +122,14 @@ class SnapshotFeatures:
 
         columns = {"features": torch.zeros(m, 0), **targets}
         return cls(
-            blocks, columns, learning_rate, model.reduce, target_rows=range(m), model=model, n_train=model.n_train
+            blocks,
+            columns,
+            learning_rate,
+            model.reduce,
+            target_rows=range(m),
+            model=model,
+            n_train=model.n_train,
+            curvature=model.curvature,
         )
 
 
@@ -211,29 +219,6 @@ def balanced_weights(sizes: Sequence[float]) -> list[float]:
     return [value / sum(inverse) for value in inverse]
 
 
-def tell_zero(snapshot: SnapshotFeatures) -> None:
-    """Say once that gradients are zero at a snapshot, which has scores of zero then.
-
-    Args:
-        snapshot: with zero gradients of all training samples, in all layers or in one.
-
-    Example:
-        >>> import torch
-        >>> features = {"features": torch.zeros(1, 1)}
-        >>> snapshot = SnapshotFeatures.of(features, features)
-        >>> tell_zero(snapshot)
-        >>> snapshot.memo["told zero"]
-        True
-    """
-    if not snapshot.memo.get("told zero"):
-        snapshot.memo["told zero"] = True
-        log.warning(
-            "At snapshot %s the gradients of all training samples are zero (of a layer, or of all): every loss is at "
-            "its least there, as hinge losses are. The scores of this part are zero.",
-            snapshot.key,
-        )
-
-
 def compute_precision(features: Tensor) -> Tensor:
     """Give features in the precision that scores are computed in.
 
@@ -303,6 +288,18 @@ class AttributionMethod(ABC):
     def needs_optimizer_state(self) -> bool:
         """Whether :meth:`precondition` wants what the optimizer knew at a snapshot; the callback records it then."""
         return False
+
+    def second_directions(self, curvature: str) -> int:
+        """Count the second directions that the method wants stored of a training sample.
+
+        Args:
+            curvature: how the Gauss-Newton matrix of the training loss is known, see
+                :attr:`lightning_attr.outputs.ModelOutput.curvature`.
+
+        Returns:
+            How many; none by default.
+        """
+        return 0
 
     def precondition(self, projection: Projection, layout: ParameterLayout, state: OptimizerState) -> Projection:
         """Give the projection what the optimizer knew at the snapshot; only where the method needs it.

@@ -186,6 +186,7 @@ class DropoutEnsemble(AttributionMethod):
             memo={},
             model=None,
             layers=projection.layers,
+            directions=0,
         )
 
     def _train(

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from lightning_attr.memory import free_bytes
-from lightning_attr.methods.base import SnapshotFeatures, tell_zero
+from lightning_attr.methods.base import SnapshotFeatures
 from lightning_attr.methods.kernel import triangular_inverse
 from lightning_attr.methods.model import model_of
+from lightning_attr.methods.zero_gradients import tell_zero
 from lightning_attr.projectors import GradientFactors
 
-__all__ = ["DualKernel", "SolvedSamples"]
+__all__ = ["KEPT_ROWS", "DualKernel", "SolvedSamples", "gathered", "newton_roots"]
 
 _MATRICES = 4
 """As large as the kernel, in float64, at one time."""
-_KEPT_ROWS = 2**12
-"""Training samples up to which a kernel is kept for the next targets: 128 MiB a snapshot."""
+KEPT_ROWS = 2**12
+"""Rows up to which a kernel is kept for the next targets: 128 MiB a snapshot."""
 _LEAST_WEIGHT = 1e-8
 """Of the mean weight: what is less counts as that, for its root is divided by."""
 
@@ -41,7 +42,8 @@ class SolvedSamples:
     Args:
         terms: :math:`G (G^\top W G + \lambda I)^{-1} \Psi^\top`, ``(n, m)``.
         leverage: :math:`g_i^\top (G^\top W G + \lambda I)^{-1} g_i`, ``(n,)``.
-        dimension: the effective dimension, :math:`\operatorname{tr} K (K + \lambda I)^{-1}`.
+        dimension: the effective dimension, :math:`\operatorname{tr} K (K + \lambda I)^{-1}`; None where it would cost
+            more than all else.
 
     Example:
         >>> SolvedSamples(torch.zeros(3, 2), torch.zeros(3), 0.0).terms.shape
@@ -50,7 +52,7 @@ class SolvedSamples:
 
     terms: Tensor
     leverage: Tensor
-    dimension: float
+    dimension: float | None
 
 
 class DualKernel:
@@ -85,29 +87,47 @@ class DualKernel:
     def __init__(self, snapshot: SnapshotFeatures, weighted: bool) -> None:
         model = model_of(snapshot)
         n = model.n_train
+        self.weighted = weighted
         self.factors: GradientFactors = model.gradient_factors()
-        needed, free = 8 * _MATRICES * n**2 + model.dtype.itemsize * n * self.factors.dim, free_bytes(model.device)
-        if free is not None and needed > free:
-            raise ValueError(
-                f"Expected memory for the kernel and the gradients of all {n:,} training samples for `exact=True`, "
-                f"about {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free. Leave `exact` out, and raise "
-                "`proj_dim` where there is room."
-            )
+        self._check_memory(n, free_bytes(model.device), model.dtype.itemsize)
         found = list(model.train(self.factors))
         self.own: Sequence[range] = [rows for rows, _ in found]
-        self.columns = {name: _gathered(snapshot, found, name) for name in ("out_to_loss", "newton_weight")}
-        self.features = _gathered(snapshot, found, "features", self.factors.dim)
+        self.columns = {
+            name: gathered(snapshot, [(rows, columns[name]) for rows, columns in found])
+            for name in ("out_to_loss", "newton_weight")
+        }
+        self.features = gathered(snapshot, [(rows, columns["features"]) for rows, columns in found], self.factors.dim)
+        del found
         self.roots = torch.ones(n, dtype=torch.float64, device=model.device)
-        if weighted:
-            weights = self.columns["newton_weight"].double()
-            self.roots = weights.clamp(min=_LEAST_WEIGHT * weights.mean().item()).sqrt()
-        kernel = self.factors.products(self.features, self.features).double()
+        self.rows = self._rows(snapshot)
+        kernel = self.factors.products(self.rows, self.rows).double()
         self.kernel = kernel.mul_(self.roots[:, None]).mul_(self.roots)
         if not self.kernel.sum().isfinite():
             raise ValueError(
                 "Expected a finite kernel, but the inner products of the training samples' gradients hold NaN or "
                 "infinite values. Look for a snapshot of a training that diverged."
             )
+
+    rows_a_sample = 1
+    """Of the kernel."""
+    gradients_a_sample = 1
+    """In memory at one time."""
+
+    def _check_memory(self, n: int, free: int | None, itemsize: int) -> None:
+        gradients = itemsize * n * self.gradients_a_sample * self.factors.dim
+        needed = 8 * _MATRICES * (n * self.rows_a_sample) ** 2 + gradients
+        if free is not None and needed > free:
+            raise ValueError(
+                f"Expected memory for the kernel and the gradients of all {n:,} training samples for `exact=True`, "
+                f"about {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free. Leave `exact` out, and raise "
+                "`proj_dim` where there is room."
+            )
+
+    def _rows(self, snapshot: SnapshotFeatures) -> Tensor:
+        """Gradients of which the kernel has the products; their roots beside them."""
+        if self.weighted:
+            self.roots = newton_roots(self.columns["newton_weight"])
+        return self.features
 
     @classmethod
     def at(cls, snapshot: SnapshotFeatures, weighted: bool) -> DualKernel:
@@ -126,7 +146,7 @@ class DualKernel:
             kept: DualKernel = memo[key]
             return kept
         kernel = cls(snapshot, weighted)
-        if len(kernel.kernel) <= _KEPT_ROWS:
+        if len(kernel.kernel) <= KEPT_ROWS:
             memo[key] = kernel
         return kernel
 
@@ -149,28 +169,68 @@ class DualKernel:
             return SolvedSamples(
                 targets.new_zeros(len(self.kernel), len(targets)), targets.new_zeros(len(self.kernel)), 0
             )
-        damped = self.kernel.clone()
-        damped.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # of the memory that was asked for
-        if failed:
-            raise ValueError(
-                f"The kernel of {len(self.kernel)} training samples is singular: gradients of some are combinations of "
-                "those of others. Raise the damping (0.3 to 3.0 are good values)."
-            )
+        factor = self.factor(ridge)
         products = self.factors.products(self.features, targets).double().mul_(self.roots[:, None])
         terms = torch.cholesky_solve(products, factor).div_(self.roots[:, None])
         left = ridge * triangular_inverse(factor).square_().sum(0)  # of each sample's own part, what the ridge takes
         leverage = (1 - left) / self.roots.square()
         return SolvedSamples(terms.to(targets), leverage.to(targets), (1 - left).sum().item())
 
+    def factor(self, ridge: float) -> Tensor:
+        """Factor the damped kernel.
 
-def _gathered(
-    snapshot: SnapshotFeatures, found: Sequence[tuple[range, dict[str, Tensor]]], name: str, *width: int
-) -> Tensor:
-    """Bring the rows of all processes together; one may have none."""
+        Args:
+            ridge: what is added to the diagonal.
+
+        Returns:
+            Lower triangular, float64.
+
+        Raises:
+            ValueError: if the kernel is singular.
+        """
+        damped = self.kernel.clone()
+        damped.diagonal().add_(ridge)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # of the memory that was asked for
+        if failed:
+            raise ValueError(
+                f"The kernel of {len(self.features)} training samples is singular: gradients of some are combinations "
+                "of those of others. Raise the damping (0.3 to 3.0 are good values)."
+            )
+        return factor
+
+
+def newton_roots(weights: Tensor) -> Tensor:
+    """Take the roots of Newton weights, none of them so small that it cannot be divided by.
+
+    Args:
+        weights: ``(n,)``.
+
+    Returns:
+        ``(n,)``, float64.
+
+    Example:
+        >>> newton_roots(torch.tensor([4.0, 9.0]))
+        tensor([2., 3.], dtype=torch.float64)
+    """
+    weights = weights.double()
+    return weights.clamp(min=_LEAST_WEIGHT * weights.mean().item()).sqrt()
+
+
+def gathered(snapshot: SnapshotFeatures, found: Sequence[tuple[range, Tensor]], *width: int) -> Tensor:
+    """Bring the rows of all processes together; one may have none.
+
+    Args:
+        snapshot: with its model.
+        found: rows of this process, and their values ``(b, *width)``.
+        width: of a row.
+
+    Returns:
+        ``(n, *width)``.
+    """
     model = model_of(snapshot)
     whole = torch.zeros(model.n_train, *width, dtype=model.dtype, device=model.device)
-    for rows, columns in found:
-        whole[rows.start : rows.stop] = columns[name]
+    for rows, values in found:
+        whole[rows.start : rows.stop] = values
     return snapshot.reduce(whole)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_flag
 from lightning_attr.layout import ParameterLayout
-from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision, tell_zero
+from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision
 from lightning_attr.methods.damping import DampedMethod, check_damping
 from lightning_attr.methods.sampling import RowSample, leverage_error, leverage_sketch, sampled_rows
 from lightning_attr.methods.subset_truth import SubsetTruth
+from lightning_attr.methods.zero_gradients import tell_zero
 from lightning_attr.projectors import Projection, Projector
 
 __all__ = ["KernelMethod", "SolvedKernel", "squared_norms", "triangular_inverse"]
@@ -193,9 +194,24 @@ class KernelMethod(DampedMethod):
         snapshot.evidence["effective_dimension"] = dimension
         return SolvedKernel(solved, inverses, snapshot.memo.setdefault(f"leverages at {damping}", {}))
 
+    def beside(self, snapshot: SnapshotFeatures, columns: Mapping[str, Tensor]) -> Tensor | None:
+        """Give more rows of the kernel, beside those of the features.
+
+        Args:
+            snapshot: whose they are.
+            columns: of some training samples.
+
+        Returns:
+            ``(rows, k)``; None for no more. Of a snapshot whose ``curvature`` is "whole", they are all.
+        """
+        return None
+
     def _sampled(self, snapshot: SnapshotFeatures, damping: float) -> int | None:
         """How many rows the kernel is added up from; None for all."""
-        if not self.sampling or self.truth is not None:  # one kernel serves all dampings that the truth chooses from
+        whole = snapshot.directions and snapshot.curvature == "whole"  # second directions, of a share of the samples
+        if (
+            whole or not self.sampling or self.truth is not None
+        ):  # one kernel serves all dampings that the truth chooses from
             return None
         rows = sampled_rows(snapshot.n_train, snapshot.targets["features"].shape[1], damping)
         if rows is not None:
@@ -238,6 +254,13 @@ class KernelMethod(DampedMethod):
             sizes = (_sizes(self._weighted(block, targets)) for _, block in snapshot.blocks())
             sample = RowSample.of(sizes, sampled, snapshot)
         for rows, block in snapshot.blocks():
+            more = self.beside(snapshot, block)
+            if more is not None:
+                for own, part in zip(columns, parts, strict=True):
+                    _add_upper(part, more.to(targets)[:, own])
+                pending += len(more)
+                if snapshot.curvature == "whole":
+                    continue
             features = self._weighted(block, targets)
             if sample is not None:
                 factors = sample.factors(rows, _sizes(features))

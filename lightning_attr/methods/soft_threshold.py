@@ -122,6 +122,17 @@ class SoftThreshold(AttributionMethod):
         self.keep = keep
         self.truth = truth
 
+    def second_directions(self, curvature: str) -> int:
+        """Ask the method; see :meth:`AttributionMethod.second_directions`.
+
+        Args:
+            curvature: as there.
+
+        Returns:
+            How many.
+        """
+        return self.method.second_directions(curvature)
+
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Draw the projection of the method; see :meth:`AttributionMethod.bind`.
 

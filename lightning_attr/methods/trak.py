@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_flag
+from lightning_attr.arguments import check_choice, check_flag, check_int
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
 from lightning_attr.methods.choice import MOST_FEATURES, FeatureChoice, choose_features
 from lightning_attr.methods.dual import DualKernel
+from lightning_attr.methods.dual_gauss_newton import GaussNewtonKernel
 from lightning_attr.methods.kernel import KernelMethod
 from lightning_attr.methods.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projector
@@ -38,6 +39,17 @@ class TRAK(KernelMethod):
         S = \Big[\tfrac1T \sum_t q_t\Big] \odot \Big[\tfrac1T \sum_t \Phi_t (\Phi_t^\top \Phi_t + \lambda_t I)^{-1}
         \Psi_t^\top\Big].
 
+    The Gauss-Newton matrix of a softmax has more to it than :math:`\Phi^\top W \Phi`: the spread of the other classes,
+    which vanishes no sooner than :math:`W`. With ``kernel="ggn"`` the kernel is
+
+    .. math::
+        \Phi_t^\top W_t \Phi_t + \Gamma_t^\top \Gamma_t + \lambda_t I
+
+    with projected random second directions :math:`\Gamma` whose outer products have that in expectation (see
+    :meth:`lightning_attr.outputs.ModelOutput.second_direction`), or are all of it, as for language models; then
+    :math:`\Phi_t^\top W_t \Phi_t` is left out. They are stored for so many samples as the kernel needs, and cost a pass
+    more of each of these.
+
     Stores of several runs joined by :meth:`lightning_attr.FeatureStore.merge` are one larger ensemble. The runs may be
     of adapters on one frozen base, which are cheap to train again (a LoRA ensemble, Deng et al., 2024): gradients are
     of what is trained. Leave the untrained adapter out, whose features are half empty as long as its ``B`` is zero.
@@ -45,6 +57,7 @@ class TRAK(KernelMethod):
     With ``exact=True`` nothing is projected and nothing stored: the module runs at each snapshot, and in place of the
     kernel of features there is that of training samples, see :class:`lightning_attr.methods.dual.DualKernel`. It takes
     some ``32 n ** 2`` bytes of memory for ``n`` training samples, and their gradients; what a projection adds is noise.
+    The kernel with second directions has ``1 + directions`` rows a sample, and takes ``32 ((1 + directions) n) ** 2``.
 
     Args:
         proj_dim: projection dimension of the default projector; by default 256 to 2,048 by the sizes of model and data,
@@ -66,13 +79,18 @@ class TRAK(KernelMethod):
             snapshots, with their large ``q``, have more. Without Newton weights it is the plain mean in any case.
         exact: whole gradients in place of projected ones. The damping is then a multiple of what the mean diagonal
             entry would be with ``proj_dim`` features (2,048 by default), the trace of the kernel over ``proj_dim``.
+        kernel: "ggn" for the whole Gauss-Newton matrix; "margin" for one row a sample, weighed by its Newton weight;
+            "auto" for the former where model output and stored features have it, and without ``loo_correction``. The
+            result's provenance says which it was.
+        directions: random second directions a sample, of new features; a pass each.
         sampling: where training samples are many times the features, add the kernel up over some of them, drawn by
             their part in it, and sketch leverages, with them self-influence: the relative errors are in the evidence of
             the result, see :mod:`lightning_attr.methods.sampling`. Not with ``loo_correction``, nor where a ``truth``
             chooses the damping.
 
     Raises:
-        ValueError: if the damping is negative, or does not go with the truth, or ``exact`` not with another argument.
+        ValueError: if the damping is negative, or does not go with the truth, or ``exact`` or ``kernel`` does not go
+            with another argument.
 
     Example:
         >>> import torch
@@ -96,6 +114,8 @@ class TRAK(KernelMethod):
         balanced: bool = True,
         exact: bool = False,
         sampling: bool = True,
+        kernel: str = "auto",
+        directions: int = 1,
     ) -> None:
         if check_flag(self, "exact", exact) and (projector is not None or per_layer):
             raise ValueError(
@@ -113,6 +133,35 @@ class TRAK(KernelMethod):
         self.balanced = check_flag(self, "balanced", balanced)
         self.loo_correction = check_flag(self, "loo_correction", loo_correction)
         self.sampling = check_flag(self, "sampling", sampling) and not loo_correction
+        check_choice(self, "kernel", kernel, ("auto", "ggn", "margin"))
+        self.kernel = kernel
+        self.directions = check_int(self, "directions", directions, minimum=1)
+        if kernel == "ggn" and (loo_correction or not newton_weights):
+            raise ValueError(
+                'Expected argument `kernel` of TRAK not to be "ggn" with `newton_weights=False`, which leaves the '
+                "curvature out, or with `loo_correction=True`, which is exact for one row a sample."
+            )
+
+    def wants_directions(self, curvature: str) -> bool:
+        """Say whether the kernel has second directions of an output.
+
+        Args:
+            curvature: how its Gauss-Newton matrix is known, see :attr:`lightning_attr.outputs.ModelOutput.curvature`.
+
+        Returns:
+            True if it has.
+
+        Raises:
+            ValueError: if they are asked for, but not known.
+        """
+        if self.kernel == "ggn" and curvature == "unknown":
+            raise ValueError(
+                'Expected a model output with a second direction for `kernel="ggn"`, but that of this module has none, '
+                "as a loss without the mixin, NegativeLoss, and an output of your own that does not override "
+                '`second_direction`. Use `kernel="auto"`, or "margin".'
+            )
+        one_row = self.kernel == "margin" or not self.newton_weights or self.loo_correction
+        return not one_row and curvature in {"rest", "whole"}
 
     def settled(self, n_train: int, numel: int) -> TRAK:
         """Choose how many features there are, where nobody said; see :func:`lightning_attr.methods.choice.settled`.
@@ -148,6 +197,32 @@ class TRAK(KernelMethod):
         """
         return columns["newton_weight"] if self.newton_weights else None
 
+    def second_directions(self, curvature: str) -> int:
+        """Store :attr:`directions` where the kernel has them; see :meth:`AttributionMethod.second_directions`.
+
+        Args:
+            curvature: as there.
+
+        Returns:
+            How many.
+        """
+        return self.directions if self.wants_directions(curvature) and not self.exact else 0
+
+    def beside(self, snapshot: SnapshotFeatures, columns: Mapping[str, Tensor]) -> Tensor | None:
+        """Give the second directions, where the kernel has them; see :meth:`KernelMethod.beside`.
+
+        Args:
+            snapshot: as there.
+            columns: as there.
+
+        Returns:
+            Features, or None.
+        """
+        if not snapshot.directions or not self.wants_directions(snapshot.curvature):
+            return None
+        rows = columns["second_features"].flatten(0, 1)
+        return rows[rows.any(1)]
+
     def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
         """Average over the snapshots; see :meth:`AttributionMethod.score`.
 
@@ -166,6 +241,8 @@ class TRAK(KernelMethod):
         if self.exact:
             yield from self._exact(snapshots, plain)
             return
+        for snapshot in snapshots:
+            self._say_kernel(snapshot, snapshot.directions)
         kernels = [self.solve(snapshot) for snapshot in snapshots]
         weights = [1 / len(kernels)] * len(kernels) if plain else self.balanced_weights(snapshots, kernels)
         for rows, train in in_step(snapshots):
@@ -191,10 +268,11 @@ class TRAK(KernelMethod):
         scores = self_influence = push = torch.zeros(())
         total = 0.0
         for snapshot in snapshots:
-            kernel = DualKernel.at(snapshot, self.newton_weights)
+            kernel = self._dual(snapshot)
             ridge = self.damping_at(snapshot) * kernel.kernel.diagonal().sum().item() / self.proj_dim
             solved = kernel.solve(snapshot, ridge)
-            snapshot.evidence["effective_dimension"] = solved.dimension
+            if solved.dimension is not None:
+                snapshot.evidence["effective_dimension"] = solved.dimension
             terms, leverage, q = solved.terms, solved.leverage, kernel.columns["out_to_loss"]
             if self.loo_correction:
                 left = self._left(leverage, kernel.columns, range(len(leverage)))
@@ -212,6 +290,25 @@ class TRAK(KernelMethod):
         for rows in kernel.own:
             own = slice(rows.start, rows.stop)
             yield ScoreBlock(rows, scores[own] / total, self_influence[own] / total)
+
+    def _say_kernel(self, snapshot: SnapshotFeatures, directions: int) -> None:
+        """Note which kernel there is; refuse features that lack what was asked for."""
+        wanted = self.wants_directions(snapshot.curvature)
+        if wanted and not directions and self.kernel == "ggn":
+            raise ValueError(
+                f'Expected features with second directions for `kernel="ggn"`, but those of snapshot {snapshot.key!r} '
+                'were stored without, by another method or an earlier version. Use `kernel="auto"`, which scores them '
+                "by the kernel that they have, or fit with another directory."
+            )
+        if self.newton_weights:
+            whole = snapshot.curvature == "newton" or (wanted and directions)
+            snapshot.evidence["kernel"] = "ggn" if whole else "margin"
+
+    def _dual(self, snapshot: SnapshotFeatures) -> DualKernel:
+        self._say_kernel(snapshot, self.directions)
+        if not self.wants_directions(snapshot.curvature):
+            return DualKernel.at(snapshot, self.newton_weights)
+        return GaussNewtonKernel.kept(snapshot, self.directions, snapshot.curvature == "whole")
 
     def _left(self, leverage: Tensor, columns: Mapping[str, Tensor], rows: range) -> Tensor:
         """Share of its own fit that a sample leaves to the others, ``(b,)``."""

@@ -3,6 +3,7 @@
 from lightning_attr.outputs.base import ModelOutput
 from lightning_attr.outputs.contrastive import ContrastiveMargin
 from lightning_attr.outputs.diffusion import DenoisingLoss, SquaredPrediction
+from lightning_attr.outputs.directions import SampleDraws, along, curvature_of, softmax_direction
 from lightning_attr.outputs.language_model import LanguageModel
 from lightning_attr.outputs.margins import BinaryMargin, MulticlassMargin
 from lightning_attr.outputs.negative_loss import NegativeLoss
@@ -19,5 +20,9 @@ __all__ = [
     "NegativeLoss",
     "PixelMargin",
     "Regression",
+    "SampleDraws",
     "SquaredPrediction",
+    "along",
+    "curvature_of",
+    "softmax_direction",
 ]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from lightning_attr.outputs.directions import SampleDraws
+
 __all__ = ["ModelOutput", "at_least_float32", "bad_labels", "describe", "one_column"]
 
 
@@ -98,6 +100,47 @@ class ModelOutput(ABC):
             Non-negative float tensor of shape ``(b,)``.
         """
         return torch.ones_like(self.out_to_loss(outputs, targets))
+
+    @property
+    def curvature(self) -> str:
+        r"""How the Gauss-Newton matrix :math:`G = J^\top \nabla^2 \ell\, J` of a sample's loss is known.
+
+        ==========  ================================================================================================
+        "newton"    :math:`w \nabla f \nabla f^\top` is all of it: one output, as of a binary classifier
+        "rest"      :math:`w \nabla f \nabla f^\top + E[g g^\top]`, with the gradient :math:`g` of
+                    :meth:`second_direction`
+        "whole"     :math:`E[g g^\top]`
+        "unknown"   not at all; by default, of a class without a second direction
+        ==========  ================================================================================================
+
+        Example:
+            >>> from lightning_attr.outputs import BinaryMargin, MulticlassMargin
+            >>> BinaryMargin().curvature, MulticlassMargin().curvature
+            ('newton', 'rest')
+        """
+        return "unknown" if type(self).second_direction is ModelOutput.second_direction else "whole"
+
+    def second_direction(self, outputs: Any, targets: Any, draws: SampleDraws) -> Tensor:
+        r"""Draw a scalar whose gradient :math:`g` has the second moments that :attr:`curvature` says.
+
+        Its value means nothing. :func:`lightning_attr.outputs.softmax_direction` draws what a softmax needs.
+
+        Args:
+            outputs: as in :meth:`output`; the gradient is taken through them.
+            targets: as in :meth:`output`.
+            draws: random numbers of each sample.
+
+        Returns:
+            Float, of shape ``(b,)``.
+
+        Raises:
+            NotImplementedError: unless a subclass has one.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name} has no second direction, from which the Gauss-Newton matrix of its loss is made. Use "
+            f'`kernel="margin"`, or override `{name}.second_direction`.'
+        )
 
     def values(self, outputs: Any, targets: Any, output: Tensor) -> dict[str, Tensor]:
         """Compute all that the store keeps beside the output; an output of its own may do it at once.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_attr.arguments import check_flag
 from lightning_attr.outputs.base import ModelOutput, at_least_float32
+from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
 
 __all__ = ["ContrastiveMargin"]
 
@@ -94,6 +95,21 @@ class ContrastiveMargin(ModelOutput):
         """Half the mean of ``p (1 - p)``, or a quarter, as if both margins moved together, ``(b,)``."""
         missing = (-self.margins(outputs)).sigmoid()
         return self._scale * 0.5 * (missing * (1 - missing)).mean(1)
+
+    def second_direction(self, outputs: Tensor, targets: Any, draws: SampleDraws) -> Tensor:
+        r"""Draw :math:`v_1 \cdot S_1 + v_2 \cdot S_2` of both directions' softmax, times the root of the loss's factor.
+
+        Args:
+            outputs: as for :meth:`margins`.
+            targets: not used.
+            draws: signs or labels of each sample.
+
+        Returns:
+            ``(b,)``.
+        """
+        self.margins(outputs)  # checked
+        logits = at_least_float32(outputs)
+        return along(logits, self._scale**0.5 * softmax_direction(logits, draws))
 
     @property
     def _scale(self) -> float:

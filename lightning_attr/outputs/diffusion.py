@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.outputs.base import ModelOutput, at_least_float32
+from lightning_attr.outputs.directions import SampleDraws, along
 
 __all__ = ["DenoisingLoss", "SquaredPrediction"]
 
@@ -51,6 +52,21 @@ class DenoisingLoss(ModelOutput):
     def out_to_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """One for every sample, ``(b,)``; arguments as in :meth:`loss`."""
         return torch.ones_like(self.loss(outputs, targets))
+
+    def second_direction(self, outputs: Tensor, targets: Tensor, draws: SampleDraws) -> Tensor:
+        r"""Draw :math:`\sqrt{2/D}\; \xi \cdot v_\theta` with random signs: :math:`E[g g^\top] = \frac2D J^\top J`.
+
+        Args:
+            outputs: as in :meth:`loss`.
+            targets: as in :meth:`loss`.
+            draws: signs of each sample.
+
+        Returns:
+            ``(b,)``.
+        """
+        prediction = at_least_float32(outputs).flatten(1)
+        size = prediction.shape[1]
+        return along(prediction, (2 / size) ** 0.5 * draws.signs(size))
 
 
 class SquaredPrediction(ModelOutput):

@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Distribution
 from lightning_attr.arguments import check_choice, check_flag, check_int
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
+from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
 
 __all__ = ["Kind", "LanguageModel"]
 
@@ -129,6 +130,28 @@ class LanguageModel(ModelOutput):
         """Drawn labels where there are observed ones, ``(b, L)``; arguments as in the base class."""
         return drawn.where(targets != self.ignore_index, targets)
 
+    def second_direction(self, outputs: Any, targets: Tensor, draws: SampleDraws) -> Tensor:
+        r"""Draw :math:`\sum_t v_t \cdot s_t` with :math:`E[v_t v_t^\top] = \operatorname{diag} p_t - p_t p_t^\top`.
+
+        The directions of the labelled tokens are independent, so that :math:`E[g g^\top]` is the sum of the tokens'
+        Gauss-Newton matrices; for the mean of their losses it is over the number of tokens.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+            draws: signs or labels of each sample.
+
+        Returns:
+            ``(b,)``.
+        """
+        logits, labels = self._places(outputs, targets)
+        labelled = labels != self.ignore_index
+        logits = at_least_float32(logits)
+        directions = softmax_direction(logits, draws) * labelled[..., None]
+        if self.kind in {"mean_loss", "margin_of_mean"}:
+            directions = directions / labelled.sum(1).sqrt()[:, None, None]
+        return along(logits, directions)
+
     def _derived(self, outputs: Any, targets: Tensor, output: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, ``q`` and Newton weight; from the output alone, unless it is a sum of margins."""
         if self.kind == "sum_of_margins":
@@ -147,6 +170,17 @@ class LanguageModel(ModelOutput):
 
     def _tokens(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability or margin of each token, ``(b, s)``, and which of them are labelled."""
+        logits, labels = self._places(outputs, targets)
+        labelled = labels != self.ignore_index
+        index = labels.masked_fill(~labelled, 0).long().unsqueeze(2)
+        logits = at_least_float32(logits)
+        if self.kind.endswith("loss"):
+            return logits.log_softmax(2).gather(2, index).squeeze(2), labelled
+        right = logits.gather(2, index).squeeze(2)
+        return right - logits.scatter(2, index, float("-inf")).logsumexp(2), labelled
+
+    def _places(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``(b, s, V)`` and labels ``(b, s)`` of the positions that count."""
         logits, labels = _checked(outputs, targets, self.shift)
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -156,13 +190,8 @@ class LanguageModel(ModelOutput):
             place = torch.arange(1, labels.shape[1] + 1, device=labels.device)
             last = (labelled * place).argmax(1, keepdim=True)
             logits = logits.gather(1, last.unsqueeze(2).expand(-1, -1, logits.shape[2]))
-            labels, labelled = labels.gather(1, last), labelled.gather(1, last)
-        index = labels.masked_fill(~labelled, 0).long().unsqueeze(2)
-        logits = at_least_float32(logits)
-        if self.kind.endswith("loss"):
-            return logits.log_softmax(2).gather(2, index).squeeze(2), labelled
-        right = logits.gather(2, index).squeeze(2)
-        return right - logits.scatter(2, index, float("-inf")).logsumexp(2), labelled
+            labels = labels.gather(1, last)
+        return logits, labels
 
 
 _DERIVED = ("loss", "out_to_loss", "newton_weight")

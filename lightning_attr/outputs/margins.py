@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution
 from lightning_attr.arguments import check_float
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, one_column
+from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
 
 __all__ = ["BinaryMargin", "MulticlassMargin"]
 
@@ -94,6 +95,32 @@ class MulticlassMargin(_Margin):
         _check_class_logits(outputs, targets)
         return Categorical(logits=outputs.double() / self.temperature)
 
+    @property
+    def curvature(self) -> str:
+        """The margin's own direction, and the spread of the other classes."""
+        return "rest"
+
+    def second_direction(self, outputs: Tensor, targets: Tensor, draws: SampleDraws) -> Tensor:
+        r"""Draw :math:`\sqrt q\, v \cdot s` with :math:`v = \sum_{c \neq y} \sqrt{r_c}\, \xi_c (e_c - r)`.
+
+        The Hessian of the cross-entropy is :math:`w u u^\top + q (\operatorname{diag} r - r r^\top)`, where :math:`u =
+        e_y - r` is the direction of the margin, :math:`r` the softmax over the other classes, :math:`q = 1 - p_y` and
+        :math:`w = q (1 - q)`; :math:`q\, E[v v^\top]` is its second term. With :math:`a_c = \sqrt{r_c}\, x \cdot (e_c -
+        r)`, the product :math:`x^\top v v^\top x` has the variance :math:`2 [(\sum a_c^2)^2 - \sum a_c^4]`.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+            draws: signs of each sample.
+
+        Returns:
+            ``(b,)``; of two classes, no direction is left.
+        """
+        margin = self.output(outputs, targets)
+        logits = at_least_float32(outputs) / self.temperature
+        others = logits.scatter(1, targets.long().unsqueeze(1), float("-inf"))
+        return along(logits, torch.sigmoid(-margin).sqrt()[:, None] * softmax_direction(others, draws))
+
 
 class BinaryMargin(_Margin):
     r"""Signed logit of a binary classifier with one output: :math:`f = (2y - 1) s`, :math:`\ell = \log(1 + e^{-f})`.
@@ -123,6 +150,11 @@ class BinaryMargin(_Margin):
         logits, labels = one_column("BinaryMargin", outputs), one_column("BinaryMargin", targets)
         _check_binary(labels)
         return (2 * labels.to(logits.dtype) - 1) * logits
+
+    @property
+    def curvature(self) -> str:
+        """One logit: its Newton weight is all."""
+        return "newton"
 
     def distribution(self, outputs: Tensor, targets: Tensor) -> Distribution:
         """The sigmoid; arguments as in :meth:`output`."""

@@ -57,6 +57,11 @@ class Regression(ModelOutput):
         """``1 / variance`` for every sample, ``(b,)``; arguments as in :meth:`output`."""
         return torch.full_like(self.output(outputs, targets), 1 / self.variance)
 
+    @property
+    def curvature(self) -> str:
+        """One output: its Newton weight is all."""
+        return "newton"
+
     def distribution(self, outputs: Tensor, targets: Tensor) -> Distribution:
         """A normal distribution of the variance around the prediction; arguments as in :meth:`output`."""
         return Normal(self.output(outputs, targets).double().reshape(targets.shape), self.variance**0.5)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_attr.arguments import check_int
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
+from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
 
 __all__ = ["PixelMargin"]
 
@@ -72,6 +73,26 @@ class PixelMargin(ModelOutput):
         margins, labelled = self._margins(outputs, targets)
         missing = (-margins).sigmoid()
         return _mean(missing * (1 - missing), labelled)
+
+    def second_direction(self, outputs: Tensor, targets: Tensor, draws: SampleDraws) -> Tensor:
+        r"""Draw :math:`|\Omega|^{-1/2} \sum_x v_x \cdot s_x`, whose :math:`E[g g^\top]` is the mean over the pixels.
+
+        Args:
+            outputs: as in :meth:`output`.
+            targets: as in :meth:`output`.
+            draws: signs or labels of each sample.
+
+        Returns:
+            ``(b,)``.
+        """
+        _, labelled = self._margins(outputs, targets)
+        logits = at_least_float32(outputs).flatten(2).transpose(1, 2)  # (b, pixels, c)
+        if logits.shape[2] == 1:  # of two classes, one of which has the logit 0
+            p = logits.detach().sigmoid()
+            directions = (p * (1 - p)).sqrt() * draws.signs(*logits.shape[1:]).to(p)
+        else:
+            directions = softmax_direction(logits, draws)
+        return along(logits, directions * (labelled / labelled.sum(1, keepdim=True).sqrt())[..., None])
 
     def _margins(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Margin of each pixel, ``(b, pixels)``, and which of them are labelled."""

@@ -142,7 +142,7 @@ def test_many_targets_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch)
     handle.remove()
     torch.testing.assert_close(scores.values, expected.to(scores.values.dtype), rtol=1e-5, atol=1e-5)
     assert len(runs) == 2 * (4 + 2)  # a mask: batches of training samples, and of targets
-    assert [set(member) for member in snapshot.evidence["members"]] == [{"effective_dimension"}] * 2
+    assert [set(member) for member in snapshot.evidence["members"]] == [{"effective_dimension", "kernel"}] * 2
 
 
 def test_a_damping_is_chosen_for_the_ensemble() -> None:

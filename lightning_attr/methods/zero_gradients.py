@@ -1,0 +1,34 @@
+"""What is said of snapshots without gradients."""
+
+from __future__ import annotations
+
+import logging
+
+from lightning_attr.methods.base import SnapshotFeatures
+
+__all__ = ["tell_zero"]
+
+log = logging.getLogger(__name__)
+
+
+def tell_zero(snapshot: SnapshotFeatures) -> None:
+    """Say once that gradients are zero at a snapshot, which has scores of zero then.
+
+    Args:
+        snapshot: with zero gradients of all training samples, in all layers or in one.
+
+    Example:
+        >>> import torch
+        >>> features = {"features": torch.zeros(1, 1)}
+        >>> snapshot = SnapshotFeatures.of(features, features)
+        >>> tell_zero(snapshot)
+        >>> snapshot.memo["told zero"]
+        True
+    """
+    if not snapshot.memo.get("told zero"):
+        snapshot.memo["told zero"] = True
+        log.warning(
+            "At snapshot %s the gradients of all training samples are zero (of a layer, or of all): every loss is at "
+            "its least there, as hinge losses are. The scores of this part are zero.",
+            snapshot.key,
+        )
