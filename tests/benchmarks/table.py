@@ -227,9 +227,7 @@ def measure(setting: Setting, wanted: str, cache: Path) -> list[dict[str, Any]]:
         rows.append({
             "what": name,
             **{key: float(value) for key, value in zip(("lds", "low", "high", "ceiling"), lds, strict=False)},
-            "auroc": float(
-                noisy_label_auroc(as_matrix(attribute(setting, noisy)).values.diagonal().contiguous(), mask)
-            ),
+            "auroc": float(noisy_label_auroc(own, mask)),
             "removal": 100 * float(curve.area),
             "removal_error": 100 * float(curve.area_error),
             "flipped": flip_rate(setting, data, sets, targets),
