@@ -109,7 +109,7 @@ def resolve(
     mode: str | None,
     pilots: int | Pilots | None,
 ) -> AttributionRequest:
-    """Check the arguments of :func:`lightning_attr.trainer.attribute`, and look up those that were left out."""
+    """Check the arguments of :func:`lightning_attr.attribute`, and look up those that were left out."""
     check_attribute_arguments(trainer, datamodule, model, method, memory_budget, target_function)
     module = model if model is not None else trainer.lightning_module
     if module is None:
