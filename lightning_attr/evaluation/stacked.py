@@ -136,7 +136,7 @@ class Stack:
                 for own, recorded in zip(optimizer.param_groups, options, strict=True):
                     own.update(recorded)
                 optimizer.zero_grad()
-                self._losses(state, step % self.batches_an_epoch, chosen).sum().backward()
+                self._losses(state, step % self.batches_per_epoch, chosen).sum().backward()
                 optimizer.step()
                 beat()
                 if check:
@@ -150,7 +150,7 @@ class Stack:
         return state, outputs
 
     @property
-    def batches_an_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
         """How many batches the Trainer takes of its loader."""
         return int(self.trainer.num_training_batches)
 
@@ -189,7 +189,7 @@ class Stack:
         for retraining, kept in group:
             loader = _loader_of_rows(self.pilot.fitted.train.loader, kept)
             restores = seed_training(loader, retraining)
-            found.append(list(islice(_forever(loader, self.batches_an_epoch), steps)))
+            found.append(list(islice(_forever(loader, self.batches_per_epoch), steps)))
             for restore in restores:
                 restore()
         columns = list(zip(*found, strict=True))

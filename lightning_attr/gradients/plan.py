@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def plan_gradients(
     first = reference(trainable)
     if not all(math.isfinite(norm) for norm in first.norms.values()):
         _raise_not_finite(first.rows, loop_gradients(functional_output, trainable, batch, batch_size))
-    covered, direct, outer, cause = _tried(module, forward, trainable, batch, batch_size, first, reference)
+    attempt = partial(_covered, module, forward, trainable, batch, batch_size, first, reference)
+    covered, direct, outer, cause = _tried(attempt, first.inner)
     first.rows.clear()
     fallback = {name: p for name, p in trainable.items() if name not in covered}
     vectorised = True
@@ -255,19 +257,13 @@ def _raise_not_finite(reference: Mapping[str, Tensor], loop: Mapping[str, Tensor
 
 
 def _tried(
-    module: nn.Module,
-    forward: Callable[[Any], Tensor],
-    trainable: Mapping[str, Tensor],
-    batch: Any,
-    batch_size: int,
-    first: _Reference,
-    reference: Callable[[Collection[str]], _Reference],
+    attempt: Callable[[], tuple[set[str], set[str], set[str]]], inner: bool
 ) -> tuple[set[str], set[str], set[str], str | None]:
     """Try the pass of the hooks; where it cannot be, nothing is covered, and the last result is the cause."""
-    if first.inner:  # hooks cut the graph that it differentiates, and see its gradients as if they were ours
+    if inner:  # hooks cut the graph that it differentiates, and see its gradients as if they were ours
         return set(), set(), set(), "the module differentiates inside its forward pass, which hooks would disturb"
     try:
-        return (*_covered(module, forward, trainable, batch, batch_size, first, reference), None)
+        return (*attempt(), None)
     except AttributionError:
         raise
     except Exception as error:
