@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from cases import QUIET, BlobClassifier, blobs, loader_of, quiet_trainer
-from lightning_attr import AttributionMixin
+from lightning_attr import AttributionMixin, FeatureStore
+from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.command_line import main
-from lightning_attr.methods import GradDot
+from lightning_attr.methods import TRAK, GradDot
 
 
 class LibraryModule(L.LightningModule):
@@ -151,3 +152,26 @@ def code(repository: Path, guide: str) -> list[str]:
     """The blocks of a guide that are Python."""
     text = (repository / "examples" / "guides" / f"{guide}.md").read_text("utf-8")
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_pilots(repository: Path, tmp_path: Path) -> None:
+    text = (repository / "examples" / "guides" / "pilots.md").read_text()
+    short, own = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+    class LitClassifier(BlobClassifier):
+        def __init__(self, width: int = 64) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.network = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
+
+    trainer = quiet_trainer(
+        max_epochs=2, gradient_clip_val=1.0, callbacks=[AttributionCallback(tmp_path, TRAK(16), log=False)]
+    )
+    trainer.fit(LitClassifier(), datamodule=Blobs())
+    names: dict[str, Any] = {"trainer": trainer, "datamodule": Blobs(), "LitClassifier": LitClassifier}
+    names["Trainer"] = lambda **settings: L.Trainer(**{**QUIET, **settings})
+    exec(short, names)
+    assert len(names["result"].scores.provenance["parts"]) == 3
+    FeatureStore.open(tmp_path).set_aside(["pilot=0000", "pilot=0001"])
+    exec(own, names)
+    assert len(names["result"].scores.provenance["parts"]) == 3
