@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 
+from lightning_attr.batch import dense_parts
 from lightning_attr.contents import Contents
 from lightning_attr.errors import AttributionError
 from lightning_attr.generators import generator_state, restore_generator
@@ -188,8 +189,9 @@ class _Tensors:
         self.versions, self.addresses = self._stamps()
         for n, tensor in enumerate(self.tensors):
             own = n in self._places or tensor.is_inference() or tensor.is_sparse
-            if own and not isinstance(tensor, nn.Parameter) and tensor.nbytes <= room and not _overlaps(tensor):
-                room -= tensor.nbytes
+            size = sum(part.nbytes for part in dense_parts(tensor)) if own else 0
+            if own and not isinstance(tensor, nn.Parameter) and size <= room and not _overlaps(tensor):
+                room -= size
                 self._copies[n] = (self._stamp(n), copied(tensor))
 
     def _stamps(self) -> tuple[list[int], list[int]]:
