@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from text_cases import FALLBACK
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -320,10 +321,7 @@ def test_only_adapters_have_features() -> None:
 
 def test_no_parameter_needs_a_fallback(case: Case) -> None:
     module, batch = case.module(), _to(case.batch(), torch.float64)
-    fallback = _plan(module, batch).fallback
-    if int(transformers.__version__.split(".")[0]) < 5:  # the decoder of its T5 adds distances and mask in another way
-        fallback = tuple(name for name in fallback if not name.endswith("relative_attention_bias.weight"))
-    assert fallback == ()
+    assert all(name.endswith(FALLBACK) for name in _plan(module, batch).fallback)
 
 
 @pytest.mark.parametrize("make", ["Llama", "Mistral", "Phi3", "Qwen2", "Qwen3"])
