@@ -13,6 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lightning_attr.arguments import check_int, check_numbers
+
 __all__ = ["HighlightedText", "TextHighlights"]
 
 STEPS = 4  # strengths of colour; with more, neighbours look the same
@@ -50,6 +52,7 @@ class HighlightedText:
     score: float | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self, "contributions", self.contributions, "one number for each token")
         if len(self.tokens) != len(self.contributions):
             raise ValueError(
                 f"Expected argument `contributions` to have one number for each of the {len(self.tokens)} tokens, but "
@@ -116,7 +119,7 @@ class TextHighlights:
     width: int = 100
 
     def __post_init__(self) -> None:
-        if self.width < 20:
+        if check_int(self, "width", self.width) < 20:
             raise ValueError(f"Expected argument `width` to be at least 20 columns, but got {self.width}.")
 
     def render(self, color: bool) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_choice, check_flag, check_float, check_path
+from lightning_attr.arguments import check_choice, check_flag, check_float, check_instance, check_int, check_path
 from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.files import read_tensors, write_bytes, write_tensors
 from lightning_attr.frames import data_frame
@@ -358,12 +358,16 @@ class AttributionResult:
         for index, samples in self._extremes(targets, k):
             shown = [(score, self._label(i), train_texts[i]) for i, score in samples]
             rows.append((f"#{index}", target_texts[index], shown))
-        return text_table(rows, width)
+        return text_table(rows, check_int("proponent_texts", "width", width))
 
     def _extremes(self, targets: Sequence[int], k: int) -> Iterator[tuple[int, list[tuple[int, float]]]]:
         """Index of each target, with index and score of its top proponents, then opponents, the strongest last."""
+        check_instance(None, "targets", targets, (Sequence, Tensor), "a list of numbers of targets")
+        last = self.scores.shape[1] - 1
+        listed = targets.tolist() if isinstance(targets, Tensor) else targets
+        chosen = [check_int(None, f"targets[{i}]", j, minimum=-last - 1, maximum=last) for i, j in enumerate(listed)]
         (up, up_scores), (down, down_scores) = self.scores.topk(k), self.scores.bottomk(k)
-        for j in targets:
+        for j in chosen:
             samples = [*zip(up[j].tolist(), up_scores[j].tolist(), strict=True)]
             samples += [*zip(down[j].tolist(), down_scores[j].tolist(), strict=True)][::-1]
             yield int(self.scores.target_indices[j]), samples

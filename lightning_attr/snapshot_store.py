@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_attr.arguments import check_path
+from lightning_attr.arguments import check_instance, check_path
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.files import digest, file_state, link_file, link_files, move_aside, read_tensors, write_tensors
 from lightning_attr.manifest import Fingerprint, Manifest, Snapshot, Stopped
@@ -380,12 +380,12 @@ class SnapshotStore:
             StoreMismatchError: if data, parameters, projection or shards differ, or the directory is not empty.
             ValueError: if no store is given.
         """
+        check_instance("merge", "stores", stores, (list, tuple), "a list of stores, or of their directories")
         sources = [store if isinstance(store, SnapshotStore) else cls.open(store) for store in stores]
-        merged = cls(path, Manifest.joined([(source.path, source.manifest) for source in sources]))
+        merged = cls(check_path("merge", "path", path), Manifest.joined([(s.path, s.manifest) for s in sources]))
         if merged.path.exists() and any(merged.path.iterdir()):
             raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
-        folders = [(source.path, snapshot.folder) for source in sources for snapshot in source.manifest.usable]
-        files = [(root / folder, regular_files(root, folder)) for root, folder in folders]
+        files = [(s.path / n.folder, regular_files(s.path, n.folder)) for s in sources for n in s.manifest.usable]
         with WriterLock(merged.path):
             for (folder, own), snapshot in zip(files, merged.snapshots, strict=True):
                 link_files(own, folder, merged.path / snapshot.folder)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments import check_flag, check_int
+
 __all__ = ["LossTokens"]
 
 
@@ -49,9 +52,12 @@ class LossTokens(Dataset[dict[str, Any]]):
     def __init__(
         self, dataset: Any, shift: bool = True, ignore_index: int = -100, decoder_start: int | None = None
     ) -> None:
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise TypeError(argument_message(self, "dataset", "a map-style data set", dataset))
+        shift = check_flag(self, "shift", shift)
         self.dataset = dataset
-        self.ignore_index = ignore_index
-        self.decoder_start = decoder_start
+        self.ignore_index = check_int(self, "ignore_index", ignore_index)
+        self.decoder_start = None if decoder_start is None else check_int(self, "decoder_start", decoder_start)
         places = [
             (row, position)
             for row in range(len(dataset))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_attr.arguments import check_int, check_seed, check_tensor
 from lightning_attr.randomness import gaussian, hashed_seed
 
 __all__ = ["DenoisingTrajectory", "GeneratedSamples", "sample_trajectory"]
@@ -38,6 +39,7 @@ class GeneratedSamples(Dataset[dict[str, Any]]):
     def __init__(
         self, clean: Tensor, conditioning: Mapping[str, Tensor] | None = None, timesteps: Tensor | None = None
     ) -> None:
+        check_tensor(self, "clean", clean, "(n, *shape)")
         self.clean = clean
         self.conditioning = dict(conditioning or {})
         self.timesteps = timesteps
@@ -184,6 +186,9 @@ def sample_trajectory(
         >>> trajectory.samples.shape, trajectory.estimates.shape
         (torch.Size([3, 2]), torch.Size([4, 3, 2]))
     """
+    count = check_int("sample_trajectory", "count", count, minimum=1)
+    steps = check_int("sample_trajectory", "steps", steps, minimum=1)
+    seed = check_seed("sample_trajectory", seed)
     _check_lengths(conditioning or {}, count)
     scheduler = copy.deepcopy(module.scheduler if scheduler is None else scheduler)
     scheduler.set_timesteps(steps)

@@ -132,7 +132,7 @@ def check_damping(owner: object, damping: float | str, truth: SubsetTruth | None
         ...
         ValueError: Expected argument `truth` with `damping="auto"`, models retrained on subsets to choose by, ...
     """
-    if damping == "auto":
+    if isinstance(damping, str) and damping == "auto":
         if truth is None:
             raise ValueError(
                 'Expected argument `truth` with `damping="auto"`, models retrained on subsets to choose by, but got '

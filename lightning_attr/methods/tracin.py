@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,7 +76,8 @@ class TracIn(AttributionMethod):
         normalize: bool | str = False,
         exact: bool = False,
     ) -> None:
-        if isinstance(weights, Iterable) and not isinstance(weights, str):
+        several = isinstance(weights, (Sequence, Tensor, np.ndarray)) and not isinstance(weights, (str, bytes))
+        if several and len(weights):
             weights = [check_float(self, f"weights[{i}]", weight) for i, weight in enumerate(weights)]
         else:
             check_choice(self, "weights", weights, _WEIGHTS, also="a list of one finite number a snapshot")

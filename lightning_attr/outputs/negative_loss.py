@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_attr.argument_messages import argument_message
 from lightning_attr.arguments import check_callable
 from lightning_attr.outputs.base import ModelOutput
 
@@ -34,7 +36,11 @@ class NegativeLoss(ModelOutput):
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Tensor]) -> None:
-        check_callable(self, "loss_fn", loss_fn, "a function (outputs, targets) -> one loss a sample")
+        expected = "a function (outputs, targets) -> one loss a sample"
+        check_callable(self, "loss_fn", loss_fn, expected)
+        if inspect.isclass(loss_fn):
+            remedy = f"Pass an object of it, such as `{loss_fn.__name__}(reduction='none')`."
+            raise TypeError(argument_message(self, "loss_fn", expected, loss_fn, remedy))
         self.loss_fn = loss_fn
 
     def output(self, outputs: Any, targets: Any) -> Tensor:
