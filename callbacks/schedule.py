@@ -35,7 +35,7 @@ class SnapshotSchedule:
 
     def __init__(self, snapshots: str | int | Sequence[int] = "geometric") -> None:
         self.snapshots: str | int | frozenset[int]
-        if isinstance(snapshots, Sequence) and not isinstance(snapshots, (str, bytes)) and len(snapshots) > 0:
+        if isinstance(snapshots, Sequence) and not isinstance(snapshots, (str, bytes)):
             places = [f"snapshots[{place}]" for place in range(len(snapshots))]
             self.snapshots = frozenset(
                 check_int(_OWNER, place, epoch, minimum=-1) for place, epoch in zip(places, snapshots, strict=True)

@@ -36,7 +36,7 @@ def _of_methods() -> Iterator[WrongCall]:
     for method in (m.TracIn, m.GAS):
         yield from calls(method, {"weights": ([], {}, BYTES, {"a": 1.0}, [True], ["a"], ARRAY * NAN)})
     yield from calls(outputs.NegativeLoss, {"loss_fn": (nn.CrossEntropyLoss, dict, "cross_entropy", 3)})
-    yield from calls(AttributionCallback, {"snapshots": ([], BYTES, [True], [1.5], {}, NAN, -1, [-2], ["a"])})
+    yield from calls(AttributionCallback, {"snapshots": (BYTES, [True], [1.5], {}, NAN, -1, [-2], ["a"])})
     yield from calls(m.DropoutEnsemble, {"rate": (NAN, INF, True, [0.1], 1)}, method=m.TRAK())
     yield from calls(m.KNNShapley, {"k": (np.float64(3), ARRAY, None, torch.tensor(3.5))})
     yield from calls(projectors.KroneckerProjector, {"proj_dim": (None, [8], ARRAY, -8, "8"), "seed": (None, [1], NAN)})
