@@ -71,8 +71,8 @@ class AttributionCallback(EarlySnapshots):
             that runs the module instead of reading features has only snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
         log: log self-influence statistics at every snapshot to the Trainer's loggers.
-        batch_size: samples a batch while featurizing; by default the training loader's, or up to 256 where samples are
-            small and only stacked.
+        batch_size: samples a batch while featurizing; by default the training loader's, or up to 1,024 where samples
+            are small and only stacked.
         feature_dtype: how features are stored: "float16" with a scale for each shard, "bfloat16" or "float32". A
             float64 module's stay float64.
         memory_budget: bytes that the tensors of a featurized batch may take: a larger batch goes through in parts. By

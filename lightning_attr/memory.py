@@ -28,7 +28,7 @@ _SHARE = 0.5
 """Of the free memory, by default: the loader, the shard being written and the user's own code want some, too."""
 _OF_INPUTS, _OF_NUMBERS = 10_000, 256
 """Bytes for each byte of a sample's inputs and for each number of its gradient: many times what passes take."""
-_COMFORTABLE, _CACHED = 256, 2**25
+_COMFORTABLE, _CACHED = 1024, 2**25
 """Samples a batch, and bytes that stay in the caches of a processor: more than either is no faster."""
 
 
@@ -156,7 +156,7 @@ class MemoryBudget:
             batch_size: the least.
 
         Returns:
-            The batch size, doubled as long as it stays within 256 samples and their tensors within 32 MiB, as far as
+            The batch size, doubled as long as it stays within 1,024 samples and their tensors within 32 MiB, as far as
             samples were measured.
 
         Example:

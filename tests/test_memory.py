@@ -225,7 +225,7 @@ def test_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("width", "batch_size", "expected"),
-    [(250, 8, 256), (250, 100, 200), (250, 300, 300), (40_000, 8, 64), (10**6, 8, 8)],
+    [(250, 8, 1024), (250, 100, 800), (250, 300, 600), (40_000, 8, 64), (10**6, 8, 8)],
 )
 def test_batches_of_small_samples_may_be_larger(width: int, batch_size: int, expected: int) -> None:
     budget = MemoryBudget(careful=True)

@@ -107,8 +107,9 @@ def fit(own: Recipe, epochs: int, callbacks: list[Any]) -> tuple[L.Trainer, L.Li
 
 
 def scored(run: L.Trainer, own: Recipe, **arguments: Any) -> Tensor:
-    scores = attribute(run, train_dataloaders=own.train, target_dataloaders=own.targets, **arguments).scores
-    return scores.values
+    """Scores of a recorded run, or with `model` at its current weights."""
+    train = {"train_dataloaders": own.train} if arguments else {}
+    return attribute(run, target_dataloaders=own.targets, **train, **arguments).scores.values
 
 
 def once(own: Recipe, make: Callable[[], AttributionMethod]) -> dict[str, float]:
@@ -118,8 +119,8 @@ def once(own: Recipe, make: Callable[[], AttributionMethod]) -> dict[str, float]
     found["one"] = timed(lambda: scored(trainer(1, []), own, model=module, method=make()))[0]
     with tempfile.TemporaryDirectory() as folder:
         callback = AttributionCallback(Path(folder) / "store", make())
-        found["recorded"], (run, trained) = timed(lambda: fit(own, own.epochs, [callback]))
-        found["attribute"] = timed(lambda: scored(run, own, model=trained))[0]
+        found["recorded"], (run, _) = timed(lambda: fit(own, own.epochs, [callback]))
+        found["attribute"] = timed(lambda: scored(run, own))[0]
         return {**found, "snapshots": len(callback.store.snapshots)}
 
 

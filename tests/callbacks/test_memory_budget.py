@@ -49,7 +49,7 @@ def test_bad_budget_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "collated", "rows"), [({}, False, 256), ({"batch_size": 8}, False, 8), ({}, True, 8)]
+    ("settings", "collated", "rows"), [({}, False, 1024), ({"batch_size": 8}, False, 8), ({}, True, 8)]
 )
 def test_small_samples_are_featurized_in_larger_batches(
     tmp_path: Path, settings: dict[str, int], collated: bool, rows: int
