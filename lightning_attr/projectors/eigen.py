@@ -160,9 +160,9 @@ class EigenProjection(LearnedProjection):
         Args:
             run: sends the gradients of the samples through the map it is given; for the second moments, of a part.
         """
-        moments = _SideMoments(self.blocks, self.names)
+        moments = _SideMoments(self.blocks, self.names, self.side)
         run(moments, entries=VECTORS)
-        wide = TwoSidedProjection([(block, moments.sides(block, self.side)) for block in self.blocks])
+        wide = TwoSidedProjection([(block, moments.sides(block)) for block in self.blocks])
         squares = _Squares(wide, self.names)
         run(squares, every=_FEWER, entries=wide.dim)
         # Stable: among equal moments the first win, whatever the device.
@@ -268,10 +268,10 @@ def _basis(wide: TwoSidedProjection, chosen: Tensor) -> dict[str, Tensor]:
 class _SideMoments(Projection):
     """Takes gradients in, gives no features: it gathers the covariances of both sides of every block."""
 
-    def __init__(self, blocks: Sequence[MatrixBlock], names: frozenset[str] | None) -> None:
+    def __init__(self, blocks: Sequence[MatrixBlock], names: frozenset[str] | None, most: int) -> None:
         super().__init__(1)  # none would mean that no gradients are wanted
         self.names = names
-        self.moments = {block.weight: BlockMoments(block) for block in blocks}
+        self.moments = {block.weight: BlockMoments(block, most) for block in blocks}
         self.biases = {block.bias: block.weight for block in blocks if block.bias is not None}
 
     def accumulate(self, features: Tensor, name: str, gradient: ParameterGradient) -> None:
@@ -283,9 +283,9 @@ class _SideMoments(Projection):
             for side in self.moments[name].add(gradients.get(name), gradients.get(str(block.bias))):
                 _mark(features, side.sum(1).view(len(features), -1).sum(1))
 
-    def sides(self, block: MatrixBlock, most: int) -> Sides:
+    def sides(self, block: MatrixBlock) -> Sides:
         """The leading eigenvectors of both sides."""
-        left, right = self.moments[block.weight].leading(most)
+        left, right = self.moments[block.weight].leading()
         return Sides(left, right, block.weight)
 
 

@@ -15,19 +15,14 @@ import torch
 from torch import Tensor
 
 from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient
+from lightning_attr.projectors.covariance import Covariance
 from lightning_attr.projectors.kronecker import MatrixBlock
-from lightning_attr.randomness import rademacher, random_words
+from lightning_attr.randomness import random_words
 
 __all__ = ["BlockMoments"]
 
 VECTORS = 2**14
 """Numbers that are looked at of each side and sample: of more positions than fit, some are taken."""
-_WHOLE = 1024
-"""Up to this size a covariance is decomposed whole: a quarter of a second."""
-_DIAGONAL = 8192
-"""Above this size only the diagonal of a covariance is kept, and its largest axes stand for eigenvectors."""
-_ITERATIONS = 6
-"""Of the subspace: its leading directions are settled, and the last ones need not be."""
 
 
 class BlockMoments:
@@ -35,19 +30,19 @@ class BlockMoments:
 
     Args:
         block: the weight, with its bias if it has one.
+        most: eigenvectors of each side that are wanted, at most.
 
     Example:
-        >>> moments = BlockMoments(MatrixBlock("weight", None, 2, 3))
+        >>> moments = BlockMoments(MatrixBlock("weight", None, 2, 3), most=1)
         >>> _ = moments.add(torch.tensor([[[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]), None)
-        >>> left, right = moments.leading(1)
+        >>> left, right = moments.leading()
         >>> left.abs(), right.abs()
         (tensor([[1., 0.]]), tensor([[1., 0., 0.]]))
     """
 
-    def __init__(self, block: MatrixBlock) -> None:
+    def __init__(self, block: MatrixBlock, most: int) -> None:
         self.block = block
-        self.rows: Tensor | None = None  # (r, r), or (r,) where only the diagonal is wanted
-        self.columns: Tensor | None = None  # (c, c)
+        self.rows, self.columns = Covariance(block.rows, most), Covariance(block.columns, most)
 
     def add(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> list[Tensor]:
         """Add the gradients of a batch of ``b`` samples.
@@ -63,32 +58,24 @@ class BlockMoments:
             self._add_table(weight)
             return [weight.columns.flatten(0, 1)]
         rows, columns = self._factors(weight, bias)
-        self.rows = _plus(self.rows, _gram(rows))
-        self.columns = _plus(self.columns, _gram(columns))
+        self.rows.add(rows)
+        self.columns.add(columns)
         return [rows, columns]
 
-    def leading(self, most: int) -> tuple[Tensor, Tensor]:
+    def leading(self) -> tuple[Tensor, Tensor]:
         """Find the leading eigenvectors of both sides, the leading ones first.
-
-        Args:
-            most: of each side; all where there are no more.
 
         Returns:
             ``(k_rows, rows)`` and ``(k_columns, columns)``, float32, orthonormal rows.
         """
-        sizes = (self.block.rows, self.block.columns)
-        left, right = (
-            _leading(torch.zeros(size) if moment is None else moment, min(most, size))
-            for moment, size in zip((self.rows, self.columns), sizes, strict=True)
-        )
-        return left, right
+        return self.rows.leading(), self.columns.leading()
 
     def _add_table(self, table: GatherSum) -> None:
         """Rows of a table are looked up one by one: their covariance is its diagonal."""
         sizes = table.columns.square().sum(2).flatten().double()
         rows = torch.zeros(self.block.rows, dtype=torch.float64, device=sizes.device)
-        self.rows = _plus(self.rows, rows.index_add_(0, table.ids.flatten(), sizes))
-        self.columns = _plus(self.columns, _gram(table.columns.flatten(0, 1)))
+        self.rows.add_diagonal(rows.index_add_(0, table.ids.flatten(), sizes))
+        self.columns.add(table.columns.flatten(0, 1))
 
     def _factors(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> tuple[Tensor, Tensor]:
         """Both factors of all samples and positions, ``(N, rows)`` and ``(N', columns)``."""
@@ -144,35 +131,3 @@ def _windows(gradient: ConvSum) -> Tensor:
 
 def _formed(gradient: ParameterGradient) -> Tensor:
     return gradient.materialise() if isinstance(gradient, FactoredGradient) else gradient
-
-
-def _gram(factors: Tensor) -> Tensor:
-    """Covariance, or its diagonal where the whole is too large; products of the factors' precision, sums float64."""
-    if factors.shape[1] > _DIAGONAL:
-        return factors.square().sum(0, dtype=torch.float64)
-    return (factors.mT @ factors).double()
-
-
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    if total is None or total.ndim == more.ndim:
-        return more if total is None else total + more
-    # A table that is also used as a matrix.
-    matrix, diagonal = (total, more) if total.ndim == 2 else (more, total)
-    return matrix + diagonal.diag()
-
-
-def _leading(moment: Tensor, most: int) -> Tensor:
-    """Leading eigenvectors as rows, ``(most, d)``, of a covariance or of a diagonal one."""
-    size = len(moment)
-    if moment.ndim == 1:
-        largest = moment.argsort(descending=True, stable=True)[:most]
-        return torch.zeros(most, size, device=moment.device).scatter_(1, largest[:, None], 1.0)
-    if size <= _WHOLE:
-        vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
-        return vectors.flip(1)[:, :most].T.float().contiguous()
-    # Subspace iteration, Q <- qr(M Q), then the eigenvectors within Q.
-    basis = rademacher((size, min(size, most + 16)), "eigenvectors", size).to(moment)
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(moment @ basis).Q
-    inner: Tensor = torch.linalg.eigh(basis.T @ moment @ basis).eigenvectors
-    return (basis @ inner.flip(1)[:, :most]).T.float().contiguous()

@@ -1,10 +1,11 @@
 """What a projection loses: scores from projected gradients beside those of TRAK(exact=True), which projects nothing.
 
-    python tests/benchmarks/projections.py [--mnist FOLDER] [--json FILE]
+    python tests/benchmarks/projections.py [--mnist FOLDER] [--plot FILE] [--json FILE]
 
 trains an MLP 784-128-64-10 (109,000 parameters) for three epochs on 5,000 MNIST images (`t10k-*.gz` of FOLDER; without
 it a smaller MLP on scikit-learn's digits), and prints for each projector the mean correlation of a target's scores with
 the exact ones, and processor seconds on one thread for learning the projection and for featurizing the training set.
+With `--plot FILE` the MLP has 32 to 1,024 units in its first layer, and the file shows the correlation by its size.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from lightning_attr.projectors import (
 )
 from lightning_attr.snapshot_model import SnapshotModel
 
+WIDTHS = (32, 64, 128, 256, 512, 1024)
+BY_WIDTH: list[Projector] = [KroneckerProjector(2048), *(EigenProjector(k) for k in (512, 1024, 2048))]
 PROJECTORS: list[Projector] = [
     *(KroneckerProjector(k) for k in (512, 2048)),
     RademacherProjector(512),
@@ -43,9 +46,15 @@ PROJECTORS: list[Projector] = [
 
 
 class Classifier(AttributionMixin, nn.Module):
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(size, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.network = nn.Sequential(*(
+            nn.Linear(size, width),
+            nn.ReLU(),
+            nn.Linear(width, width // 2),
+            nn.ReLU(),
+            nn.Linear(width // 2, 10),
+        ))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
@@ -63,9 +72,9 @@ def data(folder: Path | None) -> tuple[Tensor, Tensor]:
     return images.reshape(-1, 784).float() / 255, labels.long()
 
 
-def trained(x: Tensor, y: Tensor) -> Classifier:
+def trained(x: Tensor, y: Tensor, width: int) -> Classifier:
     torch.manual_seed(0)
-    module = Classifier(x.shape[1])
+    module = Classifier(x.shape[1], width)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     for _ in range(3):
         for batch in torch.randperm(len(x)).split(64):
@@ -98,15 +107,9 @@ def row(projector: Projector, model: SnapshotModel, x: Tensor, y: Tensor, exact:
     return {"projector": name, "correlation": correlation(scores, exact), "learning": learning, "s": featurizing}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--mnist", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    x, y = data(options.mnist)
-    n, m = (5000, 300) if options.mnist else (1437, 300)
-    module = trained(x[:n], y[:n])
+def compare(x: Tensor, y: Tensor, n: int, m: int, width: int, projectors: list[Projector]) -> list[dict[str, Any]]:
+    """Train on the first n, take the next m for targets; a row a projector."""
+    module = trained(x[:n], y[:n], width)
     batches = [(x[:n][part], y[:n][part]) for part in torch.arange(n).split(250)]
     model = SnapshotModel.of(module, batches, [(x[n : n + m], y[n : n + m])])
     method = TRAK(exact=True)
@@ -114,9 +117,44 @@ def main() -> None:
     beside = {name: values for name, values in columns.items() if name != "features"}
     exact = torch.cat([block.scores for block in method.score([SnapshotFeatures.at(model, beside)])])
     print(f"{model.layout.numel:,} parameters, {n:,} training samples, {m} targets; with TRAK(exact=True):")
-    rows = [row(projector, model, x[:n], y[:n], exact, m) for projector in PROJECTORS]
-    for found in rows:
-        print(f"{found['projector']:26} {found['correlation']:.3f}  {found['learning']:6.2f} s  {found['s']:6.2f} s")
+    rows = []
+    for projector in projectors:
+        found = row(projector, model, x[:n], y[:n], exact, m) | {"parameters": model.layout.numel}
+        print(
+            f"{found['projector']:26} {found['correlation']:.3f}  {found['learning']:6.2f} s  {found['s']:6.2f} s",
+            flush=True,
+        )
+        rows.append(found)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A line a projector."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in dict.fromkeys(found["projector"] for found in rows):
+        own = [found for found in rows if found["projector"] == name]
+        axes.plot([f["parameters"] for f in own], [f["correlation"] for f in own], "o-", label=name)
+    axes.set(xscale="log", ylim=(0, 1.02), xlabel="parameters", ylabel="correlation with TRAK(exact=True)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--mnist", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    x, y = data(options.mnist)
+    n, m = (5000, 300) if options.mnist else (1437, 300)
+    widths, projectors = (WIDTHS, BY_WIDTH) if options.plot else ((128,), PROJECTORS)
+    rows = [found for width in widths for found in compare(x, y, n, m, width, projectors)]
+    if options.plot:
+        plot(rows, options.plot)
     if options.json:
         options.json.write_text("".join(json.dumps(found) + "\n" for found in rows), "utf-8")
 

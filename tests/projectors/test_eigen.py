@@ -17,6 +17,7 @@ from lightning_attr.projectors import (
     LearnedProjection,
     Projection,
     ScaledProjection,
+    covariance,
     projector_from_config,
 )
 from lightning_attr.projectors.eigen import EigenProjection
@@ -114,17 +115,31 @@ def test_a_loaded_basis_gives_the_same_features_and_layers() -> None:
     assert sum(slot.stop - slot.start for slot in (loaded.layers or {}).values()) == 20
 
 
-def test_wide_sides_are_decomposed_by_their_leading_subspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_attr.projectors import side_moments
-
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_wide_sides_are_decomposed_from_a_sketch(diagonal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    spread = torch.linspace(3, -3, 40).exp()
-    moment = torch.randn(40, 40).double()
-    q = torch.linalg.qr(moment).Q
-    moment = q @ spread.double().diag() @ q.T
-    whole = side_moments._leading(moment, 5)
-    monkeypatch.setattr(side_moments, "_WHOLE", 10)
-    torch.testing.assert_close((side_moments._leading(moment, 5) @ whole.T).abs(), torch.eye(5), rtol=1e-3, atol=1e-3)
+    spread = torch.linspace(3, -5, 300).exp()
+    vectors = torch.randn(2000, 300) * spread @ torch.linalg.qr(torch.randn(300, 300)).Q
+    found = []
+    for whole in (1024, 10):
+        monkeypatch.setattr(covariance, "_WHOLE", whole)
+        moment = covariance.Covariance(300, most=40)
+        for part in vectors.split(500):
+            moment.add(part)
+        if diagonal:
+            moment.add_diagonal(torch.linspace(0, 1e4, 300).double())
+        found.append(moment.leading())
+    torch.testing.assert_close(found[1] @ found[1].T, torch.eye(40), rtol=1e-5, atol=1e-5)
+    total = vectors.T @ vectors + diagonal * torch.linspace(0, 1e4, 300).diag()
+    energy = [(basis @ total @ basis.T).trace().item() for basis in found]
+    assert energy[1] == pytest.approx(energy[0], rel=0.02)
+
+
+def test_a_sketch_of_nothing_has_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covariance, "_WHOLE", 10)
+    moment = covariance.Covariance(20, most=4)
+    moment.add(torch.zeros(3, 20))
+    assert moment.leading().isfinite().all()
 
 
 def test_samples_to_learn_from_are_spread_and_repeatable() -> None:
