@@ -42,6 +42,19 @@ class Contents:
         """
         return list(map(dict.copy, self._dicts)), [_items(container) for _, container in self._others]
 
+    def same(self, before: tuple[list[dict[Any, Any]], list[Any]]) -> bool:
+        """Say whether all items are what they were.
+
+        Args:
+            before: from :meth:`taken`.
+
+        Returns:
+            True if they are.
+        """
+        dicts, others = before
+        now = (_items(container) for _, container in self._others)
+        return _all_same(self._dicts, dicts) and all(map(_same, now, others))
+
     def put_back(self, before: tuple[list[dict[Any, Any]], list[Any]]) -> list[str]:
         """Put items back where they are others now; items are compared by identity, for they may be tensors.
 
@@ -59,8 +72,7 @@ class Contents:
                     changed += _put_back(name, container, own, held)
         for (name, container), held in zip(self._others, others, strict=True):
             now = _items(container)
-            same = now == held if isinstance(now, set) else _same_items(now, held)
-            if not same:
+            if not _same(now, held):
                 changed += _put_back(name, container, now, held)
         return changed
 
@@ -85,6 +97,10 @@ def _all_same(now: list[dict[Any, Any]], before: list[dict[Any, Any]]) -> bool:
         and all(map(is_, *(chain.from_iterable(map(dict.values, dicts)) for dicts in (now, before))))
         and all(map(is_, chain.from_iterable(now), chain.from_iterable(before)))
     )
+
+
+def _same(now: Any, before: Any) -> bool:
+    return bool(now == before) if isinstance(now, set) else _same_items(now, before)
 
 
 def _same_items(now: Any, before: Any) -> bool:

@@ -100,7 +100,7 @@ class KeptState:
         try:
             with self._streams.lent(), self._tensors.graph_keeps_values(), written or nullcontext():
                 yield changed
-            if recording:
+            if recording and not self._contents.same(before):  # what a call leaves behind is in a container
                 self.created = self._new_streams()
         finally:
             with torch._C.DisableTorchFunction():
