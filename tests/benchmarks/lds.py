@@ -86,6 +86,10 @@ ROWS: dict[str, Row] = {
         f"TRAK, eigenbasis {k}": partial(one_run, method=TRAK(projector=EigenProjector(k)))
         for k in (256, 512, 1024, 2048, 4096)
     },
+    **{f"TRAK, margin kernel, eigenbasis {k}": partial(one_run, method=TRAK(k, kernel="margin")) for k in (512, 2048)},
+    "TRAK, margin kernel, exact": partial(one_run, method=TRAK(exact=True, kernel="margin")),
+    "TRAK, margin kernel, last snapshot": partial(one_run, method=TRAK(kernel="margin"), snapshots=[]),
+    "TRAK, four directions, exact": partial(one_run, method=TRAK(exact=True, directions=4)),
     "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
     "TRAK(), last snapshot of the run": partial(one_run, snapshots=[]),
     "GradDot(), last snapshot of the run": partial(one_run, method=GradDot()),
