@@ -96,7 +96,9 @@ def test_autocast_comes_close(name: str) -> None:
         found = _features(module, batch, 5)
     assert all(values.dtype in {torch.float32, torch.int64} for values in found.values())
     assert 0 < _error(found["output"], exact["output"]) < 0.02
-    assert ((found["features"] - exact["features"]).norm(dim=1) / exact["features"].norm(dim=1)).max() < 0.15
+    gaps = (found["features"] - exact["features"]).norm(dim=1) / exact["features"].norm(dim=1)
+    assert gaps.median() < 0.02
+    assert gaps.max() < 0.3  # one rectifier of T5 on the other side of zero
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
