@@ -385,7 +385,7 @@ def _check_finite(module: Any, columns: Mapping[str, Tensor], rows: Sequence[int
     # One pass and one synchronisation: a NaN or Inf anywhere makes the sum one.
     if torch.stack([values.sum(dtype=torch.float32) for values in columns.values()]).isfinite().all():
         return
-    for name, values in columns.items():
+    for name, values in sorted(columns.items(), key=lambda column: column[0] == "features"):  # the output before it
         finite = values.isfinite().reshape(len(rows), -1).all(1)
         if not finite.all():
             bad = [rows[i] for i in (~finite).nonzero().flatten().tolist()]
