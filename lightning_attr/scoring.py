@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_attr.ensemble import Ensemble
-from lightning_attr.methods import AttributionMethod, ScoreBlock, SnapshotFeatures
+from lightning_attr.methods import AttributionMethod, ScoreBlock, SnapshotFeatures, TracIn
 from lightning_attr.scores import ScoreMatrix, zeros
 from lightning_attr.top_scores import TopScores, TopScoresSum
 
 __all__ = ["score", "score_self_influence"]
+
+log = logging.getLogger(__name__)
 
 _TARGET_ELEMENTS = 2**28
 """Target features at once, over all snapshots: 1 GiB of float32."""
@@ -68,6 +71,7 @@ def score(
     """
     if n_train == 0:
         raise ValueError("Expected at least one training sample to score, but the store has no rows.")
+    _tell_of_undrawn_rows(method, snapshots, trained_on)
     m = len(snapshots[0].targets["features"])
     k = max(snapshot.numel for snapshot in snapshots)
     reduce = snapshots[0].reduce
@@ -103,6 +107,23 @@ def _without(block: ScoreBlock, left_out: Tensor) -> ScoreBlock:
     left_out = left_out.to(block.scores.device)
     scores = block.scores.masked_fill(left_out[:, None], 0)
     return ScoreBlock(block.rows, scores, block.self_influence.masked_fill(left_out.to(block.self_influence.device), 0))
+
+
+def _tell_of_undrawn_rows(
+    method: AttributionMethod | Ensemble, snapshots: Sequence[SnapshotFeatures], trained_on: Tensor | None
+) -> None:
+    """Say where samples that training never draws have a part in what a method learns of the training set."""
+    method = method.method if isinstance(method, Ensemble) else method
+    runs_module = snapshots[0].model is not None and not isinstance(method, TracIn)  # which learns nothing
+    if runs_module and trained_on is not None and not trained_on.all():
+        log.warning(
+            "%s runs the module on all %d training samples: the %d that training never draws get scores of zero, but "
+            "count in what it learns of the training set (curvature, kernel, head or neighbours). Give the run a data "
+            "set without them (torch.utils.data.Subset) to leave them out.",
+            type(method).__name__,
+            len(trained_on),
+            int((~trained_on).sum()),
+        )
 
 
 def score_self_influence(method: AttributionMethod, snapshot: SnapshotFeatures, n_train: int) -> Tensor:

@@ -124,7 +124,7 @@ def fit(folder: Path, loader: Any, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     "method",
     [
-        TRAK(projector=IdentityProjector()),
+        TRAK(projector=IdentityProjector(), kernel="margin"),  # the other draws directions by row
         TracIn(IdentityProjector()),
         TracIn(exact=True),
         GAS(exact=True),
@@ -198,3 +198,13 @@ def test_runs_of_other_rows_are_not_merged(tmp_path: Path) -> None:
     fit(tmp_path / "b", loader_of(blobs(N), sampler=EVEN[1:]))
     with pytest.raises(Exception, match="of a run that could draw other training samples"):
         FeatureStore.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+
+
+@pytest.mark.parametrize(("method", "told"), [(Influence(solver="kfac"), True), (GradDot(exact=True), False)])
+def test_methods_that_learn_of_all_rows_say_so(
+    tmp_path: Path, method: Any, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = fit(tmp_path, loader_of(blobs(N), sampler=EVEN))
+    trainer.attribute(target_dataloaders=loader_of(blobs(M, seed=1)), method=method)
+    said = f"runs the module on all {N} training samples: the {N - len(EVEN)} that training never draws get scores of"
+    assert (said in caplog.text) == told
