@@ -29,13 +29,13 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.files import digest, read_tensors
 from lightning_attr.methods import TRAK, GradDot, ModelMethod, ScoreBlock, model_of
 from lightning_attr.outputs import BinaryMargin, NegativeLoss, Regression
-from lightning_attr.projectors import IdentityProjector
+from lightning_attr.projectors import IdentityProjector, KroneckerProjector
 from lightning_attr.transfer import to_device
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
-METHOD = TRAK(proj_dim=16)
+METHOD = TRAK(projector=KroneckerProjector(16))  # learns nothing: calls are counted, bits compared
 TRAIN, TARGETS = blobs(20), blobs(7, seed=1)
 
 
@@ -204,9 +204,10 @@ def test_result_does_not_depend_on_the_temporary_files_that_are_gone() -> None:
 SCRIPT = """
 import sys, torch
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from lightning_attr.projectors import KroneckerProjector
 from lightning_attr.methods import TRAK, GradDot, ModelMethod, ScoreBlock, model_of
 result = quiet_trainer().attribute(
-    model=BlobClassifier(seed=7), store=sys.argv[1], method=TRAK(proj_dim=16),
+    model=BlobClassifier(seed=7), store=sys.argv[1], method=TRAK(projector=KroneckerProjector(16)),
     train_dataloaders=loader_of(blobs(20)), target_dataloaders=loader_of(blobs(7, seed=1)),
 )
 torch.save(result.scores.values, sys.argv[2])

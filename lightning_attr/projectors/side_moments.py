@@ -80,7 +80,9 @@ class BlockMoments:
     def _factors(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> tuple[Tensor, Tensor]:
         """Both factors of all samples and positions, ``(N, rows)`` and ``(N', columns)``."""
         if isinstance(weight, OuterSum):
-            rows, columns = (_some(side).flatten(0, 1) for side in (weight.rows, weight.columns))
+            # Positions without a gradient, as of padding, have no part, whatever the input there.
+            present = weight.rows.abs().amax(2, keepdim=True) > 0
+            rows, columns = (_some(side).flatten(0, 1) for side in (weight.rows, weight.columns * present))
         elif isinstance(weight, ConvSum) and weight.groups == 1:
             rows, columns = _some(weight.backprops.flatten(2).mT).flatten(0, 1), _windows(weight)
         else:

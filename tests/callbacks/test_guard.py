@@ -23,11 +23,14 @@ from lightning_attr.errors import AttributionError
 from lightning_attr.featurizer import Featurizer
 from lightning_attr.manifest import Stopped
 from lightning_attr.methods import TRAK, GradDot
+from lightning_attr.projectors import KroneckerProjector
 from lightning_attr.store import FeatureStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 N = 26
+
+METHOD = TRAK(projector=KroneckerProjector(8))  # learns nothing: calls are counted
 
 
 class Net(BlobClassifier):
@@ -71,7 +74,7 @@ def fit(*callbacks: L.Callback, **settings: Any) -> tuple[Any, list[Tensor]]:
 def test_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plain = fit()
     breaking(monkeypatch, call=1 + 4 + 4 + 3, error=ZeroDivisionError("broken on purpose"))  # probe, two epochs, third
-    callback = AttributionCallback(tmp_path / "store", TRAK(8), "all", batch_size=8)
+    callback = AttributionCallback(tmp_path / "store", METHOD, "all", batch_size=8)
     warning = r"recording stopped in epoch 2 \(step 12\): ZeroDivisionError: broken on purpose\. Training goes.*2 comp"
     with told(warning):
         trainer, state = fit(callback)
@@ -88,9 +91,9 @@ def test_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.M
     assert "broken on purpose" in result.scores.provenance["stopped"]
 
     monkeypatch.undo()
-    again, _ = fit(AttributionCallback(tmp_path / "store", TRAK(8), "all", batch_size=8))  # goes on where it stopped
+    again, _ = fit(AttributionCallback(tmp_path / "store", METHOD, "all", batch_size=8))  # goes on where it stopped
     assert FeatureStore.open(tmp_path / "store").manifest.stopped is None
-    fit(AttributionCallback(tmp_path / "whole", TRAK(8), "all", batch_size=8))
+    fit(AttributionCallback(tmp_path / "whole", METHOD, "all", batch_size=8))
     assert FeatureStore.open(tmp_path / "whole").manifest == FeatureStore.open(tmp_path / "store").manifest
     assert again.attribute(targets="train").scores.shape == (N, N)
 
@@ -98,7 +101,7 @@ def test_training_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.M
 def test_without_a_complete_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch, call=2, error=AttributionError("Sample 17 has no label."))
     with told(r"has no complete snapshot\."):
-        trainer, _ = fit(AttributionCallback(tmp_path, TRAK(8)))
+        trainer, _ = fit(AttributionCallback(tmp_path, METHOD))
     message = r"no complete snapshot to attribute at: recording stopped in epoch 0 \(step 4\): Sample 17 has no label\."
     with pytest.raises(AttributionError, match=message):
         trainer.attribute(targets="train")
@@ -109,7 +112,7 @@ def test_without_a_complete_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_error_can_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch, call=3, error=ZeroDivisionError("broken on purpose"))
     with pytest.raises(ZeroDivisionError, match="broken on purpose"):
-        fit(AttributionCallback(tmp_path, TRAK(8), on_error="raise"))
+        fit(AttributionCallback(tmp_path, METHOD, on_error="raise"))
     with pytest.raises(
         ValueError,
         match="`on_error` of AttributionCallback to be 'warn' or 'raise', but got 'ignore'",
@@ -119,7 +122,7 @@ def test_an_error_can_end_the_training(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_an_interruption_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch, call=3, error=KeyboardInterrupt())
-    callback = AttributionCallback(tmp_path, TRAK(8))
+    callback = AttributionCallback(tmp_path, METHOD)
     with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning exits when interrupted
         fit(callback)
     assert callback.stopped is None
@@ -132,7 +135,7 @@ def test_a_store_that_is_deleted(tmp_path: Path, featurize: bool) -> None:
             if trainer.current_epoch == 2:
                 shutil.rmtree(tmp_path / "store")
 
-    callback = AttributionCallback(tmp_path / "store", TRAK(8), "all", featurize=featurize)
+    callback = AttributionCallback(tmp_path / "store", METHOD, "all", featurize=featurize)
     with told(r"store is gone: something moved or deleted it .*and with it the snapshots"):
         trainer, _ = fit(Delete(), callback)
     assert not (tmp_path / "store").exists()
@@ -153,8 +156,8 @@ def test_snapshots_alone_stay_usable(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(FeatureStore, "add_snapshot", broken)
     with told(r"No space left on device.*2 complete snapshots"):
-        trainer, _ = fit(AttributionCallback(tmp_path, TRAK(8), "all", featurize=False))
-    for method in (TRAK(8), GradDot(exact=True)):
+        trainer, _ = fit(AttributionCallback(tmp_path, METHOD, "all", featurize=False))
+    for method in (METHOD, GradDot(exact=True)):
         with told("No space left on device"):
             result = trainer.attribute(targets="train", method=method)
         assert set(result.scores.provenance["snapshots"]) <= {"epoch=0000-step=000004", "epoch=0001-step=000008"}
@@ -163,9 +166,9 @@ def test_snapshots_alone_stay_usable(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_store_that_stopped_can_be_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(monkeypatch, call=1 + 1 + 1, error=ZeroDivisionError("broken on purpose"))
     with told("recording stopped in epoch 1"):
-        fit(AttributionCallback(tmp_path / "a", TRAK(8), "all", batch_size=N))
+        fit(AttributionCallback(tmp_path / "a", METHOD, "all", batch_size=N))
     monkeypatch.undo()
-    fit(AttributionCallback(tmp_path / "b", TRAK(8), [0], batch_size=N))
+    fit(AttributionCallback(tmp_path / "b", METHOD, [0], batch_size=N))
     merged = FeatureStore.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert [snapshot.epoch for snapshot in merged.snapshots] == [0, 0, 3]
     assert merged.manifest.stopped is None
@@ -176,7 +179,7 @@ def test_what_fails_in_logging_ends_the_logging(tmp_path: Path, monkeypatch: pyt
         raise ConnectionError("no network")
 
     monkeypatch.setattr(AttributionMonitor, "_table", broken)
-    callback = AttributionCallback(tmp_path, TRAK(8), "all")
+    callback = AttributionCallback(tmp_path, METHOD, "all")
     with told(r"logging of self-influence ended, recording goes on: .*no network"):
         fit(callback, AttributionMonitor(3))
     assert callback.stopped is None
@@ -188,7 +191,7 @@ def test_the_monitor_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shown: list[int] = []
     monkeypatch.setattr(AttributionMonitor, "_show", lambda self, trainer, *_: shown.append(trainer.current_epoch))
     with told("recording stopped in epoch 1"):
-        fit(AttributionCallback(tmp_path, TRAK(8), "all", batch_size=N), AttributionMonitor(3))
+        fit(AttributionCallback(tmp_path, METHOD, "all", batch_size=N), AttributionMonitor(3))
     assert shown == [0]
 
 
@@ -202,7 +205,7 @@ def run_two(folder: Path) -> None:
         return original(self, batch, rows, room)
 
     Featurizer.__call__ = broken  # type: ignore[method-assign]  # of this process
-    callback = AttributionCallback(folder, TRAK(8), "all", batch_size=64)
+    callback = AttributionCallback(folder, METHOD, "all", batch_size=64)
     trainer = quiet_trainer(
         L.Trainer, max_epochs=2, callbacks=[callback], strategy="ddp", devices=2, limit_train_batches=2
     )

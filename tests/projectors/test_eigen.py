@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_attr.gradients import HookedGradients
+from lightning_attr.gradients import HookedGradients, OuterSum
 from lightning_attr.layout import ParameterLayout
 from lightning_attr.projectors import (
     AdamDirection,
@@ -92,6 +92,24 @@ def test_features_do_not_depend_on_the_batch() -> None:
     projection = _learned(module, x, 20)
     parts = torch.cat([_gradients(module, part, projection) for part in x.split([1, 4, 7])])
     torch.testing.assert_close(parts, _gradients(module, x, projection))
+
+
+def test_positions_without_a_gradient_have_no_part() -> None:
+    torch.manual_seed(0)
+    rows, columns = torch.randn(9, 4, 3), torch.randn(9, 4, 5)
+    rows[:, 3] = 0
+    found = []
+    for positions in (3, 4):
+        projection = EigenProjection(ParameterLayout({"weight": (3, 5)}), 6, 512, (0, "final"))
+
+        def run(learner: Projection, every: int = 1, entries: int = 1, positions: int = positions) -> None:
+            with learner.filling(torch.empty(9, learner.dim)) as add:
+                add({"weight": OuterSum(rows[:, :positions], columns[:, :positions])})
+
+        projection.learn(run)
+        found.append(projection.basis)
+    for name, values in found[0].items():
+        torch.testing.assert_close(found[1][name], values, rtol=1e-4, atol=1e-5)
 
 
 def test_a_table_of_embeddings() -> None:
