@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import SampleReadError
 from lightning_attr.loader import DataSource, OrderedLoader
 from lightning_attr.methods import TRAK
+from lightning_attr.sample_errors import named_batches
 
 pytestmark = pytest.mark.usefixtures("few_waits")
 N, BAD = 12, 7
@@ -157,13 +157,15 @@ def test_a_collate_function_names_the_sample_that_fails_alone_or_else_its_batch(
         read(DataLoader(Rows(bad=-1), 6, collate_fn=ragged, num_workers=workers))
 
 
-def end(row: int = 0) -> BaseException:
-    os._exit(3)
-
-
 def test_a_worker_that_ends_names_what_was_waited_for() -> None:
-    with pytest.raises(SampleReadError, match=r"^The training DataLoader failed while dataset\[\d\], .* was"):
-        read(DataLoader(Rows(end), 2, num_workers=1))
+    def ends() -> Iterator[Any]:
+        yield "first"
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    batches = named_batches(ends(), Rows(), [[0, 1], [2, 3]], "training", workers=1)
+    assert next(batches) == "first"
+    with pytest.raises(SampleReadError, match=r"^The training DataLoader failed while dataset\[2\], dataset\[3\] of R"):
+        next(batches)
 
 
 class Stream(IterableDataset[Any]):

@@ -102,6 +102,7 @@ def read_store(path: Path) -> Reading:
         for name, moments in store.optimizer_state(key).moments.items():
             found |= {f"{key} {name} {part}": value for part, value in vars(moments).items()}
         found |= {f"{key} column {name}": store.column(key, name) for name in store.shard(key, 0)}
+        found |= {f"{key} basis {name}": tensor for name, tensor in (store.basis(key) or {}).items()}
         place, digest = store.place(key, "computed"), store.fingerprint.data
         own = replace(
             model, folder=path / "snapshots" / key / "computed", place=place, train_digest=digest, writer=False
@@ -144,6 +145,7 @@ KINDS = {
             "manifest": "manifest.json",
             "weights": "weights.safetensors",
             "optimizer": "optimizer.safetensors",
+            "basis": "basis.safetensors",
             "features": "features/*.safetensors",
             "factors": "computed/*.safetensors",
         },
