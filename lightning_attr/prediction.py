@@ -204,8 +204,9 @@ class AttributionStep(nn.Module):
         projection = self.method.projection_at(layout, stream, partial(self.store.optimizer_state, key))
         samples, precision = self._samples(self.train_data), self.trainer.precision_plugin.forward_context
         learn = partial(learn_projection, projection, self.store, key, self.module, plan, samples, precision)
-        settle_projection(projection, self.store, key, learn, self.processes.together)
         settle_directions(self.store, key, self.module, self.method.second_directions, self.processes.together)
+        with self.processes.together():  # what the next snapshot has is decided by all from the same record
+            settle_projection(projection, self.store, key, learn, self.processes.together)
         memory, target_plan = self.request.memory, self._target_plan(plan)
         self.featurizer = training_featurizer(self.store, key, self.module, plan, projection, memory)
         check_recorded_losses(self.featurizer, self.store, key, samples, precision, self.train_data.form, self.world)

@@ -355,7 +355,8 @@ def settle_directions(
         with together():
             if store.writer:
                 note_directions(store, key, module, wanted)
-        store.reload()
+        with together():  # before another one writes the record again
+            store.reload()
 
 
 class _OfDirection(Featurizer):
