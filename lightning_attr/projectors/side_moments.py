@@ -89,6 +89,8 @@ class BlockMoments:
             return self._whole(weight, bias)
         if self.block.bias is not None:
             last = columns.new_full((len(columns), 1), 0.0 if bias is None else 1.0)
+            if isinstance(weight, OuterSum):
+                last *= _some(present.expand_as(weight.columns)).flatten(0, 1)[:, :1]
             columns = torch.cat([columns, last], 1)
         return rows, columns
 
