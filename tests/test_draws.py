@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from cases import loader_of, quiet_trainer
+from cases import Tally, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.draws import Draw, Samples
@@ -83,12 +83,11 @@ class Denoiser(AttributionMixin, L.LightningModule):
 
     model_output = NegativeLoss(lambda outputs, targets: (outputs - targets).square().mean(1))
     attribution_draws = 3
-    set_up: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Linear(2, 2)
-        type(self).set_up = []  # what an object keeps, attribution puts back
+        self.set_up = Tally()
 
     def attribution_setup(self, samples: Samples, snapshot: str) -> None:
         assert not torch.is_grad_enabled()
@@ -152,10 +151,10 @@ def test_the_callback_and_attribute_draw_alike(tmp_path: Any) -> None:
     trainer = quiet_trainer(max_epochs=2, callbacks=[callback])
     trainer.fit(model, loader)
     keys = [snapshot.key for snapshot in callback.store.snapshots]
-    assert model.set_up == [("", 6), *[(key, 6) for key in keys]]
+    assert [*model.set_up] == [("", 6), *[(key, 6) for key in keys]]
     recorded = trainer.attribute(train_dataloaders=loader, target_dataloaders=loader)
     torch.testing.assert_close(recorded.self_influence, recorded.scores.values.diagonal())
-    assert model.set_up[3:] == [("", 6), (keys[-1], 6)]  # GradDot uses the last one
+    assert [*model.set_up][3:] == [("", 6), (keys[-1], 6)]  # GradDot uses the last one
     for row in range(6):
         noises = [Draw([row], keys[-1], number).normal(2)[0] for number in range(3)]
         expected = sum(loss(model, DATA.tensors[0][row], noise) for noise in noises).item() / 3
