@@ -89,7 +89,7 @@ def attributed(train: Any, model: Any = None, batch_size: int = 8, targets: Any 
     [
         ({"row13": -100}, rf"{EMPTY} \[\d\] of the batch.* Look at dataset\[13\]\.$"),
         ({"row2": -100}, rf"{EMPTY} \[\d\] of the batch.* Look at dataset\[2\]\.$"),
-        ({"row17": -100, "row19": -100}, rf"{EMPTY} \[\d\] of the batch.* Look at dataset\[(17|19)\]\.$"),
+        ({"row17": -100, "row19": -100}, rf"{EMPTY} \[\d, \d\] of the batch.* Look at dataset\[17\], dataset\[19\]\.$"),
         ({"row14": 5}, rf"{OUTSIDE}.* position \d of the batch has the label 5\..* Look at dataset\[14\]\.$"),
         ({"row1": -1}, rf"{OUTSIDE}.* position \d of the batch has the label -1\..* Look at dataset\[1\]\.$"),
     ],

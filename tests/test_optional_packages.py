@@ -16,6 +16,8 @@ from lightning_attr.errors import MissingDependencyError
 
 @pytest.fixture
 def without_dattri(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("dattri.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "dattri", None)  # importing it fails
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "dattri" else find(name))

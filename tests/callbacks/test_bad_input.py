@@ -227,7 +227,7 @@ def first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("first_rows")
 def test_nan_in_a_sample_that_training_left_out(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteGradientError, match=r"gradient of sample 17 is NaN or Inf .*Look at dataset\[17\]"):
+    with pytest.raises(NonFiniteGradientError, match=r"output of sample 17 is NaN or Inf .*Look at dataset\[17\]"):
         fit(tmp_path, Cautious(), with_nan(17), on_error="raise")
 
 

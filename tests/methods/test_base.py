@@ -62,6 +62,8 @@ def test_trak_config() -> None:
         "balanced": True,
         "exact": False,
         "sampling": True,
+        "kernel": "auto",
+        "directions": 1,
         "projector": {"kind": "eigen", "proj_dim": 100, "seed": 5, "samples": 512},
     }
     exact = TRAK(proj_dim=100, exact=True).config
