@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_attr.arguments import check_flag, check_int, check_numbers, check_path
-from lightning_attr.attribute_arguments import MASK, check_noise_mask
-from lightning_attr.attributed import check_module, describe_output
+from lightning_attr.arguments.checks import check_flag, check_int, check_numbers, check_path
+from lightning_attr.attribution.arguments import MASK, check_noise_mask
+from lightning_attr.attribution.request import check_strategy
+from lightning_attr.attribution.trainer import attribute
 from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.early import EarlySnapshots
 from lightning_attr.callbacks.featurizing import featurize, learn, self_influence_at, settle
@@ -27,28 +28,25 @@ from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
 from lightning_attr.callbacks.statistics import self_influence_statistics
-from lightning_attr.checkpoints import weights_of
-from lightning_attr.data import train_source
-from lightning_attr.draws import Samples
-from lightning_attr.encoding import check_feature_dtype, row_bytes
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.learning import learn_from, load_projection
-from lightning_attr.manifest import Fingerprint, Snapshot
-from lightning_attr.memory import MemoryBudget, check_memory_budget
+from lightning_attr.data.memory import MemoryBudget, check_memory_budget
+from lightning_attr.data.sources import train_source
+from lightning_attr.features.learned_projection import learn_from, load_projection
+from lightning_attr.features.second_direction import note_directions, training_featurizer, tried
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
-from lightning_attr.modes import check_mode
-from lightning_attr.optimizer_state import OptimizerState
-from lightning_attr.plans import Plans
+from lightning_attr.objectives.modes import check_mode
+from lightning_attr.objectives.objective import check_module, describe_output
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import OptimizerState
+from lightning_attr.parameters.trainable import parameter_count, parameter_shapes, trainable_names
+from lightning_attr.parameters.weights import weights_of
 from lightning_attr.projectors import LearnedProjection
-from lightning_attr.request import check_strategy
-from lightning_attr.second_direction import note_directions, training_featurizer, tried
-from lightning_attr.shards import ShardWriter
-from lightning_attr.store import FeatureStore
-from lightning_attr.trainable import parameter_count, parameter_shapes, trainable_names
-from lightning_attr.trainer import attribute
-
-__all__ = ["AttributionCallback"]
+from lightning_attr.randomness.draws import Samples
+from lightning_attr.store.feature_dtype import check_feature_dtype, row_bytes
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Fingerprint, Snapshot
+from lightning_attr.store.shard_writer import ShardWriter
+from lightning_attr.verification.gradient_paths import Plans
 
 SnapshotListener = Callable[[L.Trainer, L.LightningModule, Snapshot, Tensor], None]
 
@@ -71,7 +69,7 @@ class AttributionCallback(EarlySnapshots):
             that runs the module instead of reading features has only snapshots.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for the metrics.
         log: log self-influence statistics at every snapshot to the Trainer's loggers.
-        batch_size: samples a batch while featurizing; by default the training loader's, or up to 1,024 where samples
+        batch_size: samples per batch while featurizing; by default the training loader's, or up to 1,024 where samples
             are small and only stacked.
         feature_dtype: how features are stored: "float16" with a scale for each shard, "bfloat16" or "float32". A
             float64 module's stay float64.
@@ -83,7 +81,7 @@ class AttributionCallback(EarlySnapshots):
             recording: a warning names the cause, and ``trainer.attribute`` works with the snapshots that are complete.
             "raise" ends the training. What can be found before the first step is raised in any case.
         mode: "eval", or "train" for modules whose loss needs ``self.training``; by default eval mode, unless the loss
-            or its gradient depends on the mode; see :func:`lightning_attr.trainer.attribute`.
+            or its gradient depends on the mode; see :func:`lightning_attr.attribution.trainer.attribute`.
 
     Raises:
         ValueError: if an argument is none of these.

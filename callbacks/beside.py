@@ -8,12 +8,10 @@ from contextlib import contextmanager
 import lightning as L
 from torch import Tensor
 
-from lightning_attr.isolation import undisturbed
-from lightning_attr.loader import DataSource
-from lightning_attr.modes import set_mode
-from lightning_attr.step_world import StepWorld, replayed
-
-__all__ = ["beside_training"]
+from lightning_attr.data.loader import DataSource
+from lightning_attr.objectives.modes import set_mode
+from lightning_attr.user_code.isolation import undisturbed
+from lightning_attr.user_code.step_world import StepWorld, replayed
 
 
 @contextmanager

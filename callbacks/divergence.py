@@ -6,11 +6,9 @@ from collections.abc import Iterator
 
 import lightning as L
 
-from lightning_attr.batch import batched_tensors
+from lightning_attr.batches.nested import batched_tensors
+from lightning_attr.data.loader import DataSource, OrderedLoader
 from lightning_attr.errors import NonFiniteGradientError
-from lightning_attr.loader import DataSource, OrderedLoader
-
-__all__ = ["check_weights"]
 
 
 def check_weights(pl_module: L.LightningModule, source: DataSource, epoch: int) -> None:

@@ -7,11 +7,9 @@ import math
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # re-exported
 
-from lightning_attr.exposure import drawable_rows, from_bitmap, to_bitmap
-from lightning_attr.loader import DataSource
-from lightning_attr.store import FeatureStore
-
-__all__ = ["note_drawable_rows"]
+from lightning_attr.data.exposure import drawable_rows, from_bitmap, to_bitmap
+from lightning_attr.data.loader import DataSource
+from lightning_attr.store.feature_store import FeatureStore
 
 
 def note_drawable_rows(

@@ -12,8 +12,6 @@ from typing_extensions import override
 from lightning_attr.callbacks.run_store import RunStore
 from lightning_attr.callbacks.schedule import SnapshotSchedule
 
-__all__ = ["EarlySnapshots"]
-
 
 class EarlySnapshots(RunStore):
     """Takes snapshots after single steps of the first epoch, where the schedule has some.

@@ -9,22 +9,20 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor
 
+from lightning_attr.attribution.scoring import score_self_influence
 from lightning_attr.callbacks.progress import progress
-from lightning_attr.feature_check import check_features
-from lightning_attr.featurizer import AttributionPlan, Featurizer
-from lightning_attr.learning import learn_projection
-from lightning_attr.loader import DataSource, OrderedLoader
-from lightning_attr.manifest import Snapshot
+from lightning_attr.data.loader import DataSource, OrderedLoader
+from lightning_attr.features.featurizer import AttributionPlan, Featurizer
+from lightning_attr.features.learned_projection import learn_projection
+from lightning_attr.features.second_direction import directions_of
+from lightning_attr.features.transfer import placed, samples_on_device
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.methods.choice import choice_of, settled
 from lightning_attr.projectors import Projection
-from lightning_attr.scoring import score_self_influence
-from lightning_attr.second_direction import directions_of
-from lightning_attr.shards import ShardWriter
-from lightning_attr.store import FeatureStore
-from lightning_attr.transfer import placed, samples_on_device
-
-__all__ = ["featurize", "learn", "self_influence_at", "settle"]
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Snapshot
+from lightning_attr.store.shard_writer import ShardWriter
+from lightning_attr.verification.feature_check import check_features
 
 
 def learn(

@@ -8,10 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from lightning_attr.arguments import check_choice
+from lightning_attr.arguments.checks import check_choice
 from lightning_attr.errors import AttributionError
-
-__all__ = ["Guard", "describe"]
 
 T = TypeVar("T")
 

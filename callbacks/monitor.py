@@ -13,16 +13,14 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_attr.arguments import check_flag, check_int
-from lightning_attr.batch import float_tensors
+from lightning_attr.arguments.checks import check_flag, check_int
+from lightning_attr.batches.nested import float_tensors
 from lightning_attr.callbacks.attribution import AttributionCallback
-from lightning_attr.files import write_bytes
-from lightning_attr.manifest import Snapshot
+from lightning_attr.data.sample_errors import read_sample
+from lightning_attr.files.io import write_bytes
 from lightning_attr.metrics import figures, plotting
-from lightning_attr.sample_errors import read_sample
-from lightning_attr.worlds import AnyCallback, both
-
-__all__ = ["AttributionMonitor"]
+from lightning_attr.store.manifest import Snapshot
+from lightning_attr.user_code.lightning_names import AnyCallback, both
 
 _TABLE = "attribution/suspicious_samples"
 _FIGURE = "attribution/top_influence"

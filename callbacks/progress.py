@@ -10,9 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_attr.worlds import both
-
-__all__ = ["progress"]
+from lightning_attr.user_code.lightning_names import both
 
 
 @contextmanager

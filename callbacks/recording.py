@@ -13,13 +13,11 @@ from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined
 )
 from torch import Tensor, nn
 
-from lightning_attr.checkpoints import weights_of
 from lightning_attr.errors import AttributionError, StoreMismatchError
-from lightning_attr.files import digest
-from lightning_attr.manifest import Fingerprint, Snapshot, Stopped
-from lightning_attr.store import FeatureStore
-
-__all__ = ["FINAL", "Recording", "announce", "give_up", "snapshot_bytes", "stopped_warning"]
+from lightning_attr.files.io import digest
+from lightning_attr.parameters.weights import weights_of
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Fingerprint, Snapshot, Stopped
 
 FINAL = "final"
 """Key of the snapshot of the weights that a run ends with, where those are not the last epoch's."""
@@ -66,7 +64,7 @@ class Recording:
         Args:
             path: its directory.
             fingerprint: what is attributed.
-            batch_size: samples a batch while featurizing.
+            batch_size: samples per batch while featurizing.
             started: digest of the weights that the run starts from; None if it goes on from a checkpoint.
             feature_dtype: how features are stored.
 

@@ -15,19 +15,17 @@ from lightning_attr.callbacks.divergence import check_weights
 from lightning_attr.callbacks.drawing import note_drawable_rows
 from lightning_attr.callbacks.guard import Guard, describe
 from lightning_attr.callbacks.recording import Recording, give_up, stopped_warning
-from lightning_attr.checkpoints import weights_of
-from lightning_attr.data_changes import changed_data
-from lightning_attr.files import digest
-from lightning_attr.learning_rates import LearningRates
-from lightning_attr.loader import DataSource
-from lightning_attr.manifest import Fingerprint, Stopped
+from lightning_attr.data.changes import changed_data
+from lightning_attr.data.loader import DataSource
+from lightning_attr.features.transfer import set_up_at
+from lightning_attr.files.io import digest
+from lightning_attr.files.writer_lock import WriterLock
+from lightning_attr.parameters.learning_rates import LearningRates
+from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots import run_settings
-from lightning_attr.store import FeatureStore
-from lightning_attr.transfer import set_up_at
-from lightning_attr.worlds import AnyCallback
-from lightning_attr.writing import WriterLock
-
-__all__ = ["RunStore"]
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Fingerprint, Stopped
+from lightning_attr.user_code.lightning_names import AnyCallback
 
 
 class RunStore(AnyCallback):

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 import lightning as L
 
-from lightning_attr.arguments import check_choice, check_int
-
-__all__ = ["SnapshotSchedule", "epoch_limit", "steps_of_an_epoch"]
+from lightning_attr.arguments.checks import check_choice, check_int
 
 
 class SnapshotSchedule:

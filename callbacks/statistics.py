@@ -7,8 +7,6 @@ from torch import Tensor
 from lightning_attr.metrics.functional import noisy_label_auroc, noisy_label_recall
 from lightning_attr.metrics.ranks import spearman
 
-__all__ = ["self_influence_statistics"]
-
 
 def self_influence_statistics(
     self_influence: Tensor, previous: Tensor | None = None, noise_mask: Tensor | None = None

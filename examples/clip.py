@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.contrastive import ContrastiveMixin
+from lightning_attr.modalities import ContrastiveMixin
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ("a {}", "the digit {}")

@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.diffusion import DiffusionMixin
 from lightning_attr.methods import TRAK
 from lightning_attr.metrics import plot_denoising_steps
+from lightning_attr.modalities import DiffusionMixin, sample_trajectory
 from lightning_attr.outputs import SquaredPrediction
-from lightning_attr.trajectories import sample_trajectory
 
 OUT = Path("out/diffusion")
 N, BATCH, STEPS, REMOVED, SEEDS = 160, 32, 200, 48, (1, 2, 3)

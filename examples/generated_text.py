@@ -23,10 +23,9 @@ from torch.utils.data import DataLoader
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.evaluation import retrain_without
-from lightning_attr.highlights import HighlightedText, TextHighlights
 from lightning_attr.methods import GradDot, Influence
+from lightning_attr.modalities import HighlightedText, LossTokens, TextHighlights
 from lightning_attr.outputs import LanguageModel
-from lightning_attr.tokens import LossTokens
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from nanogpt import NanoGPT

@@ -21,11 +21,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_attr import AttributionMixin, AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.evaluation import retrain_without
-from lightning_attr.highlights import HighlightedText, TextHighlights
 from lightning_attr.methods import GradDot
 from lightning_attr.metrics import mean_reciprocal_rank, recall_at_k
+from lightning_attr.modalities import HighlightedText, LossTokens, TextHighlights
 from lightning_attr.outputs import LanguageModel
-from lightning_attr.tokens import LossTokens
 
 EPOCHS, ASKED, REMOVED, SEEDS = 40, 6, 5, 3
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

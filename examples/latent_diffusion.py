@@ -22,12 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.diffusion import DiffusionMixin
-from lightning_attr.draws import Draw
 from lightning_attr.methods import TRAK
 from lightning_attr.metrics import linear_datamodeling_score, plot_denoising_steps
+from lightning_attr.modalities import DiffusionMixin, sample_trajectory
 from lightning_attr.outputs import DenoisingLoss, SquaredPrediction
-from lightning_attr.trajectories import sample_trajectory
+from lightning_attr.randomness import Draw
 
 OUT = Path("out/latent_diffusion")
 N, HELD_OUT, BATCH, STEPS, SUBSETS, METHOD = 90, 45, 45, 120, 32, TRAK(damping=1.0)

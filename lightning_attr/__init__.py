@@ -2,12 +2,12 @@
 
 from importlib.metadata import version
 
-from lightning_attr.mixin import AttributionMixin
+from lightning_attr.attribution.trainer import AttributionTrainer, attribute
+from lightning_attr.objectives.mixin import AttributionMixin
 from lightning_attr.outputs import ModelOutput
-from lightning_attr.result import AttributionResult
-from lightning_attr.scores import ScoreMatrix
-from lightning_attr.store import FeatureStore
-from lightning_attr.trainer import AttributionTrainer, attribute
+from lightning_attr.results.result import AttributionResult
+from lightning_attr.results.score_matrix import ScoreMatrix
+from lightning_attr.store.feature_store import FeatureStore
 
 __version__ = version("lightning_attr")
 

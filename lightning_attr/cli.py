@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]  # re-exported
 
-from lightning_attr.files import write_bytes
-from lightning_attr.result import AttributionResult
-from lightning_attr.trainer import AttributionTrainer, attribute
+from lightning_attr.attribution.trainer import AttributionTrainer, attribute
+from lightning_attr.files.io import write_bytes
+from lightning_attr.results.result import AttributionResult
 
 __all__ = ["AttributionCLI"]
 

@@ -1,4 +1,4 @@
-"""What can go wrong, one class a cause. Plain bad arguments stay :class:`ValueError` and :class:`TypeError`."""
+"""What can go wrong, one class per cause. Plain bad arguments stay :class:`ValueError` and :class:`TypeError`."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_attr.attributed import check_module
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import MissingDependencyError
 from lightning_attr.gradients.functional import call_with
-from lightning_attr.mixin import AttributionMixin
-from lightning_attr.store import FeatureStore
-from lightning_attr.training_step import training_loss
+from lightning_attr.objectives.mixin import AttributionMixin
+from lightning_attr.objectives.objective import check_module
+from lightning_attr.parameters.weights import load_weights
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.user_code.training_step import training_loss
 
 if TYPE_CHECKING:
     from dattri.task import AttributionTask

@@ -54,7 +54,7 @@ def leave_group_at_exit() -> None:
 
 
 def blobs(n: int, seed: int = 0, classes: int = 3, size: int = 4) -> TensorDataset:
-    """Points around one centre a class; the centres are those of every seed."""
+    """Points around one centre per class; the centres are those of every seed."""
     centres = 2 * torch.randn(classes, size, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed + 1)
     y = torch.randint(classes, (n,), generator=generator)

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.diffusion import DiffusionMixin
+from lightning_attr.modalities.diffusion import DiffusionMixin
 
 T, SIZE = 20, 3
 

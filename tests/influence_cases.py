@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cases import blobs
 from lightning_attr import AttributionMixin
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.outputs import BinaryMargin, Regression
-from lightning_attr.snapshot_model import SnapshotModel
 
 N, M, P = 24, 4, 5
 Batch = tuple[Tensor, Tensor]

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from truths import truth_of
 
 from cases import loader_of, quiet_trainer
-from lightning_attr import AttributionMixin, AttributionResult, FeatureStore, attribute, store
+from lightning_attr import AttributionMixin, AttributionResult, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.evaluation import GroundTruth
 from lightning_attr.methods import (
@@ -46,6 +46,7 @@ from lightning_attr.methods import (
     TracIn,
 )
 from lightning_attr.projectors import IdentityProjector, LayerSubset
+from lightning_attr.store import feature_store as store
 
 N_TRAIN, N_TARGET = 24, 5
 TWINS = (20, 3)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_attr import AttributionResult, FeatureStore, ScoreMatrix
-from lightning_attr.command_line import main
-from lightning_attr.manifest import Fingerprint
+from lightning_attr.__main__ import main
+from lightning_attr.store.manifest import Fingerprint
 
 
 @pytest.fixture
@@ -76,9 +76,7 @@ def test_what_is_not_there_is_named(command: list[str], tmp_path: Path, capsys: 
 
 
 def test_as_a_module() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "lightning_attr.command_line", "--help"], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-m", "lightning_attr.__main__", "--help"], capture_output=True, text=True)
     assert run.returncode == 0
     assert "show" in run.stdout
     assert "report" in run.stdout

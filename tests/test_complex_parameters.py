@@ -15,7 +15,6 @@ from cases import quiet_trainer
 from lightning_attr import AttributionMixin
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import (
     GAS,
     LESS,
@@ -27,6 +26,7 @@ from lightning_attr.methods import (
     ProjectedInfluence,
     TracIn,
 )
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector
 
 N = 12

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from cases import BlobClassifier, blobs, leave_group_at_exit, loader_of, quiet_trainer
-from lightning_attr import AttributionResult, FeatureStore, attribute, store
+from lightning_attr import AttributionResult, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import EigenProjector
+from lightning_attr.store import feature_store as store
 
 METHODS = {"newton": TRAK(proj_dim=16), "published": TRAK(proj_dim=16, newton_weights=False)}
 METHODS["eigen"] = TRAK(projector=EigenProjector(16))

@@ -25,9 +25,14 @@ PUBLIC = {
     "lightning_attr.gradients",
     "lightning_attr.interop",
     "lightning_attr.methods",
+    "lightning_attr.methods.solvers",
     "lightning_attr.metrics",
+    "lightning_attr.modalities",
     "lightning_attr.outputs",
     "lightning_attr.projectors",
+    "lightning_attr.randomness",
+    "lightning_attr.results",
+    "lightning_attr.store",
     "lightning_attr.testing",
 }
 OPTIONAL = {"fast_jl"}  # a module that needs one of these is skipped where it is not installed

@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, AttributionResult, FeatureStore, attribute
-from lightning_attr import store as store_module
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, GradCos
+from lightning_attr.store import feature_store as store_module
 
 # The shared module has a validation step; not every test validates.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

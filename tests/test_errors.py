@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 
 from cases import loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
+from lightning_attr.data.loader import DataSource
+from lightning_attr.data.memory import MemoryBudget
 from lightning_attr.errors import AttributionError, InvalidLabelError, named_samples
 from lightning_attr.evaluation.targets import target_outputs
-from lightning_attr.loader import DataSource
-from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import GradDot
 from lightning_attr.outputs import LanguageModel, PixelMargin
 from lightning_attr.projectors import IdentityProjector
@@ -105,9 +105,11 @@ def test_target_sentences() -> None:
 
 
 def test_rows_are_those_of_the_part_that_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_attr.memory._OF_INPUTS", 2**60)  # measure, however small
+    monkeypatch.setattr("lightning_attr.data.memory._OF_INPUTS", 2**60)  # measure, however small
     monkeypatch.setattr(MemoryBudget, "_fitting", lambda budget, demand, batch_size: 3)
-    monkeypatch.setattr("lightning_attr.probe.probe_rows", lambda source: [0, 1, 2, 3])  # else it finds the row
+    monkeypatch.setattr(
+        "lightning_attr.verification.probe.probe_rows", lambda source: [0, 1, 2, 3]
+    )  # else it finds the row
     with pytest.raises(InvalidLabelError, match=rf"{EMPTY} \[2\] of the batch.* Look at dataset\[13\]\.$"):
         attributed(sentences(row13=-100))  # of the rows 8 to 15, the second part
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cases import QUIET, BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, FeatureStore
+from lightning_attr.__main__ import main
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.command_line import main
 from lightning_attr.methods import TRAK, GradDot
 
 

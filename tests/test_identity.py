@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_attr import AttributionResult, FeatureStore, ScoreMatrix
-from lightning_attr import store as store_module
 from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets
-from lightning_attr.manifest import Fingerprint
-from lightning_attr.optimizer_state import AdamMoments, OptimizerState
-from lightning_attr.snapshot_model import SnapshotModel
+from lightning_attr.features.snapshot_model import SnapshotModel
+from lightning_attr.parameters.optimizer_state import AdamMoments, OptimizerState
+from lightning_attr.store import feature_store as store_module
+from lightning_attr.store.manifest import Fingerprint
 
 ROWS = 20  # shards of 8, 8 and 4
 FINGERPRINT = Fingerprint(ROWS, "abc", {"w": (2,)}, {"kind": "identity"})

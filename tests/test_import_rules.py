@@ -9,136 +9,56 @@ from pathlib import Path
 
 import pytest
 
-# Modules and subpackages of lightning_attr by level: each imports only from lower levels, and from itself.
-LEVELS: tuple[tuple[str, ...], ...] = (
-    ("argument_messages",),
-    ("arguments", "samples_apart"),
-    (
-        "errors",
-        "fields",
-        "forms",
-        "worlds",
-        "batch",
-        "encoding",
-        "layout",
-        "randomness",
-        "remedies",
-        "texts",
-        "tokens",
-        "tolerance",
-        "labels_at_hand",
-        "highlights",
-        "trainable",
-        "namespaces",
-    ),
-    ("reachable", "written", "streams"),
-    (
-        "batch_form",
-        "sample_digest",
-        "sample_errors",
-        "failing_samples",
-        "draws",
-        "processes",
-        "trajectories",
-        "headers",
-        "paths",
-        "contents",
-        "generators",
-        "batch_copies",
-    ),
-    ("optimizer_state", "learning_rates", "kept_state", "metric_calls"),
-    ("user_calls", "reading_state"),
-    ("files", "frames", "checkpoints", "isolation", "modes", "memory", "outputs", "gradients", "projectors", "metrics"),
-    ("kept_files",),
-    ("curvature", "reductions", "step_world", "start_hooks", "sealed", "claims"),
-    ("training_step",),
-    ("func", "loss_terms", "report", "saved_scores", "writing"),
-    ("manifest", "scores", "top_scores", "mixin", "loader_forms", "reading", "exposure", "testing", "result_metrics"),
-    ("loader",),
-    (
-        "snapshot_store",
-        "store",
-        "ckpt_files",
-        "result",
-        "data",
-        "attributed",
-        "target_function",
-        "data_changes",
-        "probe_rows",
-        "lost_rows",
-        "contrastive",
-        "diffusion",
-    ),
-    (
-        "ckpt_snapshots",
-        "inspection",
-        "model_check",
-        "jobs",
-        "shards",
-        "attributed_apart",
-        "mode_choice",
-        "repeated_reads",
-    ),
-    ("access", "featurizer"),
-    ("second_direction",),
-    ("feature_check", "snapshot_model", "positions", "learning", "recorded_losses", "target_check", "training_rows"),
-    ("methods",),
-    ("ensemble",),
-    ("attribute_arguments", "borrow", "provenance", "scoring", "transfer"),
-    ("row_checks",),
-    ("probe",),
-    ("plans",),
-    ("evaluation", "interop", "command_line"),
-    ("pilots",),
-    ("request",),
-    ("prediction",),
-    ("trainer",),
-    ("callbacks", "cli", "__init__"),
-)
-# Further imports, from a module to another of its own level.
-SIDEWAYS = {("projectors", "gradients"), ("store", "snapshot_store")}
+# The rooms of the package by level, lowest first: each imports only from lower levels, and from itself.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "ground": ("errors", "arguments", "batches", "randomness"),
+    "tools": ("files", "metrics", "parameters", "user_code"),
+    "sources": ("data", "gradients", "outputs", "report", "store"),
+    "objectives": ("objectives", "projectors", "results"),
+    "features": ("curvature", "features"),
+    "methods": ("func", "methods", "modalities", "verification"),
+    "evaluation": ("evaluation", "interop"),
+    "pilots": ("pilots",),
+    "attribution": ("attribution",),
+    "faces": ("callbacks", "cli", "testing", "__init__", "__main__"),
+}
 
-# Files that alone may import a distribution.
-LIGHTNING = (
-    *(
-        f"lightning_attr/{name}.py"
-        for name in (
-            "attribute_arguments",
-            "borrow",
-            "cli",
-            "ckpt_files",
-            "ckpt_snapshots",
-            "data",
-            "plans",
-            "prediction",
-            "probe",
-            "request",
-            "row_checks",
-            "start_hooks",
-            "step_world",
-            "trainer",
-            "training_step",
-            "transfer",
-            "worlds",
-        )
+# The modules that alone may import a distribution.
+LIGHTNING_MODULES = {
+    "callbacks": ("*",),
+    "lightning_attr/attribution": (
+        "arguments",
+        "borrow",
+        "checkpoint_files",
+        "checkpoint_snapshots",
+        "predict_step",
+        "request",
+        "trainer",
     ),
-    *(
-        f"lightning_attr/evaluation/{name}.py"
-        for name in ("factories", "pilot", "retrain", "retraining", "stacked", "targets")
-    ),
-    "lightning_attr/pilots/*",
-    "callbacks/*",
-)
+    "lightning_attr": ("cli",),
+    "lightning_attr/data": ("sources",),
+    "lightning_attr/evaluation": ("factories", "retrain", "targets", "train_one"),
+    "lightning_attr/evaluation/vectorised": ("reference_run", "stacked_models"),
+    "lightning_attr/features": ("transfer",),
+    "lightning_attr/pilots": ("*",),
+    "lightning_attr/user_code": ("lightning_names", "start_hooks", "step_world", "training_step"),
+    "lightning_attr/verification": ("gradient_paths", "probe", "row_checks"),
+}
+LIGHTNING = tuple(f"{folder}/{module}.py" for folder, modules in LIGHTNING_MODULES.items() for module in modules)
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "lightning": LIGHTNING,
-    "lightning_utilities": ("lightning_attr/batch.py",),  # comes with lightning and torchmetrics, which both require it
-    "pytorch_lightning": (),  # `lightning` is the name we use; worlds.py looks the other one up
-    "fsspec": ("lightning_attr/ckpt_files.py",),  # comes with lightning and torch, which both require it
+    "lightning_utilities": (
+        "lightning_attr/batches/nested.py",
+    ),  # comes with lightning and torchmetrics, which both require it
+    "pytorch_lightning": (),  # `lightning` is the name we use; lightning_names.py looks the other one up
+    "fsspec": (
+        "lightning_attr/attribution/checkpoint_files.py",
+    ),  # comes with lightning and torch, which both require it
     "fast_jl": ("lightning_attr/projectors/fast_jl.py",),
     "matplotlib": ("lightning_attr/metrics/figures.py",),
     "PIL": ("lightning_attr/report/renderers.py",),
     "jinja2": ("lightning_attr/report/page.py",),
-    "pandas": ("lightning_attr/frames.py",),
+    "pandas": ("lightning_attr/results/frames.py",),
     "dattri": ("lightning_attr/interop.py",),
 }
 # Optional distributions: imported only inside functions, and for their types anywhere.
@@ -167,23 +87,24 @@ def imports(tree: ast.AST, place: str = "module") -> list[tuple[str, int, str]]:
 
 
 def home(file: str) -> str:
-    """The entry of `LEVELS` that a file of the package belongs to."""
+    """The room of `LEVELS` that a file of the package belongs to."""
     parts = Path(file).with_suffix("").parts
     return "callbacks" if parts[0] == "callbacks" else parts[1]
 
 
 def layer_violation(importer: str, imported: str) -> str | None:
     """What is wrong with the module `importer` of the package importing its module `imported`, if anything."""
-    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    level = {room: number for number, rooms in enumerate(LEVELS.values()) for room in rooms}
+    name = {room: level for level, rooms in LEVELS.items() for room in rooms}
     if importer not in level:
         return f"`{importer}` has no level yet: add it to LEVELS"
     if imported == "callbacks" and importer != "callbacks":
         return "nothing in lightning_attr/ imports lightning_attr.callbacks"
     if imported not in level or imported == "__init__":
-        return f"`{imported}` is not in LEVELS: add the module, or import the name from the module that defines it"
-    if imported == importer or (importer, imported) in SIDEWAYS or level[imported] < level[importer]:
+        return f"`{imported}` is not in LEVELS: add the room, or import the name from the module that defines it"
+    if imported == importer or level[imported] < level[importer]:
         return None
-    return f"`{importer}` (level {level[importer]}) imports `{imported}` (level {level[imported]})"
+    return f"`{importer}` (level {name[importer]}) imports `{imported}` (level {name[imported]})"
 
 
 def violations(file: str, source: str) -> list[str]:
@@ -222,16 +143,21 @@ def test_imports_keep_the_rules(repository: Path) -> None:
     assert walk(repository) == []
 
 
-def test_every_module_has_a_level(repository: Path) -> None:
-    modules = {home(file.relative_to(repository).as_posix()) for file in (repository / "lightning_attr").rglob("*.py")}
-    assert modules <= {name for names in LEVELS for name in names}
+def test_every_room_has_a_level(repository: Path) -> None:
+    rooms = {home(file.relative_to(repository).as_posix()) for file in (repository / "lightning_attr").rglob("*.py")}
+    assert {*rooms, "callbacks"} == {room for rooms in LEVELS.values() for room in rooms}
+
+
+def test_the_root_holds_what_users_import_by_name(repository: Path) -> None:
+    modules = {file.stem for file in (repository / "lightning_attr").glob("*.py")}
+    assert modules == {"__init__", "__main__", "cli", "errors", "interop", "testing"}
 
 
 @pytest.mark.parametrize(
     ("file", "source", "problem"),
     [
-        ("lightning_attr/store.py", "import lightning as L", "may import lightning"),
-        ("lightning_attr/store.py", "from lightning.pytorch import Trainer", "may import lightning"),
+        ("lightning_attr/store/feature_store.py", "import lightning as L", "may import lightning"),
+        ("lightning_attr/store/feature_store.py", "from lightning.pytorch import Trainer", "may import lightning"),
         (
             "lightning_attr/methods/trak.py",
             "def f():\n    import lightning_utilities",
@@ -242,27 +168,35 @@ def test_every_module_has_a_level(repository: Path) -> None:
         ("lightning_attr/metrics/figures.py", "import matplotlib.pyplot as plt", "inside a function"),
         ("lightning_attr/metrics/figures.py", "if True:\n    from matplotlib import pyplot", "inside a function"),
         ("lightning_attr/metrics/functional.py", "def f():\n    import matplotlib", "may import matplotlib"),
-        ("lightning_attr/scores.py", "def f():\n    import pandas as pd", "may import pandas"),
+        ("lightning_attr/results/score_matrix.py", "def f():\n    import pandas as pd", "may import pandas"),
         ("lightning_attr/interop.py", "from dattri.task import AttributionTask", "inside a function"),
-        ("lightning_attr/store.py", "if TYPE_CHECKING:\n    import lightning", "may import lightning"),
+        ("lightning_attr/store/feature_store.py", "if TYPE_CHECKING:\n    import lightning", "may import lightning"),
         (
-            "lightning_attr/store.py",
+            "lightning_attr/store/feature_store.py",
             "if TYPE_CHECKING:\n    pass\nelse:\n    import matplotlib",
             "may import matplotlib",
         ),
-        ("lightning_attr/trainer.py", "import lightning_attr.callbacks", "nothing in lightning_attr/ imports"),
+        (
+            "lightning_attr/attribution/trainer.py",
+            "import lightning_attr.callbacks",
+            "nothing in lightning_attr/ imports",
+        ),
         ("lightning_attr/__init__.py", "from lightning_attr import callbacks", "nothing in lightning_attr/ imports"),
-        ("lightning_attr/store.py", "from . import scores", "relative import"),
+        ("lightning_attr/store/feature_store.py", "from . import scores", "relative import"),
         ("callbacks/monitor.py", "from .attribution import AttributionCallback", "relative import"),
         ("callbacks/monitor.py", "from callbacks.attribution import AttributionCallback", "only its home"),
         ("examples/noisy_labels.py", "import callbacks", "only its home"),
         ("tests/callbacks/test_monitor.py", "from callbacks import monitor", "only its home"),
-        ("lightning_attr/errors.py", "from lightning_attr.batch import f", "imports `batch`"),
+        ("lightning_attr/errors.py", "from lightning_attr.batches.nested import f", "imports `batches`"),
         ("lightning_attr/gradients/hooks.py", "from lightning_attr import projectors", "imports `projectors`"),
-        ("lightning_attr/metrics/plotting.py", "import lightning_attr.scores", "imports `scores` (level "),
-        ("lightning_attr/store.py", "from lightning_attr.methods.trak import TRAK", "imports `methods`"),
-        ("lightning_attr/trainer.py", "from lightning_attr import ScoreMatrix", "module that defines it"),
-        ("lightning_attr/trainer.py", "import lightning_attr", "module that defines it"),
+        (
+            "lightning_attr/metrics/plotting.py",
+            "import lightning_attr.results.score_matrix",
+            "imports `results` (level objectives)",
+        ),
+        ("lightning_attr/store/feature_store.py", "from lightning_attr.methods.trak import TRAK", "imports `methods`"),
+        ("lightning_attr/attribution/trainer.py", "from lightning_attr import ScoreMatrix", "module that defines it"),
+        ("lightning_attr/attribution/trainer.py", "import lightning_attr", "module that defines it"),
         ("callbacks/monitor.py", "from lightning_attr.errors import _private", "private to its file"),
         ("lightning_attr/stranger.py", "import lightning_attr.errors", "has no level yet"),
     ],
@@ -278,20 +212,29 @@ def test_planted_violations_are_found(tmp_path: Path, file: str, source: str, pr
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("lightning_attr/trainer.py", "import lightning as L\nfrom lightning_attr.methods.trak import TRAK"),
-        ("lightning_attr/prediction.py", "import lightning"),
-        ("callbacks/attribution.py", "from lightning.pytorch import Callback\nfrom lightning_attr.store import X"),
+        (
+            "lightning_attr/attribution/trainer.py",
+            "import lightning as L\nfrom lightning_attr.methods.trak import TRAK",
+        ),
+        ("lightning_attr/attribution/predict_step.py", "import lightning"),
+        (
+            "callbacks/attribution.py",
+            "from lightning.pytorch import Callback\nfrom lightning_attr.store.feature_store import X",
+        ),
         ("callbacks/__init__.py", "from lightning_attr.callbacks.attribution import AttributionCallback"),
         ("lightning_attr/metrics/figures.py", "def f():\n    if True:\n        import matplotlib.pyplot as plt"),
         ("lightning_attr/metrics/noisy_labels.py", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes"),
         ("lightning_attr/projectors/fast_jl.py", "import fast_jl"),
-        ("lightning_attr/frames.py", "def f():\n    import pandas as pd"),
-        ("lightning_attr/result.py", "if TYPE_CHECKING:\n    import pandas as pd"),
+        ("lightning_attr/results/frames.py", "def f():\n    import pandas as pd"),
+        ("lightning_attr/results/result.py", "if TYPE_CHECKING:\n    import pandas as pd"),
         ("lightning_attr/projectors/kronecker.py", "from lightning_attr.gradients.rules import rule"),
         ("lightning_attr/methods/trak.py", "from lightning_attr import errors, store"),
-        ("lightning_attr/__init__.py", "from lightning_attr.trainer import AttributionTrainer"),
-        ("lightning_attr/store.py", "import lightning_attribution"),
-        ("tests/test_trainer.py", "import lightning\nimport matplotlib\nfrom lightning_attr import attribute"),
+        ("lightning_attr/__init__.py", "from lightning_attr.attribution.trainer import AttributionTrainer"),
+        ("lightning_attr/store/feature_store.py", "import lightning_attribution"),
+        (
+            "tests/attribution/test_trainer.py",
+            "import lightning\nimport matplotlib\nfrom lightning_attr import attribute",
+        ),
     ],
 )
 def test_what_the_rules_allow_is_not_found(file: str, source: str) -> None:

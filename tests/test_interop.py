@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cases import BlobClassifier, blobs, quiet_trainer
 from lightning_attr import AttributionTrainer, FeatureStore, attribute
-from lightning_attr import store as store_module
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import weights_of
 from lightning_attr.errors import MissingDependencyError, StoreMismatchError
 from lightning_attr.interop import dattri_task
-from lightning_attr.manifest import Fingerprint
 from lightning_attr.methods import TRAK, GradDot
+from lightning_attr.parameters.weights import weights_of
 from lightning_attr.projectors import IdentityProjector
+from lightning_attr.store import feature_store as store_module
+from lightning_attr.store.manifest import Fingerprint
 
 TRAIN, TARGETS = blobs(20), blobs(6, seed=1)
 

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import BatchDependenceError
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.outputs import NegativeLoss
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 
 B = 5
 
 
 class Scores(L.LightningModule):
-    """A network, and the loss of its scores by a class attribute, one value a sample."""
+    """A network, and the loss of its scores by a class attribute, one value per sample."""
 
     classes = 1
 

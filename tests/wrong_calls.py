@@ -22,7 +22,7 @@ from lightning_attr import outputs as model_outputs
 from lightning_attr import projectors as p
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
 from lightning_attr.errors import AttributionError
-from lightning_attr.manifest import Fingerprint
+from lightning_attr.store.manifest import Fingerprint
 
 INF, NAN = float("inf"), float("nan")
 N, M = 40, 3

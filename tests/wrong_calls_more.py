@@ -13,8 +13,11 @@ from torch import nn
 from truths import truth_of
 from wrong_calls import INF, NAN, SCORES, WrongCall, calls, saved
 
-from lightning_attr import FeatureStore, highlights, methods, outputs, projectors, tokens, trajectories
+from lightning_attr import FeatureStore, methods, outputs, projectors
 from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.modalities import token_dataset as tokens
+from lightning_attr.modalities import trajectories
+from lightning_attr.report import highlights
 
 ARRAY = np.array([1.0, 2.0])
 BYTES = b"x"

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.rows import Product, applied, checked_rows, row_dots
+from lightning_attr.curvature.parameter_vectors import Product, applied, checked_rows, row_dots
 from lightning_attr.errors import NegativeCurvatureError
-
-__all__ = ["Solution", "conjugate_gradient"]
 
 
 @dataclass(frozen=True)

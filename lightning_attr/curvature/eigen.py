@@ -9,8 +9,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["eigendecomposition"]
-
 log = logging.getLogger(__name__)
 
 _SMALL = 256

@@ -10,10 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.rows import Product, checked_rows
-from lightning_attr.randomness import gaussian
-
-__all__ = ["Factorisation", "factor"]
+from lightning_attr.curvature.parameter_vectors import Product, checked_rows
+from lightning_attr.randomness.streams import gaussian
 
 log = logging.getLogger(__name__)
 

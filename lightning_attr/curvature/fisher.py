@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
-from lightning_attr.batch import select_rows
+from lightning_attr.batches.nested import select_rows
 from lightning_attr.gradients import HookedGradients, ParameterGradient
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.outputs import ModelOutput
-from lightning_attr.randomness import row_uniforms
-
-__all__ = ["GradientBatch", "GradientStream", "Labels", "RepeatedPasses", "fisher_batch", "usual_labels"]
+from lightning_attr.randomness.streams import row_uniforms
 
 _FEW_LABELS = 16
 _KEPT_BYTES = 2**28
@@ -39,7 +37,7 @@ class GradientBatch:
     """What a batch adds to a curvature: the outer products of the gradients in all of its streams.
 
     Args:
-        streams: each gives the gradients of some of the samples, for one label a sample or for several: then the
+        streams: each gives the gradients of some of the samples, for one label per sample or for several: then the
             samples follow each other as often as there are labels, and the gradients are times the square roots of the
             labels' weights.
         samples: number of samples, of all streams, counted once.
@@ -253,7 +251,7 @@ def label_count(distribution: Distribution, samples: int) -> int:
 
     Raises:
         TypeError: if the distribution is another one.
-        ValueError: if there are several discrete values a sample, whose combinations are too many.
+        ValueError: if there are several discrete values per sample, whose combinations are too many.
 
     Example:
         >>> label_count(Bernoulli(probs=torch.tensor([0.25])), 1)
@@ -311,7 +309,7 @@ def quadrature(distribution: Distribution, samples: int) -> tuple[Tensor, Tensor
     of the ``r`` values of a sample, :math:`\mu + \sqrt{r} \sigma e_k` with the weight :math:`1 / r`.
 
     Args:
-        distribution: categorical or Bernoulli over one value a sample, or normal over ``r``; the ``b`` samples follow
+        distribution: categorical or Bernoulli over one value per sample, or normal over ``r``; the ``b`` samples follow
             each other as often as there are labels, ``c`` times: the first time they get the first label, and so on.
         samples: ``c * b``.
 
@@ -320,7 +318,7 @@ def quadrature(distribution: Distribution, samples: int) -> tuple[Tensor, Tensor
 
     Raises:
         TypeError: if the distribution is another one.
-        ValueError: if there are several discrete values a sample, whose combinations are too many.
+        ValueError: if there are several discrete values per sample, whose combinations are too many.
 
     Example:
         >>> quadrature(Bernoulli(probs=torch.tensor([0.25, 0.25])), 2)

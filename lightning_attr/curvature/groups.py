@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_attr.curvature.rows import Product, applied, checked_rows
-
-__all__ = ["group_influence"]
+from lightning_attr.curvature.parameter_vectors import Product, applied, checked_rows
 
 
 def group_influence(

@@ -28,8 +28,6 @@ from lightning_attr.curvature.kronecker_rotation import BatchUses, chunks, squar
 from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.gradients import ParameterGradient
 
-__all__ = ["BlockFactors", "KroneckerFactors", "KroneckerMethod", "Passes"]
-
 KroneckerMethod: TypeAlias = Literal["ekfac", "kfac"]
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,6 @@ from lightning_attr.curvature.kronecker_rotation import BatchUses, rotated, rota
 from lightning_attr.gradients import ParameterGradient
 from lightning_attr.projectors import Projection
 
-__all__ = ["InverseForms", "KroneckerInverse"]
-
 
 class KroneckerInverse:
     r"""Applies :math:`(C + \lambda I)^{-1}`, a block a layer; parameters without factors give zero.

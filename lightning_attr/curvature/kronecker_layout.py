@@ -18,17 +18,15 @@ from lightning_attr.gradients.attention import multihead_attention
 from lightning_attr.gradients.convolution import convolution
 from lightning_attr.gradients.linear import linear, transposed_linear
 from lightning_attr.gradients.rules import forward_for
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import flat_slots
-
-__all__ = ["KroneckerBlock", "KroneckerLayout", "WeightGradient", "some"]
 
 WeightGradient: TypeAlias = OuterSum | ConvSum
 
 
 @dataclass(frozen=True)
 class KroneckerBlock:
-    r"""A weight and its bias as one matrix a group, :math:`(d_o, d_i + 1)`, the bias as last column.
+    r"""A weight and its bias as one matrix per group, :math:`(d_o, d_i + 1)`, the bias as last column.
 
     Args:
         weight: name of the weight.

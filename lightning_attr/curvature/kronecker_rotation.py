@@ -15,8 +15,6 @@ from torch import Tensor
 from lightning_attr.curvature.kronecker_layout import KroneckerBlock, WeightGradient
 from lightning_attr.gradients import ConvSum, ParameterGradient
 
-__all__ = ["BatchUses", "SquaredGradients", "chunks", "rotated", "rotated_gradients", "squared_gradients"]
-
 CHUNK = 1 << 25
 """Numbers that a chunk of samples may take: 128 MiB of float32."""
 
@@ -53,7 +51,7 @@ class BatchUses:
 
 @dataclass(frozen=True)
 class SquaredGradients:
-    r"""Squares of rotated gradients, :math:`(Q_S^\top G_i Q_A)^2`, formed or as products of one factor a side.
+    r"""Squares of rotated gradients, :math:`(Q_S^\top G_i Q_A)^2`, formed or as products of one factor per side.
 
     Args:
         formed: ``(b, groups, d_o, d_i)``; or
@@ -171,7 +169,7 @@ def _rotated(rows: Tensor, basis: Tensor, labels: int) -> Tensor:
 
 
 def rotated(factors: Tensor, basis: Tensor) -> Tensor:
-    """Multiply from the right: one product a group, as one a sample would read the basis for each of them.
+    """Multiply from the right: one product per group, as one a sample would read the basis for each of them.
 
     Args:
         factors: ``(b, groups, s, d)``.

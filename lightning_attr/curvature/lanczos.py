@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.rows import Product, applied, checked_rows
+from lightning_attr.curvature.parameter_vectors import Product, applied, checked_rows
 from lightning_attr.errors import NegativeCurvatureError
-from lightning_attr.randomness import gaussian
-
-__all__ = ["lanczos", "largest_eigenvalue", "spectral_inverse"]
+from lightning_attr.randomness.streams import gaussian
 
 
 def lanczos(product: Product, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.rows import Product, applied, checked_rows, row_dots
+from lightning_attr.curvature.parameter_vectors import Product, applied, checked_rows, row_dots
 from lightning_attr.errors import DivergenceError
-
-__all__ = ["lissa", "lissa_iterations"]
 
 _MOST_ITERATIONS = 5000
 _GROWTH = 2.0  # norms above this multiple of the bound mean divergence; batches may be a little above their mean

@@ -18,10 +18,8 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_attr.curvature.rows import Point, Product, RowSpace
-from lightning_attr.gradients.execution import plain_execution
-
-__all__ = ["dense", "ggn_product", "hessian_product"]
+from lightning_attr.curvature.parameter_vectors import Point, Product, RowSpace
+from lightning_attr.gradients.plain_execution import plain_execution
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_attr.curvature.rows import checked_rows
-
-__all__ = ["datainf_damping", "mean_of_inverses"]
+from lightning_attr.curvature.parameter_vectors import checked_rows
 
 
 def mean_of_inverses(gradients: Tensor, rhs: Tensor, damping: float) -> Tensor:

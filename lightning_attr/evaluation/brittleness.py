@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_instance, check_int, check_numbers
+from lightning_attr.arguments.checks import check_instance, check_int, check_numbers
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.evaluation.ground_truth import GroundTruth
 from lightning_attr.metrics.brittleness import FlipCurve, brittleness_curve
-from lightning_attr.scores import ScoreMatrix
-from lightning_attr.top_scores import TopScores
-
-__all__ = ["brittleness", "proponent_sets"]
+from lightning_attr.results.score_matrix import ScoreMatrix
+from lightning_attr.results.top_scores import TopScores
 
 
 def proponent_sets(scores: ScoreMatrix | TopScores, targets: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

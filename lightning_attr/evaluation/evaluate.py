@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_instance
+from lightning_attr.arguments.checks import check_instance
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth
-from lightning_attr.methods.subset_truth import mask_digests
+from lightning_attr.methods.support.subset_truth import mask_digests
 from lightning_attr.metrics.bootstrap import check_bootstrap
 from lightning_attr.metrics.correlation import CorrelationScore
 from lightning_attr.metrics.datamodeling import DatamodelingScore, linear_datamodeling_score, plot_datamodeling_score
@@ -20,15 +20,13 @@ from lightning_attr.metrics.leave_one_out import (
     leave_one_out_correlation,
     plot_leave_one_out_correlation,
 )
-from lightning_attr.result import AttributionResult
-from lightning_attr.scores import ScoreMatrix
-from lightning_attr.top_scores import TopScores
+from lightning_attr.results.result import AttributionResult
+from lightning_attr.results.score_matrix import ScoreMatrix
+from lightning_attr.results.top_scores import TopScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True, repr=False)

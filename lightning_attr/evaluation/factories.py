@@ -10,11 +10,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 
-from lightning_attr.argument_messages import argument_message
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.errors import AttributionError
-from lightning_attr.worlds import both, check_one_world
-
-__all__ = ["Factories"]
+from lightning_attr.user_code.lightning_names import both, check_one_world
 
 _Kind = TypeVar("_Kind")
 

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_path
-from lightning_attr.claims import STALE_AFTER, Claim, Claims, create_once
+from lightning_attr.arguments.checks import check_path
+from lightning_attr.data.memory import free_bytes
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.subsets import Retraining, RetrainingPlan
-from lightning_attr.fields import checked, integer, one_of, sha256, text
-from lightning_attr.files import RESTORE, digest, read_tensors, remains, write_tensors
-from lightning_attr.memory import free_bytes
-from lightning_attr.paths import inside
-from lightning_attr.sealed import read_record, seal
-
-__all__ = ["GroundTruth", "Records"]
+from lightning_attr.files.claims import STALE_AFTER, Claim, Claims, create_once
+from lightning_attr.files.fields import checked, integer, one_of, sha256, text
+from lightning_attr.files.io import RESTORE, digest, read_tensors, remains, write_tensors
+from lightning_attr.files.paths import inside
+from lightning_attr.files.sealed_records import read_record, seal
 
 FORMAT = 2
 _MANIFEST = "manifest.json"

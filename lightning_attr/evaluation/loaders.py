@@ -18,8 +18,6 @@ from torch.utils.data import (
     Subset,
 )
 
-__all__ = ["SubsetShuffle", "subset_loader"]
-
 
 class SubsetShuffle(RandomSampler):
     """Shuffles the whole data set, then passes over what is not in the subset.

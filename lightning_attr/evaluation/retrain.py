@@ -10,14 +10,12 @@ from typing import Any, Literal
 import lightning as L
 from torch import Tensor
 
-from lightning_attr.arguments import check_flag, check_int, check_path
+from lightning_attr.arguments.checks import check_flag, check_int, check_path
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
-from lightning_attr.evaluation.retraining import LightningRetraining
+from lightning_attr.evaluation.queue import Train, fill, fill_in_processes
 from lightning_attr.evaluation.subsets import RetrainingPlan, check_plan, leave_one_out, random_subsets, removals
-from lightning_attr.evaluation.vectorised import VectorisedRetraining, check_vectorise
-from lightning_attr.evaluation.work import Train, fill, fill_in_processes
-
-__all__ = ["retrain_lds", "retrain_loo", "retrain_without"]
+from lightning_attr.evaluation.train_one import LightningRetraining
+from lightning_attr.evaluation.vectorised.retraining import VectorisedRetraining, check_vectorise
 
 _Module = Callable[[], L.LightningModule]
 _Trainer = Callable[[], L.Trainer]

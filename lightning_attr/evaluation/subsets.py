@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_float, check_instance, check_int, check_numbers, check_seed
-from lightning_attr.randomness import hashed_seed, random_words
-
-__all__ = ["Retraining", "RetrainingPlan", "check_plan", "leave_one_out", "random_subsets", "removals"]
+from lightning_attr.arguments.checks import check_float, check_instance, check_int, check_numbers, check_seed
+from lightning_attr.randomness.streams import hashed_seed, random_words
 
 
 @dataclass(frozen=True)

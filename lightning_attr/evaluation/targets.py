@@ -9,22 +9,20 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_attr.attributed import Attributed, completed, draws_of, needs_setup
-from lightning_attr.attributed_apart import subject_of
-from lightning_attr.batch import map_tensors, select_rows
-from lightning_attr.draws import Draw
+from lightning_attr.batches.nested import map_tensors, select_rows
+from lightning_attr.data.loader import DataSource, OrderedLoader
 from lightning_attr.errors import named_samples
-from lightning_attr.failing_samples import named_failures
-from lightning_attr.featurizer import PROBE_SIZE
-from lightning_attr.files import digest
-from lightning_attr.loader import DataSource, OrderedLoader
-from lightning_attr.mode_choice import choose_mode
-from lightning_attr.modes import set_mode
-from lightning_attr.probe import look_at
-from lightning_attr.reading_state import unchanged_data
-from lightning_attr.transfer import placed
-
-__all__ = ["digest_of_all", "outputs_at", "target_outputs"]
+from lightning_attr.features.failing_samples import named_failures
+from lightning_attr.features.featurizer import PROBE_SIZE
+from lightning_attr.features.transfer import placed
+from lightning_attr.files.io import digest
+from lightning_attr.objectives.apart import subject_of
+from lightning_attr.objectives.mode_choice import choose_mode
+from lightning_attr.objectives.modes import set_mode
+from lightning_attr.objectives.objective import Attributed, completed, draws_of, needs_setup
+from lightning_attr.randomness.draws import Draw
+from lightning_attr.user_code.reading_state import unchanged_data
+from lightning_attr.verification.probe import look_at
 
 
 def target_outputs(

@@ -5,7 +5,7 @@ and one or several vectors ``v``; those with ``at_x`` prepare one place and retu
 The ``damping`` of these is absolute, in the units of the curvature.
 """
 
-from lightning_attr.func.dropout import dropout_ensemble
+from lightning_attr.features.dropout_masks import dropout_ensemble
 from lightning_attr.func.ekfac import ekfac
 from lightning_attr.func.groups import group_influence
 from lightning_attr.func.hessian import hvp, hvp_at_x

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.arguments import check_callable, check_choice, check_float, check_instance, check_seed
-from lightning_attr.batch import select_rows
+from lightning_attr.arguments.checks import check_callable, check_choice, check_float, check_instance, check_seed
+from lightning_attr.batches.nested import select_rows
 from lightning_attr.curvature.fisher import GradientBatch, Labels, fisher_batch, usual_labels
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
 from lightning_attr.curvature.kronecker_inverse import KroneckerInverse
@@ -20,8 +20,6 @@ from lightning_attr.gradients import HookedGradients, plan_gradients
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.gradients.rules import check_layers
 from lightning_attr.outputs import ModelOutput, NegativeLoss
-
-__all__ = ["ekfac"]
 
 
 def ekfac(

@@ -11,12 +11,10 @@ from torch.func import vmap
 
 from lightning_attr.curvature import groups as curvature_groups
 from lightning_attr.curvature.explicit import factor
+from lightning_attr.curvature.parameter_vectors import Point, Product, RowSpace
 from lightning_attr.curvature.products import dense, hessian_product
-from lightning_attr.curvature.rows import Point, Product, RowSpace
 from lightning_attr.func.samples import InDims, sample_dims, sample_gradients, select_samples
 from lightning_attr.func.settings import check_settings
-
-__all__ = ["group_influence"]
 
 GroupInfluence: TypeAlias = Callable[[Sequence[Any], Sequence[Sequence[int]], Point], Tensor]
 

@@ -8,12 +8,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_attr.arguments import check_instance, check_int
+from lightning_attr.arguments.checks import check_instance, check_int
+from lightning_attr.curvature.parameter_vectors import Point, Product, RowSpace, applied
 from lightning_attr.curvature.products import hessian_product
-from lightning_attr.curvature.rows import Point, Product, RowSpace, applied
 from lightning_attr.func.settings import check_settings
-
-__all__ = ["hvp", "hvp_at_x"]
 
 AtX: TypeAlias = Callable[[Point], Point]
 OfX: TypeAlias = Callable[[Sequence[Any], Point], Point]

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_attr.curvature.explicit import factor
-from lightning_attr.curvature.rows import RowSpace
+from lightning_attr.curvature.parameter_vectors import RowSpace
 from lightning_attr.curvature.sherman_morrison import datainf_damping, mean_of_inverses
 from lightning_attr.func.hessian import AtX, OfX, differentiated, of_x, structured
 from lightning_attr.func.samples import InDims, sample_gradients
 from lightning_attr.func.settings import check_settings
-
-__all__ = ["ifvp_at_x_datainf", "ifvp_at_x_explicit", "ifvp_datainf", "ifvp_explicit"]
 
 
 def ifvp_explicit(
@@ -87,7 +85,7 @@ def ifvp_datainf(
 
     In each entry of a parameter dict by itself, the mean of the samples' inverses stands for the inverse of the mean:
     :math:`\frac{1}{n} \sum_i (\lambda I + g_i g_i^\top)^{-1} v`. The error grows with the entry's size.
-    Underneath: ``torch.func.vmap`` of ``torch.func.grad``, then two matrix products an entry. Memory :math:`n p`.
+    Underneath: ``torch.func.vmap`` of ``torch.func.grad``, then two matrix products per entry. Memory :math:`n p`.
 
     Args:
         func: returns the loss of ONE sample.

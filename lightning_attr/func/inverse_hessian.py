@@ -11,28 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
-from lightning_attr.batch import map_tensors, select_rows
+from lightning_attr.arguments.checks import check_int
+from lightning_attr.batches.nested import map_tensors, select_rows
 from lightning_attr.curvature.conjugate_gradient import conjugate_gradient
 from lightning_attr.curvature.explicit import factor
 from lightning_attr.curvature.lanczos import lanczos, largest_eigenvalue, spectral_inverse
 from lightning_attr.curvature.lissa import lissa
+from lightning_attr.curvature.parameter_vectors import Product
 from lightning_attr.curvature.products import dense
-from lightning_attr.curvature.rows import Product
 from lightning_attr.func.hessian import AtX, OfX, curvature_at, of_x, structured
 from lightning_attr.func.settings import check_settings
-from lightning_attr.randomness import gaussian, hashed_seed
-
-__all__ = [
-    "ihvp_arnoldi",
-    "ihvp_at_x_arnoldi",
-    "ihvp_at_x_cg",
-    "ihvp_at_x_explicit",
-    "ihvp_at_x_lissa",
-    "ihvp_cg",
-    "ihvp_explicit",
-    "ihvp_lissa",
-]
+from lightning_attr.randomness.streams import gaussian, hashed_seed
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_instance
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.arguments.checks import check_instance
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, check_projector
 from lightning_attr.projectors.learned import check_not_learned
-
-__all__ = ["random_project"]
 
 Feature: TypeAlias = Tensor | Mapping[str, Tensor]
 _TENSOR = "feature"  # the name of what has none

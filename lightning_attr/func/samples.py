@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_attr.batch import map_tensors
+from lightning_attr.batches.nested import map_tensors
 from lightning_attr.func.hessian import differentiated
-from lightning_attr.gradients.execution import plain_execution
-
-__all__ = ["InDims", "sample_dims", "sample_gradients", "select_samples"]
+from lightning_attr.gradients.plain_execution import plain_execution
 
 InDims: TypeAlias = Sequence[int | None]
 

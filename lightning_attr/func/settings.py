@@ -6,9 +6,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from lightning_attr.arguments import check_callable, check_float, check_int, check_seed
-
-__all__ = ["check_settings"]
+from lightning_attr.arguments.checks import check_callable, check_float, check_int, check_seed
 
 
 def check_settings(owner: str, func: Any, argnums: Any, optional: Collection[str] = (), **settings: Any) -> None:

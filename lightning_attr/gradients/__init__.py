@@ -12,7 +12,7 @@ from lightning_attr.gradients.factored import (
 )
 from lightning_attr.gradients.functional import loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import HookedGradients, hooked_gradients, hooked_layers
-from lightning_attr.gradients.plan import GradientPlan, check_batch_independence, plan_gradients
+from lightning_attr.gradients.path_check import GradientPlan, check_batch_independence, plan_gradients
 from lightning_attr.gradients.rules import gradient_rule, rule_for, supported_layers
 
 __all__ = [

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from lightning_attr.gradients.factored import OuterSum, ParameterGradient
 from lightning_attr.gradients.rules import Attach, GradientRule, explicit_forward
 
-__all__ = ["multihead_attention"]
-
 
 @explicit_forward(nn.MultiheadAttention)
 def multihead_attention(

@@ -7,12 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.batch import float_tensors
+from lightning_attr.batches.nested import float_tensors
+from lightning_attr.batches.tolerance import assert_close, in_dtype
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.gradients.hooks import hooked_gradients, hooked_layers
-from lightning_attr.tolerance import assert_close, in_dtype
-
-__all__ = ["check_gradient_rule"]
 
 
 def check_gradient_rule(layer: nn.Module, *inputs: Tensor) -> None:

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from lightning_attr.gradients.factored import ConvSum, ParameterGradient, RowSum
 from lightning_attr.gradients.rules import gradient_rule
 
-__all__ = ["convolution", "transposed_convolution"]
-
 
 @gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(

@@ -10,8 +10,6 @@ from lightning_attr.gradients.factored import GatherSum, ParameterGradient
 from lightning_attr.gradients.linear import positions
 from lightning_attr.gradients.rules import Attach, explicit_forward, gradient_rule
 
-__all__ = ["embedding", "embedding_bag"]
-
 
 @gradient_rule(nn.Embedding)
 def embedding(layer: nn.Embedding, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:

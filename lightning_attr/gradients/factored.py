@@ -18,17 +18,6 @@ from torch import Tensor
 
 from lightning_attr.gradients.products import materialising_is_cheaper, two_sided
 
-__all__ = [
-    "ConvSum",
-    "FactoredGradient",
-    "GatherSum",
-    "OuterSum",
-    "ParameterGradient",
-    "RowSum",
-    "materialise",
-    "single_product",
-]
-
 
 class FactoredGradient(ABC):
     """Per-sample gradients of one ``(rows, columns)`` weight, for a batch of ``b`` samples.

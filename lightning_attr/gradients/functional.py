@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_attr.batch import batched_tensors, map_tensors, replace_tensors, select_rows
-from lightning_attr.gradients.execution import plain_execution
-
-__all__ = ["FunctionalOutput", "call_with", "densely", "loop_gradients", "vmap_gradients"]
+from lightning_attr.batches.nested import batched_tensors, map_tensors, replace_tensors, select_rows
+from lightning_attr.gradients.plain_execution import plain_execution
 
 FunctionalOutput: TypeAlias = Callable[[Mapping[str, Tensor], Any], Tensor]
 

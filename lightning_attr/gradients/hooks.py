@@ -18,11 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.direct_use.tracer import DirectUses
-from lightning_attr.gradients.execution import plain_execution
 from lightning_attr.gradients.factored import ParameterGradient
+from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.gradients.rules import CHECKED_LAYERS, GradientRule, check_layer, forward_for, rule_for
-
-__all__ = ["GradientSink", "HookedGradients", "LayerSink", "frozen", "hooked_gradients", "hooked_layers"]
 
 GradientSink: TypeAlias = Callable[[str, ParameterGradient], None]
 LayerSink: TypeAlias = Callable[[Mapping[str, ParameterGradient]], None]

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from lightning_attr.gradients.factored import OuterSum, ParameterGradient, RowSum
 from lightning_attr.gradients.rules import gradient_rule
 
-__all__ = ["linear", "positions", "prelu", "transposed_linear"]
-
 
 @gradient_rule(nn.Linear)
 def linear(layer: nn.Linear, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:

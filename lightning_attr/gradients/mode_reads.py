@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ModeReads", "watch_mode"]
-
 _KNOWN = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_attr"})
 """Packages that look at the mode for dropout, statistics and fused kernels alone."""
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from lightning_attr.gradients.factored import ParameterGradient
 from lightning_attr.gradients.rules import gradient_rule
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "llama_norm", "rms_norm", "t5_norm"]
-
 
 @gradient_rule(nn.LayerNorm)
 def layer_norm(layer: nn.LayerNorm, activations: Tensor, backprops: Tensor) -> dict[str, ParameterGradient]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["materialising_is_cheaper", "two_sided"]
-
 
 def materialising_is_cheaper(
     positions: int, rows: int, columns: int, left: Tensor | None, right: Tensor | None

@@ -11,20 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.factored import ParameterGradient
 
-__all__ = [
-    "CHECKED_LAYERS",
-    "Attach",
-    "ExplicitForward",
-    "GradientRule",
-    "check_layer",
-    "check_layers",
-    "explicit_forward",
-    "forward_for",
-    "gradient_rule",
-    "rule_for",
-    "supported_layers",
-]
-
 GradientRule: TypeAlias = Callable[[Any, Tensor, Tensor], dict[str, ParameterGradient]]
 Attach: TypeAlias = Callable[[GradientRule, Tensor, Tensor], Tensor]
 ExplicitForward: TypeAlias = Callable[..., Any]

@@ -1,21 +1,21 @@
 """Attribution methods, one file each."""
 
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, in_step
-from lightning_attr.methods.damping import DampedMethod, choose_damping
 from lightning_attr.methods.datamodel import Datamodel, EmpiricalInfluence
 from lightning_attr.methods.dropout import DropoutEnsemble
 from lightning_attr.methods.grad import GradCos, GradDot
 from lightning_attr.methods.influence import Influence
-from lightning_attr.methods.iterative_solvers import ConjugateGradient, LiSSA
 from lightning_attr.methods.knn_shapley import KNNShapley
-from lightning_attr.methods.layer_solvers import EKFAC, KFAC, DataInf
 from lightning_attr.methods.less import LESS
-from lightning_attr.methods.model import ModelMethod, model_of
 from lightning_attr.methods.projected_influence import FactGraSS, LoGra, ProjectedInfluence
 from lightning_attr.methods.representation import RepresentationSimilarity
 from lightning_attr.methods.representer import RPS
 from lightning_attr.methods.soft_threshold import SoftThreshold, soft_threshold
-from lightning_attr.methods.solvers import Arnoldi, Explicit, Solver
+from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Solver
+from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
+from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
+from lightning_attr.methods.support.damping import DampedMethod, choose_damping
+from lightning_attr.methods.support.module_method import ModelMethod, model_of
 from lightning_attr.methods.tracin import GAS, TracIn
 from lightning_attr.methods.trak import TRAK
 

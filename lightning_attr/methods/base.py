@@ -10,22 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_instance
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.arguments.checks import check_instance
+from lightning_attr.features.snapshot_model import SnapshotModel
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.projectors import KroneckerProjector, NoProjection, Projection, Projector
 from lightning_attr.projectors.base import check_projector
-from lightning_attr.snapshot_model import SnapshotModel
-
-__all__ = [
-    "AttributionMethod",
-    "ScoreBlock",
-    "SnapshotFeatures",
-    "balanced_weights",
-    "check_method",
-    "compute_precision",
-    "in_step",
-]
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@ r"""What a method that was left to choose does: how many features, by the sizes 
 
 Half the parameters of a small model are in a few features already, and a kernel of ``k`` features costs ``n k ** 2``
 multiplications, where a pass over ``n`` samples through ``p`` parameters costs ``3 n p`` or more. With ``k`` near the
-24th of ``p`` kernel and scores cost about as much as the passes; and beyond a few features a sample there is nothing
+24th of ``p`` kernel and scores cost about as much as the passes; and beyond a few features per sample there is nothing
 left to tell apart.
 """
 
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from lightning_attr.methods.base import AttributionMethod
-
-__all__ = ["MOST_FEATURES", "ChoosesFeatures", "FeatureChoice", "choice_of", "choose_features", "settled"]
 
 MOST_FEATURES = 2048
 _FEWEST = 256
@@ -29,7 +27,7 @@ class FeatureChoice:
     """How many features, and whether they can wait until somebody reads them.
 
     Args:
-        proj_dim: features a sample.
+        proj_dim: features per sample.
         late: whether they are left to the attribution: training stores the weights only.
         reason: in words.
 

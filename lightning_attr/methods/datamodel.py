@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_choice, check_float
+from lightning_attr.arguments.checks import check_choice, check_float
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision
-from lightning_attr.methods.layers import refuse_target_function
-from lightning_attr.methods.penalised import Lasso, Ridge
-from lightning_attr.methods.subset_truth import mask_digests
-from lightning_attr.randomness import random_words
-
-__all__ = ["Datamodel", "EmpiricalInfluence", "RetrainedOutputs", "RetrainingMethod"]
+from lightning_attr.methods.support.layer_observation import refuse_target_function
+from lightning_attr.methods.support.penalised import Lasso, Ridge
+from lightning_attr.methods.support.subset_truth import mask_digests
+from lightning_attr.randomness.streams import random_words
 
 T = TypeVar("T")
 

@@ -12,17 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.arguments import check_flag, check_float, check_int, check_seed
-from lightning_attr.func.dropout import CHANNELWISE, ELEMENTWISE, dropout_ensemble
+from lightning_attr.arguments.checks import check_flag, check_float, check_int, check_seed
+from lightning_attr.features.dropout_masks import CHANNELWISE, ELEMENTWISE, dropout_ensemble
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method
-from lightning_attr.methods.model import model_of
+from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.trak import TRAK
 from lightning_attr.projectors import NoProjection, Projection, check_not_learned
 from lightning_attr.projectors.eigen import DefaultProjector
-from lightning_attr.randomness import hashed_seed
-from lightning_attr.snapshot_model import SnapshotModel
-
-__all__ = ["DropoutEnsemble"]
+from lightning_attr.randomness.streams import hashed_seed
 
 T = TypeVar("T")
 

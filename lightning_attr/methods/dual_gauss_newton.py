@@ -1,4 +1,4 @@
-r"""The damped kernel over training samples of the whole Gauss-Newton matrix: two kinds of rows a sample.
+r"""The damped kernel over training samples of the whole Gauss-Newton matrix: two kinds of rows per sample.
 
 With the output gradients :math:`\Phi` ``(n, p)``, their Newton weights :math:`W`, and :math:`G` ``(r n, p)`` of the
 second directions (see :mod:`lightning_attr.outputs.directions`), the rows are :math:`F = [G; W^{1/2} \Phi]`, or
@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_attr.methods.base import SnapshotFeatures
-from lightning_attr.methods.dual import KEPT_ROWS, DualKernel, SolvedSamples, gathered, newton_roots
-from lightning_attr.methods.kernel import triangular_inverse
-from lightning_attr.methods.model import model_of
+from lightning_attr.methods.kernels.feature_kernel import triangular_inverse
+from lightning_attr.methods.kernels.sample_kernel import KEPT_ROWS, DualKernel, SolvedSamples, gathered, newton_roots
+from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.zero_gradients import tell_zero
-
-__all__ = ["GaussNewtonKernel"]
 
 
 class GaussNewtonKernel(DualKernel):
@@ -42,7 +40,7 @@ class GaussNewtonKernel(DualKernel):
     Example:
         >>> from torch import nn
         >>> from lightning_attr import AttributionMixin
-        >>> from lightning_attr.snapshot_model import SnapshotModel
+        >>> from lightning_attr.features.snapshot_model import SnapshotModel
         >>> class Classifier(AttributionMixin, nn.Linear): ...
         >>> classifier, batch = Classifier(2, 3).eval(), (torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
         >>> snapshot = SnapshotFeatures.at(SnapshotModel.of(classifier, [batch], [batch]), {})

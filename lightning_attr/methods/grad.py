@@ -9,8 +9,6 @@ from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.tracin import TracIn
 from lightning_attr.projectors import Projector
 
-__all__ = ["GradCos", "GradDot"]
-
 T = TypeVar("T")
 
 

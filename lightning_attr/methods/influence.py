@@ -8,21 +8,19 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_choice, check_float, check_seed
+from lightning_attr.arguments.checks import check_choice, check_float, check_seed
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.curvature.groups import group_influence
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.curvatures import Curvature, TrainingCurvature
-from lightning_attr.methods.damping import DampedMethod, check_damping
-from lightning_attr.methods.iterative_solvers import ConjugateGradient, LiSSA
-from lightning_attr.methods.layer_solvers import EKFAC, KFAC, DataInf
-from lightning_attr.methods.model import ModelMethod, model_of
-from lightning_attr.methods.relative import Relative, divisor
-from lightning_attr.methods.solvers import Arnoldi, Explicit, Inverse, Solver
-from lightning_attr.methods.subset_truth import SubsetTruth
+from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Inverse, Solver
+from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
+from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
+from lightning_attr.methods.solvers.training_curvature import Curvature, TrainingCurvature
+from lightning_attr.methods.support.damping import DampedMethod, check_damping
+from lightning_attr.methods.support.module_method import ModelMethod, model_of
+from lightning_attr.methods.support.relatif import Relative, divisor
+from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import IdentityProjector, MatrixProjection, Projection
-
-__all__ = ["Influence"]
 
 T = TypeVar("T")
 
@@ -49,8 +47,8 @@ class Influence(DampedMethod, ModelMethod):
     are proponents, in units of the model output.
 
     What a solver costs, with ``n`` training samples and ``m`` targets: "ekfac", "kfac" two passes over the training
-    set; "explicit" ``p`` products with the curvature, once; "cg", "lissa" a hundred to thousands of products a target,
-    and as many for the self-influence of each training sample, unless ``self_influence="ekfac"``; "arnoldi" 200
+    set; "explicit" ``p`` products with the curvature, once; "cg", "lissa" a hundred to thousands of products per
+    target, and as many for the self-influence of each training sample, unless ``self_influence="ekfac"``; "arnoldi" 200
     products, once; "datainf" a pass over the training set a tile of targets, and one a tile of training samples. A
     product is about three training steps on all samples.
 
@@ -64,8 +62,8 @@ class Influence(DampedMethod, ModelMethod):
             "datainf"); by default 0.1 a layer, and 10 for the whole. "auto" chooses by the ``truth``.
         weight_decay: :math:`\rho` of an L2 term :math:`\frac\rho2 |\theta|^2` of the training objective, such as the
             optimizer's weight decay; it adds :math:`\rho` to the curvature.
-        relative: "theta" or "loss" for RelatIF, see :mod:`lightning_attr.methods.relative`; scores are then for ranking
-            only.
+        relative: "theta" or "loss" for RelatIF, see :mod:`lightning_attr.methods.support.relatif`; scores are then for
+            ranking only.
         snapshots: "last" for the last snapshot, "all" for all of them, each with an equal part.
         seed: of labels, batches and start vectors.
         self_influence: "exact" for that of the scores' own solver; "ekfac" for an approximation by the factors of
@@ -79,7 +77,7 @@ class Influence(DampedMethod, ModelMethod):
         >>> from torch import nn
         >>> from lightning_attr import AttributionMixin
         >>> from lightning_attr.outputs import Regression
-        >>> from lightning_attr.snapshot_model import SnapshotModel
+        >>> from lightning_attr.features.snapshot_model import SnapshotModel
         >>> class Line(AttributionMixin, nn.Linear):
         ...     model_output = Regression()
         >>> line = Line(1, 1, bias=False).eval()
@@ -193,7 +191,7 @@ class Influence(DampedMethod, ModelMethod):
             >>> from torch import nn
             >>> from lightning_attr import AttributionMixin
             >>> from lightning_attr.outputs import Regression
-            >>> from lightning_attr.snapshot_model import SnapshotModel
+            >>> from lightning_attr.features.snapshot_model import SnapshotModel
             >>> class Line(AttributionMixin, nn.Linear):
             ...     model_output = Regression()
             >>> line = Line(1, 1, bias=False).eval()

@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
+from lightning_attr.features.snapshot_model import Batches, SnapshotModel
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.layers import Observation, check_layer_name, class_labels, observed, refuse_target_function
-from lightning_attr.methods.model import ModelMethod, model_of
 from lightning_attr.methods.representation import representation
-from lightning_attr.scores import zeros
-from lightning_attr.snapshot_model import Batches, SnapshotModel
-
-__all__ = ["KNNShapley", "shapley_values"]
+from lightning_attr.methods.support.layer_observation import (
+    Observation,
+    check_layer_name,
+    class_labels,
+    observed,
+    refuse_target_function,
+)
+from lightning_attr.methods.support.module_method import ModelMethod, model_of
+from lightning_attr.results.score_matrix import zeros
 
 _DISTANCES = 2**22
 """Distances at once: 32 MiB."""

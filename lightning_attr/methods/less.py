@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
 from lightning_attr.methods.tracin import learning_rates, unit_rows
-from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.projectors import AdamDirection, KroneckerProjector, Projection, Projector
-
-__all__ = ["LESS"]
 
 
 class LESS(AttributionMethod):

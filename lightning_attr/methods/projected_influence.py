@@ -7,20 +7,18 @@ from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
-from lightning_attr.arguments import check_choice
+from lightning_attr.arguments.checks import check_choice
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
-from lightning_attr.methods.kernel import KernelMethod
-from lightning_attr.methods.relative import Relative, divisor
-from lightning_attr.methods.subset_truth import SubsetTruth
+from lightning_attr.methods.kernels.feature_kernel import KernelMethod
+from lightning_attr.methods.support.relatif import Relative, divisor
+from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import FactGraSSProjector, KroneckerProjector, Projector
-
-__all__ = ["FactGraSS", "LoGra", "ProjectedInfluence"]
 
 T = TypeVar("T")
 
 
 class ProjectedInfluence(KernelMethod):
-    r"""Influence functions in the space of the projected gradients, with one curvature a layer (Choe et al., 2024).
+    r"""Influence functions in the space of the projected gradients, with one curvature per layer (Choe et al., 2024).
 
     .. math::
         \tau_{ij} = \frac1n q_i \sum_l \phi_{il}^\top (C_l + \lambda_l I)^{-1} \psi_{jl}, \qquad
@@ -37,8 +35,8 @@ class ProjectedInfluence(KernelMethod):
             :math:`w = q^2`, the second moments of the gradients of the loss.
         per_layer: a curvature a layer; without, one for all, in which layers interact.
         damping: :math:`\lambda` as a multiple of the mean diagonal entry of each curvature.
-        relative: "theta" or "loss" for RelatIF, see :mod:`lightning_attr.methods.relative`; scores are then for ranking
-            only.
+        relative: "theta" or "loss" for RelatIF, see :mod:`lightning_attr.methods.support.relatif`; scores are then for
+            ranking only.
         snapshots: "last" for the last snapshot, "all" for all of them, each with an equal part.
         truth: models retrained on subsets, for ``damping="auto"``.
 

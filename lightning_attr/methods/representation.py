@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_attr.arguments import check_choice
+from lightning_attr.arguments.checks import check_choice
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.layers import Observation, check_layer_name, observed, refuse_target_function
-from lightning_attr.methods.model import ModelMethod, model_of
-
-__all__ = ["RepresentationSimilarity", "representation"]
+from lightning_attr.methods.support.layer_observation import (
+    Observation,
+    check_layer_name,
+    observed,
+    refuse_target_function,
+)
+from lightning_attr.methods.support.module_method import ModelMethod, model_of
 
 
 class RepresentationSimilarity(ModelMethod):
@@ -40,7 +43,7 @@ class RepresentationSimilarity(ModelMethod):
     Example:
         >>> from torch import nn
         >>> from lightning_attr import AttributionMixin
-        >>> from lightning_attr.snapshot_model import SnapshotModel
+        >>> from lightning_attr.features.snapshot_model import SnapshotModel
         >>> class Classifier(AttributionMixin, nn.Linear): ...
         >>> train = (torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([0, 1]))
         >>> targets = (torch.tensor([[2.0, 0.0]]), torch.tensor([0]))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_attr.arguments import check_choice, check_flag, check_float
+from lightning_attr.arguments.checks import check_choice, check_flag, check_float
 from lightning_attr.errors import AttributionError
+from lightning_attr.features.snapshot_model import Batches, SnapshotModel
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.layers import (
+from lightning_attr.methods.support.layer_observation import (
     Observation,
     check_layer_name,
     class_labels,
@@ -20,11 +21,8 @@ from lightning_attr.methods.layers import (
     observed,
     refuse_target_function,
 )
-from lightning_attr.methods.model import ModelMethod, model_of
+from lightning_attr.methods.support.module_method import ModelMethod, model_of
 from lightning_attr.outputs import Regression
-from lightning_attr.snapshot_model import Batches, SnapshotModel
-
-__all__ = ["RPS", "fit_head"]
 
 _TOLERANCE = 1e-8
 """Norm of the gradient at which the head counts as fitted."""

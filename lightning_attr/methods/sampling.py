@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.methods.base import SnapshotFeatures
-from lightning_attr.randomness import rademacher, row_uniforms
-
-__all__ = ["RowSample", "leverage_sketch", "sampled_rows"]
+from lightning_attr.randomness.streams import rademacher, row_uniforms
 
 _ROWS_A_FEATURE = 16
 """Rows that a kernel is added up from, for each of its features, where the damping is 1."""

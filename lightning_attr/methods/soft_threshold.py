@@ -9,17 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_float, check_instance, check_int
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.arguments.checks import check_float, check_instance, check_int
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method, compute_precision
-from lightning_attr.methods.subset_truth import SubsetTruth, check_subset_truth, mask_digests
+from lightning_attr.methods.support.subset_truth import SubsetTruth, check_subset_truth, mask_digests
 from lightning_attr.metrics.correlation import correlation_score
 from lightning_attr.metrics.datamodeling import subset_sums
-from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection
-from lightning_attr.scores import ScoreMatrix
-
-__all__ = ["SoftThreshold", "soft_threshold"]
+from lightning_attr.results.score_matrix import ScoreMatrix
 
 T = TypeVar("T")
 

@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.arguments import check_choice, check_flag, check_float
+from lightning_attr.arguments.checks import check_choice, check_flag, check_float
 from lightning_attr.errors import AttributionError
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
-from lightning_attr.methods.exact import exact_sum
-from lightning_attr.methods.rates import column_scales, relative_rates
-from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.methods.support.rate_weights import column_scales, relative_rates
+from lightning_attr.methods.support.whole_gradients import exact_sum
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.projectors import Projection, Projector, ScaledProjection
-
-__all__ = ["GAS", "TracIn", "learning_rates", "unit_rows"]
 
 _WEIGHTS = ("integrated", "lr", "uniform")
 
@@ -49,7 +47,7 @@ class TracIn(AttributionMethod):
             :class:`lightning_attr.projectors.IdentityProjector` it is exact; a
             :class:`lightning_attr.projectors.LayerSubset` looks at some layers only.
         weights: :math:`\omega_c`. "integrated" as above; "lr" without the ``1/n``, as published; "uniform" for ones; or
-            one number a snapshot.
+            one number per snapshot.
         preconditioner: "adam" for :math:`\nabla\ell_i^\top D \nabla f_j` with :math:`D = 1 / (\sqrt{\hat v} +
             \epsilon)`, the scale that Adam gave each entry at the snapshot. Each side gets :math:`D^{1/2}`, so that
             self-influence is a norm.

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_choice, check_flag, check_int
+from lightning_attr.arguments.checks import check_choice, check_flag, check_int
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
 from lightning_attr.methods.choice import MOST_FEATURES, FeatureChoice, choose_features
-from lightning_attr.methods.dual import DualKernel
 from lightning_attr.methods.dual_gauss_newton import GaussNewtonKernel
-from lightning_attr.methods.kernel import KernelMethod
-from lightning_attr.methods.subset_truth import SubsetTruth
+from lightning_attr.methods.kernels.feature_kernel import KernelMethod
+from lightning_attr.methods.kernels.sample_kernel import DualKernel
+from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projector
 from lightning_attr.projectors.eigen import DefaultProjector
-
-__all__ = ["TRAK"]
 
 
 class TRAK(KernelMethod):
@@ -55,9 +53,10 @@ class TRAK(KernelMethod):
     of what is trained. Leave the untrained adapter out, whose features are half empty as long as its ``B`` is zero.
 
     With ``exact=True`` nothing is projected and nothing stored: the module runs at each snapshot, and in place of the
-    kernel of features there is that of training samples, see :class:`lightning_attr.methods.dual.DualKernel`. It takes
-    some ``32 n ** 2`` bytes of memory for ``n`` training samples, and their gradients; what a projection adds is noise.
-    The kernel with second directions has ``1 + directions`` rows a sample, and takes ``32 ((1 + directions) n) ** 2``.
+    kernel of features there is that of training samples, see
+    :class:`lightning_attr.methods.kernels.sample_kernel.DualKernel`. It takes some ``32 n ** 2`` bytes of memory for
+    ``n`` training samples, and their gradients; what a projection adds is noise. The kernel with second directions has
+    ``1 + directions`` rows per sample, and takes ``32 ((1 + directions) n) ** 2``.
 
     Args:
         proj_dim: projection dimension of the default projector; by default 256 to 2,048 by the sizes of model and data,
@@ -66,11 +65,11 @@ class TRAK(KernelMethod):
         projector: the projection; by default :class:`lightning_attr.projectors.EigenProjector` with ``proj_dim`` and
             ``seed``.
         damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular
-            kernel. "auto" chooses by the ``truth``, see :func:`lightning_attr.methods.damping.choose_damping`.
+            kernel. "auto" chooses by the ``truth``, see :func:`lightning_attr.methods.support.damping.choose_damping`.
         newton_weights: weigh the kernel by the curvature of the loss; ``tests/benchmarks/lds.py`` compares both.
         seed: of the default projector.
-        per_layer: one kernel a layer, each damped on its own, whose features do not interact; for projectors that keep
-            the layers apart. Larger projections can be afforded so.
+        per_layer: one kernel per layer, each damped on its own, whose features do not interact; for projectors that
+            keep the layers apart. Larger projections can be afforded so.
         loo_correction: divide the scores of a sample by :math:`1 - h_{ii} w_i`, with its leverage :math:`h_{ii} =
             \phi_i^\top (\Phi^\top W \Phi + \lambda I)^{-1} \phi_i`, at each snapshot: for a linear regression they
             are exactly what leaving the sample out does.
@@ -79,7 +78,7 @@ class TRAK(KernelMethod):
             snapshots, with their large ``q``, have more. Without Newton weights it is the plain mean in any case.
         exact: whole gradients in place of projected ones. The damping is then a multiple of what the mean diagonal
             entry would be with ``proj_dim`` features (2,048 by default), the trace of the kernel over ``proj_dim``.
-        kernel: "ggn" for the whole Gauss-Newton matrix; "margin" for one row a sample, weighed by its Newton weight;
+        kernel: "ggn" for the whole Gauss-Newton matrix; "margin" for one row per sample, weighed by its Newton weight;
             "auto" for the former where model output and stored features have it, and without ``loo_correction``. The
             result's provenance says which it was.
         directions: random second directions a sample, of new features; a pass each.

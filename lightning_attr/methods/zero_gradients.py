@@ -6,8 +6,6 @@ import logging
 
 from lightning_attr.methods.base import SnapshotFeatures
 
-__all__ = ["tell_zero"]
-
 log = logging.getLogger(__name__)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.checks import check_finite, check_matrix, check_vector
 from lightning_attr.metrics.figures import BLUE, GREY, defined, legend_above, new_axes

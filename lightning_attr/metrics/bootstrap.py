@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics import Metric
 
-from lightning_attr.arguments import check_float, check_int, check_seed
+from lightning_attr.arguments.checks import check_float, check_int, check_seed
 from lightning_attr.metrics.figures import new_axes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments import check_choice, check_numbers, check_tensor
+from lightning_attr.arguments.checks import check_choice, check_numbers, check_tensor
 from lightning_attr.metrics.checks import check_finite
 from lightning_attr.metrics.figures import BLUE, GREY, ORANGE, legend_above, new_axes, percent_ticks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_float, check_tensor
+from lightning_attr.arguments.checks import check_float, check_tensor
 
 
 def check_finite(name: str, values: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments import check_choice, check_tensor
+from lightning_attr.arguments.checks import check_choice, check_tensor
 from lightning_attr.metrics.checks import check_finite, check_fraction, check_vector
 from lightning_attr.metrics.figures import BLUE, GREY, RED, legend_above, new_axes, percent_ticks
 

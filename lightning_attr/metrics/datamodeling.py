@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments import check_tensor
+from lightning_attr.arguments.checks import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
 from lightning_attr.metrics.checks import as_mask, check_finite, check_matrix
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, warn_undefined
@@ -71,7 +71,7 @@ def linear_datamodeling_score(
     Args:
         scores: Attribution scores, `(n_train, n_target)`, positive when the sample raises the output. Read in row
             blocks, so they may be memory-mapped.
-        masks: Training subsets, `(m, n_train)`, bool or 0/1, one row a subset. Subsets should have equal sizes.
+        masks: Training subsets, `(m, n_train)`, bool or 0/1, one row per subset. Subsets should have equal sizes.
         outputs: Model outputs after retraining on each subset, `(m, n_target)`, or `(s, m, n_target)` for s seeds. For
             a loss pass its negative, as scores are positive when they help.
         bootstrap: Number of resamples; 0 skips the interval.
@@ -145,7 +145,7 @@ class LinearDatamodelingScore(IntervalMetric[DatamodelingScore]):
 
         Args:
             scores: `(n_train, n_target)`; the same in every update.
-            masks: `(m, n_train)`, bool or 0/1, one row a subset.
+            masks: `(m, n_train)`, bool or 0/1, one row per subset.
             outputs: `(m, n_target)`, or `(s, m, n_target)` for s seeds; the same s in every update.
 
         Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments import check_tensor
+from lightning_attr.arguments.checks import check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, mean_interval
 from lightning_attr.metrics.checks import check_finite, check_vector
 from lightning_attr.metrics.figures import BLUE, GREY, legend_above, new_axes, with_interval

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_instance, check_int
+from lightning_attr.arguments.checks import check_instance, check_int
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.metrics.checks import check_matrix, check_noise_update, check_vector
 from lightning_attr.metrics.figures import draw_image, legend_above, new_axes, new_figure, percent_ticks
 from lightning_attr.metrics.functional import score_blocks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments import check_instance, check_int, check_numbers
+from lightning_attr.arguments.checks import check_instance, check_int, check_numbers
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.checks import as_mask, check_matrix
 from lightning_attr.metrics.figures import BLUE, defined, draw_mean, legend_above, new_axes

@@ -25,7 +25,7 @@ def plot_denoising_steps(
         proponents: For each step `(image, caption)` of its proponents, the strongest first; as many for every step.
 
     Returns:
-        The figure and its axes, an array of shape `(1 + proponents a step, steps)`.
+        The figure and its axes, an array of shape `(1 + proponents per step, steps)`.
 
     Raises:
         ValueError: If there are no steps, the proponents are not as many for every step, or an image has another shape.

@@ -16,8 +16,6 @@ from torch.distributions import Distribution
 
 from lightning_attr.outputs.directions import SampleDraws
 
-__all__ = ["ModelOutput", "at_least_float32", "bad_labels", "describe", "one_column"]
-
 
 class ModelOutput(ABC):
     r"""What is attributed: three batched functions of the module's outputs and targets, each sample on its own.
@@ -212,7 +210,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def one_column(name: str, values: Tensor) -> Tensor:
-    """Take one value a sample.
+    """Take one value per sample.
 
     Args:
         name: of the model output, for the message.

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.batch import float_tensors, map_tensors
+from lightning_attr.batches.nested import float_tensors, map_tensors
+from lightning_attr.batches.tolerance import assert_close, in_dtype
 from lightning_attr.outputs.base import ModelOutput
-from lightning_attr.tolerance import assert_close, in_dtype
-
-__all__ = ["check_model_output"]
 
 
 def check_model_output(

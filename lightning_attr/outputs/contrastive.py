@@ -7,11 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.arguments import check_flag
+from lightning_attr.arguments.checks import check_flag
 from lightning_attr.outputs.base import ModelOutput, at_least_float32
 from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
-
-__all__ = ["ContrastiveMargin"]
 
 
 class ContrastiveMargin(ModelOutput):
@@ -66,7 +64,7 @@ class ContrastiveMargin(ModelOutput):
             raise ValueError(
                 "Expected the outputs for ContrastiveMargin to be logits of shape (b, 2, 1 + N), those of the pair in "
                 f"front of those of N others, for both directions, but got {found}. "
-                "lightning_attr.contrastive.ContrastiveMixin makes them of embeddings."
+                "lightning_attr.modalities.ContrastiveMixin makes them of embeddings."
             )
         logits = at_least_float32(outputs)
         return logits[..., 0] - logits[..., 1:].logsumexp(2)

@@ -8,8 +8,6 @@ from torch import Tensor
 from lightning_attr.outputs.base import ModelOutput, at_least_float32
 from lightning_attr.outputs.directions import SampleDraws, along
 
-__all__ = ["DenoisingLoss", "SquaredPrediction"]
-
 
 class DenoisingLoss(ModelOutput):
     r"""How well a sample is denoised, :math:`f = -\ell = -\|v - v_\theta(x_t, t)\|^2 / D`; then :math:`q = 1`.

@@ -1,7 +1,7 @@
 r"""Second directions: what one Newton weight a sample leaves out of the Gauss-Newton matrix.
 
 The Gauss-Newton matrix of a sample's loss is :math:`J^\top H J`, with the Jacobian :math:`J` of the module's outputs
-:math:`s` and :math:`H = \nabla_s^2 \ell`. TRAK's kernel has one row a sample for it, :math:`w\, \nabla f \nabla
+:math:`s` and :math:`H = \nabla_s^2 \ell`. TRAK's kernel has one row per sample for it, :math:`w\, \nabla f \nabla
 f^\top`. A random direction :math:`v` with :math:`E[v v^\top] = H`, or what is missing of it, restores the rest: the row
 :math:`J^\top v` is the gradient of :math:`v \cdot s`.
 
@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_attr.randomness import hashed_uniforms, row_words
+from lightning_attr.randomness.streams import hashed_uniforms, row_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning_attr.outputs.base import ModelOutput
-
-__all__ = ["SampleDraws", "along", "curvature_of", "softmax_direction"]
 
 _FEW_CLASSES = 256
 """Signs for all of them at once; of more, a label is drawn."""

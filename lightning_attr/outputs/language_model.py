@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from lightning_attr.arguments import check_choice, check_flag, check_int
+from lightning_attr.arguments.checks import check_choice, check_flag, check_int
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
-
-__all__ = ["Kind", "LanguageModel"]
 
 Kind: TypeAlias = Literal["loss", "mean_loss", "margin_of_mean", "sum_of_margins"]
 

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
-from lightning_attr.arguments import check_float
+from lightning_attr.arguments.checks import check_float
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, one_column
 from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
-
-__all__ = ["BinaryMargin", "MulticlassMargin"]
 
 
 class _Margin(ModelOutput):

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_callable
+from lightning_attr.arguments.checks import check_callable
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.outputs.base import ModelOutput
-
-__all__ = ["NegativeLoss"]
 
 
 class NegativeLoss(ModelOutput):
-    r"""The negative loss itself, :math:`f = -\ell`, :math:`q = 1`: right for every loss of one value a sample.
+    r"""The negative loss itself, :math:`f = -\ell`, :math:`q = 1`: right for every loss of one value per sample.
 
     Use it when the loss is no function of a margin (label smoothing, several terms, sequences, masks).
 

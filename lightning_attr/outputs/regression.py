@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from lightning_attr.arguments import check_float
+from lightning_attr.arguments.checks import check_float
 from lightning_attr.outputs.base import ModelOutput, one_column
-
-__all__ = ["Regression"]
 
 
 class Regression(ModelOutput):

@@ -7,12 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, describe
 from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
-
-__all__ = ["PixelMargin"]
 
 
 class PixelMargin(ModelOutput):

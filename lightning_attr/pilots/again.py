@@ -20,9 +20,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_attr.errors import AttributionError
-from lightning_attr.worlds import both, own
-
-__all__ = ["check_settings", "module_again", "run_settings", "trainer_again", "training_settings"]
+from lightning_attr.user_code.lightning_names import both, own
 
 _WATCHING = (
     *(ProgressBar, ModelSummary, ModelCheckpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, EarlyStopping),

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_attr.learning_rates import LearningRates
-
-__all__ = ["DecayToZero"]
+from lightning_attr.parameters.learning_rates import LearningRates
 
 
 class DecayToZero(L.Callback):

@@ -9,12 +9,10 @@ from typing import Any
 
 import lightning as L
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_callable, check_int
+from lightning_attr.arguments.checks import check_callable, check_int
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.outputs import LanguageModel
-from lightning_attr.worlds import both
-
-__all__ = ["Pilots", "check_pilots", "pilot_epochs"]
+from lightning_attr.user_code.lightning_names import both
 
 _SHARE, _TEXT_SHARE = 1 / 6, 1 / 3
 """Of the run's epochs, for most models and for language models, whose kernel takes longer to settle. Longer pilots

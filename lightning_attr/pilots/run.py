@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import lightning as L
 from torch import Tensor
 
-from lightning_attr.attributed import describe_output
-from lightning_attr.checkpoints import weights_of
+from lightning_attr.data.loader import DataSource
 from lightning_attr.errors import AttributionError, StoreMismatchError
-from lightning_attr.files import digest
-from lightning_attr.loader import DataSource
-from lightning_attr.manifest import Snapshot
+from lightning_attr.files.io import digest
+from lightning_attr.objectives.objective import describe_output
+from lightning_attr.parameters.trainable import parameter_shapes, trainable_names
+from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots.again import check_settings
-from lightning_attr.store import FeatureStore
-from lightning_attr.trainable import parameter_shapes, trainable_names
-
-__all__ = ["RecordedRun", "weights_on_cpu"]
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Snapshot
 
 _REMEDY = "Pass `pilots=Pilots(..., module=...)` with a function that makes the module as the run began with it."
 

@@ -13,24 +13,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from torch.utils._pytree import tree_unflatten
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # comes with lightning, and ships no types
 
+from lightning_attr.data.loader import DataSource
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.factories import Factories
-from lightning_attr.evaluation.retraining import isolated, seed_training
 from lightning_attr.evaluation.subsets import Retraining
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.loader import DataSource
-from lightning_attr.optimizer_state import OptimizerState
+from lightning_attr.evaluation.train_one import isolated, seed_training
+from lightning_attr.files.writer_lock import WriterLock
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import OptimizerState
+from lightning_attr.parameters.trainable import trainable_names
 from lightning_attr.pilots.again import module_again, trainer_again
 from lightning_attr.pilots.decay import DecayToZero
 from lightning_attr.pilots.request import Pilots, pilot_epochs
 from lightning_attr.pilots.run import RecordedRun, weights_on_cpu
-from lightning_attr.randomness import hashed_seed
-from lightning_attr.step_world import silent_loggers
-from lightning_attr.store import FeatureStore
-from lightning_attr.trainable import trainable_names
-from lightning_attr.writing import WriterLock
-
-__all__ = ["train_pilots"]
+from lightning_attr.randomness.streams import hashed_seed
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.user_code.step_world import silent_loggers
 
 
 def train_pilots(
@@ -60,7 +58,7 @@ def train_pilots(
         AttributionError: if there is no recorded run, module or Trainer cannot be made again, or a pilot failed.
         StoreMismatchError: if pilots are of another length, or the module made again is another one.
 
-    See :func:`lightning_attr.trainer.attribute` for its use.
+    See :func:`lightning_attr.attribution.trainer.attribute` for its use.
     """
     if path is None or not FeatureStore.exists(path):
         where = "and nothing is kept here" if path is None else f"but {path} holds none yet"

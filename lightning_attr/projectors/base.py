@@ -15,18 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_instance, check_int, check_seed
+from lightning_attr.arguments.checks import check_instance, check_int, check_seed
 from lightning_attr.gradients.factored import ParameterGradient, materialise
-from lightning_attr.layout import ParameterLayout
-
-__all__ = [
-    "IdentityProjector",
-    "MatrixProjection",
-    "NoProjection",
-    "Projection",
-    "Projector",
-    "check_projector",
-]
+from lightning_attr.parameters.layout import ParameterLayout
 
 
 class Projection(ABC):
@@ -104,7 +95,7 @@ class Projector(ABC):
     """A family of projections.
 
     Args:
-        proj_dim: projection dimension, at most this many features a sample.
+        proj_dim: projection dimension, at most this many features per sample.
         seed: projections of equal seed, layout and snapshot are equal everywhere.
 
     Raises:
@@ -265,7 +256,7 @@ class _Flattening(Projection):
 
 
 def flat_rows(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
-    """Form a parameter's gradients as one row a sample.
+    """Form a parameter's gradients as one row per sample.
 
     Args:
         gradient: for a batch of ``b``, ``(b, *shape)`` or factored.

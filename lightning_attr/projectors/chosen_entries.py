@@ -13,8 +13,6 @@ from torch import Tensor
 from lightning_attr.gradients.factored import OuterSum, ParameterGradient, RowSum
 from lightning_attr.projectors.kronecker import MatrixBlock, Sides, TwoSidedProjection
 
-__all__ = ["ChosenEntries"]
-
 
 class ChosenEntries:
     """Computes chosen entries of one block.

@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_attr.randomness import rademacher
-
-__all__ = ["Covariance"]
+from lightning_attr.randomness.streams import rademacher
 
 _WHOLE = 1024
 """Up to this size it is formed and decomposed whole: 8 MiB, a quarter of a second."""

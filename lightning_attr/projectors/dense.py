@@ -11,13 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
 from lightning_attr.gradients.factored import OuterSum, ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
-from lightning_attr.randomness import gaussian, packed_columns
-
-__all__ = ["GaussianProjector", "RademacherProjector"]
+from lightning_attr.randomness.streams import gaussian, packed_columns
 
 _KEYED = 1024
 """Parameters that are drawn with a key of their own, of each parameter tensor."""
@@ -143,7 +141,7 @@ class _RademacherProjection(_DenseProjection):
         b, width = len(features), -(-self.dim // 8)
         in_integers = features.dtype == torch.float32 and features.is_cpu and _multiplies_bytes()
         masks = (1 << torch.arange(7, -1, -1, device=features.device)).to(torch.int8).view(8, 1, 1)  # the first is -128
-        count = max(1, _BLOCK // (8 * _TILE * (1 if in_integers else features.itemsize)))  # bytes a parameter
+        count = max(1, _BLOCK // (8 * _TILE * (1 if in_integers else features.itemsize)))  # bytes per parameter
         unpacked = masks.new_empty(8 * min(count, width) * parts[0].shape[1])
         floats = features.new_empty(0 if in_integers else len(unpacked))
         sums = features.new_zeros(8, width, 2 * b if in_integers else b)

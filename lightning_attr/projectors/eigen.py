@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer
 from lightning_attr.projectors.chosen_entries import ChosenEntries
 from lightning_attr.projectors.kronecker import (
@@ -35,9 +35,7 @@ from lightning_attr.projectors.kronecker import (
 )
 from lightning_attr.projectors.learned import LearnedProjection, LearningRun
 from lightning_attr.projectors.side_moments import VECTORS, BlockMoments
-from lightning_attr.randomness import random_words
-
-__all__ = ["DefaultProjector", "EigenProjection", "EigenProjector"]
+from lightning_attr.randomness.streams import random_words
 
 _LEAST_SIDE = 64
 """Eigenvectors that are tried on each side of a weight, at least."""
@@ -55,7 +53,7 @@ class EigenProjector(Projector):
     ``proj_dim >= number of parameters`` there is nothing to learn: gradients are kept as they are.
 
     Args:
-        proj_dim: features a sample, at most.
+        proj_dim: features per sample, at most.
         seed: chooses the samples that the basis is learned from.
         samples: how many of them at most; on small data an eighth, but no fewer than 128.
 
@@ -123,7 +121,7 @@ class EigenProjection(LearnedProjection):
 
     Args:
         layout: the parameters.
-        proj_dim: features a sample, at most.
+        proj_dim: features per sample, at most.
         samples: how many to learn from.
         key: what their choice depends on.
     """

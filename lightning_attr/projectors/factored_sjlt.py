@@ -1,7 +1,7 @@
 r"""Two-stage projection: Kronecker to ``side x side`` a layer, then SJLT of all of it.
 
 The first stage costs what the factored projection of Choe et al. (2024, LoGra) costs and never forms a gradient; its
-side can be large, because the second, a sparse projection, costs one addition an entry.
+side can be large, because the second, a sparse projection, costs one addition per entry.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
 from lightning_attr.projectors.kronecker import Sides
 from lightning_attr.projectors.sjlt import Sketch
-
-__all__ = ["FactoredSJLTProjector"]
 
 
 class FactoredSJLTProjector(Projector):

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from lightning_attr.errors import UnsupportedLayerError
 from lightning_attr.gradients.factored import ParameterGradient, single_product
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, flat_rows
-
-__all__ = ["GradientFactors"]
 
 
 class GradientFactors(Projection):

@@ -10,19 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.errors import AttributionError, MissingDependencyError
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
-from lightning_attr.randomness import hashed_seed
-
-__all__ = ["FastJLProjector"]
+from lightning_attr.randomness.streams import hashed_seed
 
 _MULTIPLE = 512
 _MOST_ENTRIES = 2**31
-"""Rows times parameters a call; the kernel counts them in 32 bits."""
+"""Rows times parameters per call; the kernel counts them in 32 bits."""
 _LARGEST = 2.0**14
 """Rows are scaled to this magnitude, as the kernel computes in float16, which ends at 65,504."""
 
@@ -44,7 +42,7 @@ class FastJLProjector(Projector):
         proj_dim: projection dimension ``k``, a multiple of 512.
         seed: projections of equal seed, layout, snapshot and ``num_sms`` are equal.
         num_sms: multiprocessors that the kernel is told; by default those of the GPU at hand.
-        rows: samples a call, 8, 16 or 32; 32 is too many for some GPUs (a V100 takes 16).
+        rows: samples per call, 8, 16 or 32; 32 is too many for some GPUs (a V100 takes 16).
 
     Raises:
         ValueError: if ``proj_dim`` or ``rows`` is none of these.

@@ -18,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attr.arguments import check_flag, check_int
+from lightning_attr.arguments.checks import check_flag, check_int
 from lightning_attr.gradients.factored import FactoredGradient, GatherSum, OuterSum, ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer, flat_rows, flat_slots
 from lightning_attr.projectors.sjlt import Sketch
-from lightning_attr.randomness import random_words
-
-__all__ = ["FactGraSSProjector", "GraSSProjector"]
+from lightning_attr.randomness.streams import random_words
 
 _GATHER_BELOW = 1 / 128
 """Share of a matrix below which gathering entries from its factors is faster than forming it (measured: 1/220 took 0.6

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from lightning_attr.gradients.factored import ConvSum, FactoredGradient, ParameterGradient, RowSum
 from lightning_attr.gradients.products import two_sided
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, by_layer
-from lightning_attr.randomness import rademacher
-
-__all__ = ["KroneckerProjector", "MatrixBlock", "Sides", "TwoSidedProjection", "matrix_blocks"]
+from lightning_attr.randomness.streams import rademacher
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,9 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.arguments.messages import argument_message
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, check_projector
-
-__all__ = ["LayerSubset"]
 
 
 class LayerSubset(Projector):

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from lightning_attr.projectors.base import Projection
 
-__all__ = ["LearnedProjection", "LearningRun", "check_not_learned"]
-
 
 class LearningRun(Protocol):
     """Sends the gradients of samples through a map.
 
     Example:
         >>> import torch
-        >>> from lightning_attr.layout import ParameterLayout
+        >>> from lightning_attr.parameters.layout import ParameterLayout
         >>> from lightning_attr.projectors import EigenProjector
         >>> def run(learner, every=1, entries=1):          # of one batch, whatever it is asked to spare
         ...     with learner.filling(torch.zeros(20, learner.dim)) as add:
@@ -43,7 +41,7 @@ class LearnedProjection(Projection):
         dim: number of features, known before.
 
     Example:
-        >>> from lightning_attr.layout import ParameterLayout
+        >>> from lightning_attr.parameters.layout import ParameterLayout
         >>> from lightning_attr.projectors import EigenProjector
         >>> isinstance(EigenProjector(4).bind(ParameterLayout({"weight": (3, 5)}), "final"), LearnedProjection)
         True

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_attr.gradients.factored import ParameterGradient, materialise
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.optimizer_state import AdamMoments
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import AdamMoments
 from lightning_attr.projectors.base import Projection, flat_rows, flat_slots
 from lightning_attr.projectors.learned import check_not_learned
-
-__all__ = ["AdamDirection", "ScaledProjection"]
 
 
 class ScaledProjection(Projection):

@@ -17,9 +17,7 @@ from torch import Tensor
 from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.projectors.covariance import Covariance
 from lightning_attr.projectors.kronecker import MatrixBlock
-from lightning_attr.randomness import random_words
-
-__all__ = ["BlockMoments"]
+from lightning_attr.randomness.streams import random_words
 
 VECTORS = 2**14
 """Numbers that are looked at of each side and sample: of more positions than fit, some are taken."""

@@ -1,7 +1,7 @@
 r"""Sparse random projection (SJLT): each entry of the gradient goes to a few features, with random signs.
 
-Kane and Nelson (2014), the block construction; with one feature an entry it is the count sketch of Charikar et al.
-(2002). It costs ``nonzeros`` additions an entry, whatever the projection dimension.
+Kane and Nelson (2014), the block construction; with one feature per entry it is the count sketch of Charikar et al.
+(2002). It costs ``nonzeros`` additions per entry, whatever the projection dimension.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments import check_int
+from lightning_attr.arguments.checks import check_int
 from lightning_attr.gradients.factored import ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors.base import Projection, Projector, flat_rows
-from lightning_attr.randomness import random_words
-
-__all__ = ["SJLTProjector"]
+from lightning_attr.randomness.streams import random_words
 
 _TILE = 4096
 """Entries a tile; each tile of each parameter has a key of its own."""
@@ -41,8 +39,8 @@ class SJLTProjector(Projector):
         proj_dim: projection dimension ``k``.
         seed: projections of equal seed, layout and snapshot are equal everywhere.
         nonzeros: features that an entry goes to, from 1 to ``proj_dim``.
-        cache_bytes: what is drawn is kept in memory up to this size (5 bytes an entry and nonzero), and drawn again for
-            every batch beyond it.
+        cache_bytes: what is drawn is kept in memory up to this size (5 bytes per entry and nonzero), and drawn again
+            for every batch beyond it.
 
     Raises:
         ValueError: if ``proj_dim`` or ``nonzeros`` is out of range.

@@ -10,8 +10,6 @@ from torch import Tensor
 from lightning_attr.metrics import functional
 from lightning_attr.report.shown import ShownResult
 
-__all__ = ["detection_curve", "distributions"]
-
 _CLASSES = 20
 """Rows of a distribution; the largest classes have one each."""
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

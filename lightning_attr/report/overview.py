@@ -7,8 +7,6 @@ from torch import Tensor
 
 from lightning_attr.report.shown import ShownResult
 
-__all__ = ["overview", "overview_html"]
-
 _SHOWN = 4
 
 

@@ -14,15 +14,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_attr.argument_messages import argument_message
-from lightning_attr.arguments import check_callable, check_int, check_path
-from lightning_attr.files import write_bytes
+from lightning_attr.arguments.checks import check_callable, check_int, check_path
+from lightning_attr.arguments.messages import argument_message
+from lightning_attr.files.io import write_bytes
 from lightning_attr.report.figures import detection_curve, distributions
 from lightning_attr.report.renderers import Renderer, render_sample
 from lightning_attr.report.samples import Drawings, label_of
 from lightning_attr.report.shown import ShownResult
-
-__all__ = ["write_report"]
 
 BUDGET = 22 * 2**20
 """Bytes of samples on a page; with everything else it stays below 30 MB."""

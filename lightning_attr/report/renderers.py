@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from markupsafe import Markup, escape
 
-from lightning_attr.arguments import check_float, check_int
+from lightning_attr.arguments.checks import check_float, check_int
 from lightning_attr.errors import MissingDependencyError
-from lightning_attr.highlights import HighlightedText
-
-__all__ = ["AudioRenderer", "ImageRenderer", "Renderer", "TabularRenderer", "TextRenderer", "render_sample"]
+from lightning_attr.report.highlights import HighlightedText
 
 Renderer = Callable[[Any], str]
 """From a sample to HTML: a ``markupsafe.Markup`` is taken as it is, any other string is text and is escaped."""
@@ -81,7 +79,7 @@ class ImageRenderer:
 
 @dataclass(frozen=True)
 class TextRenderer:
-    """Text; of a :class:`lightning_attr.highlights.HighlightedText` the tokens that count are marked.
+    """Text; of a :class:`lightning_attr.modalities.HighlightedText` the tokens that count are marked.
 
     Args:
         width: characters shown; the whole text is in the tooltip. Marked tokens are all shown.

@@ -10,8 +10,6 @@ from markupsafe import escape
 
 from lightning_attr.report.renderers import Renderer
 
-__all__ = ["Drawings", "label_of", "sample_of"]
-
 _LABEL_FIELDS = ("label", "labels", "target", "y")
 
 

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["ShownResult", "ShownScores"]
-
 
 class ShownScores(Protocol):
     """Scores, whole or only the strongest of each target."""

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.diffusion import DiffusionMixin
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.metrics import linear_datamodeling_score
+from lightning_attr.modalities.diffusion import DiffusionMixin
+from lightning_attr.modalities.trajectories import GeneratedSamples, sample_trajectory
 from lightning_attr.outputs import SquaredPrediction
-from lightning_attr.trajectories import GeneratedSamples, sample_trajectory
 
 N_TRAIN, N_TARGET = 80, 40
 SUBSET_SIZE = N_TRAIN // 2

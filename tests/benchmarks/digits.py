@@ -1,7 +1,7 @@
 """scikit-learn's digits: data, models, one training recipe, and the ground truth by retraining on half subsets.
 
-The models train one after another: trained together under `vmap`, the MLPs took 0.25 ms a step instead of 0.42, but the
-CNNs 3 ms instead of 2.
+The models train one after another: trained together under `vmap`, the MLPs took 0.25 ms per step instead of 0.42, but
+the CNNs 3 ms instead of 2.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def shuffled_batches(n: int, epochs: int, batch_size: int = BATCH_SIZE) -> list[
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, batches: Sequence[Tensor]) -> None:
-    """Trains `model` in place, one step a batch of indices."""
+    """Trains `model` in place, one step per batch of indices."""
     optimizer, schedule = sgd(model.parameters(), len(batches))
     for batch in batches:
         optimizer.zero_grad()

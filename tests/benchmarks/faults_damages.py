@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from lightning_attr.errors import AttributionError
-from lightning_attr.files import write_tensors
+from lightning_attr.files.io import write_tensors
 
 __all__ = ["rows"]
 

@@ -21,7 +21,7 @@ from lightning_attr import FeatureStore
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets
-from lightning_attr.sealed import seal
+from lightning_attr.files.sealed_records import seal
 
 __all__ = ["CRAFTED", "rows"]
 

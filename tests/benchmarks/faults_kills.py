@@ -16,7 +16,7 @@ from typing import Any
 import faults_subject as subject
 
 from lightning_attr import FeatureStore
-from lightning_attr.files import digest, read_tensors
+from lightning_attr.files.io import digest, read_tensors
 
 __all__ = ["rows"]
 

@@ -18,9 +18,9 @@ from lightning_attr import AttributionMixin, AttributionResult, AttributionTrain
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets
-from lightning_attr.files import read_tensors
+from lightning_attr.features.snapshot_model import SnapshotModel
+from lightning_attr.files.io import read_tensors
 from lightning_attr.methods import TRAK, Influence
-from lightning_attr.snapshot_model import SnapshotModel
 
 __all__ = ["KINDS", "Reading", "data", "fit", "kind_of", "make", "read"]
 

@@ -32,12 +32,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_attr import AttributionMixin
-from lightning_attr.attributed import completed
-from lightning_attr.diffusion import DiffusionMixin
-from lightning_attr.draws import Draw
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.gradients import vmap_gradients
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.modalities.diffusion import DiffusionMixin
+from lightning_attr.objectives.objective import completed
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import (
     FactGraSSProjector,
     FactoredSJLTProjector,
@@ -46,6 +45,7 @@ from lightning_attr.projectors import (
     Projector,
     RademacherProjector,
 )
+from lightning_attr.randomness.draws import Draw
 
 TRANSFORMER_ONLY = "transformer"  # dense and sparse projections are compared on one work
 SETUP_LIMIT = 240  # seconds; dattri compiles C++

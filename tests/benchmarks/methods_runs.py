@@ -36,8 +36,8 @@ from digits import (
 )
 from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.methods import TRAK
+from lightning_attr.parameters.weights import load_weights
 
 LEFT_OUT = 100  # training samples that logistic regression is retrained without, one after the other
 FLIPPED_LABELS = 0.1

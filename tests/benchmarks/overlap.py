@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_attr import AttributionMixin, FeatureStore
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.loader import DataSource, OrderedLoader
-from lightning_attr.manifest import Fingerprint
+from lightning_attr.data.loader import DataSource, OrderedLoader
+from lightning_attr.features.featurizer import Featurizer, plan
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import KroneckerProjector
-from lightning_attr.shards import ShardWriter
+from lightning_attr.store.manifest import Fingerprint
+from lightning_attr.store.shard_writer import ShardWriter
 
 READING = 0.002
 """Seconds to read a slow sample."""

@@ -46,7 +46,7 @@ def traker(proj_dim: int) -> Maker:
         from trak.modelout_functions import AbstractModelOutput
         from trak.projectors import BasicProjector, ProjectionType
 
-        class Margin(AbstractModelOutput):  # its own classes take one input a sample
+        class Margin(AbstractModelOutput):  # its own classes take one input per sample
             def __init__(self) -> None: ...
 
             @staticmethod
@@ -229,7 +229,7 @@ def bergson(total: int) -> Maker:
         outputs = {
             job.linears()[-1],
             *(name for name in job.linears() if "pooler" in name),
-        }  # one row a sample: refused
+        }  # one row per sample: refused
         side = math.isqrt(total // max(1, len(job.linears()) - len(outputs)))
         collector = InMemoryCollector(
             model=network,

@@ -24,8 +24,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
-from lightning_attr.draws import Samples
-from lightning_attr.learning import learn_from
+from lightning_attr.features.learned_projection import learn_from
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import TRAK, SnapshotFeatures
 from lightning_attr.projectors import (
     EigenProjector,
@@ -34,7 +34,7 @@ from lightning_attr.projectors import (
     Projector,
     RademacherProjector,
 )
-from lightning_attr.snapshot_model import SnapshotModel
+from lightning_attr.randomness.draws import Samples
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 BY_WIDTH: list[Projector] = [KroneckerProjector(2048), *(EigenProjector(k) for k in (512, 1024, 2048))]

@@ -1,4 +1,4 @@
-"""Ground truth by retraining: seconds a model by plain `Trainer.fit`, by `retrain_lds`, and with many models at once.
+"""Ground truth by retraining: seconds per model by plain `Trainer.fit`, by `retrain_lds`, and with many models at once.
 
     python tests/benchmarks/retrain.py [--settings lr mlp cnn] [--subsets 24] [--seeds 1] [--vectorise 64] [--json FILE]
 

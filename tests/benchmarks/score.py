@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr import FeatureStore, top_scores
-from lightning_attr.manifest import Fingerprint
-from lightning_attr.methods import TRAK, SnapshotFeatures, kernel
-from lightning_attr.scoring import score
+from lightning_attr import FeatureStore
+from lightning_attr.attribution.scoring import score
+from lightning_attr.methods import TRAK, SnapshotFeatures
+from lightning_attr.methods.kernels import feature_kernel as kernel
+from lightning_attr.results import top_scores
+from lightning_attr.store.manifest import Fingerprint
 
 Seconds = dict[str, float]
 LIMIT = 8 * 2**30

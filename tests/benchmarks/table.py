@@ -32,10 +32,10 @@ from tqdm import tqdm
 from digits import CACHE, SETTINGS, DigitsClassifier, DigitsData, Setting, ground_truth, load, margin, trained
 from lightning_attr import AttributionTrainer, FeatureStore, ScoreMatrix
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.evaluation import proponent_sets
 from lightning_attr.interop import dattri_task
 from lightning_attr.metrics import data_selection_curve, linear_datamodeling_score, noisy_label_auroc
+from lightning_attr.parameters.weights import load_weights
 
 FLIPPED_LABELS = 0.1
 FRACTIONS = (0.1, 0.2, 0.4)

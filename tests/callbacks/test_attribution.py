@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import StoreMismatchError
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.learning import load_projection
+from lightning_attr.features.featurizer import Featurizer, plan
+from lightning_attr.features.learned_projection import load_projection
 from lightning_attr.methods import TRAK
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.weights import load_weights
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
 
 pytestmark = [
     # No test here needs validation data.

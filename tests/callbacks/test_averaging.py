@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import weights_of
 from lightning_attr.methods import TRAK, GradDot, TracIn
-from lightning_attr.store import FeatureStore
+from lightning_attr.parameters.weights import weights_of
+from lightning_attr.store.feature_store import FeatureStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from lightning_attr.attribution.request import check_strategy
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import (
     AttributionError,
@@ -26,8 +27,7 @@ from lightning_attr.errors import (
 )
 from lightning_attr.methods import TRAK
 from lightning_attr.outputs import MulticlassMargin
-from lightning_attr.request import check_strategy
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
 
 pytestmark = [
     # Only early stopping needs validation data here.
@@ -222,7 +222,7 @@ class Cautious(BlobClassifier):
 @pytest.fixture
 def first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the module sees the first samples only: else it would find the bad one."""
-    monkeypatch.setattr("lightning_attr.probe.probe_rows", lambda source: [0, 1, 2, 3])
+    monkeypatch.setattr("lightning_attr.verification.probe.probe_rows", lambda source: [0, 1, 2, 3])
 
 
 @pytest.mark.usefixtures("first_rows")

@@ -16,7 +16,7 @@ import torch
 from cases import BlobClassifier, blobs, leave_group_at_exit, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
 
 # No test here needs validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")

@@ -20,10 +20,10 @@ from torch.utils.data import (
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionResult
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.exposure import drawable_rows, from_bitmap, to_bitmap
+from lightning_attr.data.exposure import drawable_rows, from_bitmap, to_bitmap
 from lightning_attr.methods import GAS, TRAK, GradDot, Influence, TracIn
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
 
 N, M = 20, 6
 EVEN = list(range(0, N, 2))

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from cases import blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.methods import TRAK, GradDot, Influence, TracIn
+from lightning_attr.parameters.weights import load_weights
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
 
 N, M = 20, 6
 BODY, HEAD = ("body.0.weight", "body.0.bias"), ("head.weight", "head.bias")
@@ -115,7 +115,7 @@ def test_each_snapshot_counts_what_it_was_trained_with(tmp_path: Path, way: str,
         found = trainer.attribute(target_dataloaders=loader_of(targets), method=own).scores.values
 
         def weigh(snapshot: Any, name: str, weights: str = weights) -> float:
-            return 1.0 if weights == "uniform" else 3 * rates[name in BODY] / N  # three steps an epoch
+            return 1.0 if weights == "uniform" else 3 * rates[name in BODY] / N  # three steps per epoch
 
         torch.testing.assert_close(found, by_hand(store, weigh, targets), rtol=1e-4, atol=1e-6)
     assert [p.requires_grad for p in module.parameters()] == flags

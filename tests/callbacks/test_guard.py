@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from cases import BlobClassifier, blobs, leave_group_at_exit, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
 from lightning_attr.errors import AttributionError
-from lightning_attr.featurizer import Featurizer
-from lightning_attr.manifest import Stopped
+from lightning_attr.features.featurizer import Featurizer
 from lightning_attr.methods import TRAK, GradDot
 from lightning_attr.projectors import KroneckerProjector
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

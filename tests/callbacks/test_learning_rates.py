@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.learning_rates import LearningRates
 from lightning_attr.methods import GAS, TRAK, TracIn
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.learning_rates import LearningRates
 from lightning_attr.projectors import IdentityProjector, SJLTProjector
 
 N, M = 24, 8

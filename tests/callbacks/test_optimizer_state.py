@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import AttributionError
-from lightning_attr.files import read_tensors
+from lightning_attr.files.io import read_tensors
 from lightning_attr.methods import LESS, TRAK, TracIn
+from lightning_attr.parameters.weights import load_weights
 from lightning_attr.projectors import IdentityProjector
 
 pytestmark = [

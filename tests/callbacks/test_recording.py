@@ -12,9 +12,9 @@ import torch
 
 from lightning_attr.callbacks.recording import Recording, announce, give_up
 from lightning_attr.errors import StoreMismatchError
-from lightning_attr.files import digest
-from lightning_attr.manifest import Fingerprint
-from lightning_attr.store import FeatureStore
+from lightning_attr.files.io import digest
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Fingerprint
 
 FINGERPRINT = Fingerprint(10, "abc", {"w": (2,)}, {"kind": "identity"})
 

@@ -18,12 +18,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import StoreMismatchError
-from lightning_attr.featurizer import Featurizer
-from lightning_attr.files import read_tensors
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer
+from lightning_attr.files.io import read_tensors
 from lightning_attr.methods import TRAK
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import KroneckerProjector
-from lightning_attr.store import FeatureStore
+from lightning_attr.store.feature_store import FeatureStore
 
 pytestmark = [
     # Only the checkpoints of a validation need validation data.
@@ -43,7 +43,7 @@ METHOD = TRAK(projector=KroneckerProjector(8), kernel="margin")  # one pass a sa
 def run(
     folder: Path, *, epochs: int = 4, schedule: Any = "all", callbacks: Any = (), ckpt: Any = None, **other: Any
 ) -> Any:
-    """A training of 3 steps an epoch, always the same unless told otherwise."""
+    """A training of 3 steps per epoch, always the same unless told otherwise."""
     seed, rate, val = other.pop("seed", 0), other.pop("learning_rate", 0.1), other.pop("val", None)
     callback = AttributionCallback(folder, METHOD, schedule, batch_size=128, log=False, **other.pop("own", {}))
     trainer = quiet_trainer(

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer, told
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit
-from lightning_attr.checkpoints import weights_of
 from lightning_attr.errors import NonFiniteGradientError
-from lightning_attr.manifest import Snapshot
+from lightning_attr.parameters.weights import weights_of
+from lightning_attr.store.manifest import Snapshot
 
 # Only early stopping needs validation data here.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -126,7 +126,7 @@ class ClockAt(Timer):
 def snapshots_of(
     tmp_path: Any, module: L.LightningModule | None = None, schedule: Any = "geometric", **settings: Any
 ) -> tuple[Snapshot, ...]:
-    """Train on 5 batches an epoch; check every snapshot against the weights at that moment."""
+    """Train on 5 batches per epoch; check every snapshot against the weights at that moment."""
     weights = Weights()
     callback = AttributionCallback(tmp_path / "store", snapshots=schedule, featurize=False)
     settings["callbacks"] = [weights, *settings.get("callbacks", []), callback]
@@ -218,7 +218,7 @@ def test_resumed_in_and_after_the_first_epoch(tmp_path: Path) -> None:
 
 
 class TwoSteps(BlobClassifier):
-    """Two optimizers, so that Lightning counts two steps a batch."""
+    """Two optimizers, so that Lightning counts two steps per batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.featurizer import Featurizer
+from lightning_attr.features.featurizer import Featurizer
 from lightning_attr.methods import TRAK
 
 pytestmark = [

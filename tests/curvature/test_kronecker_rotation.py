@@ -91,7 +91,7 @@ def test_uses_are_handed_over_once() -> None:
 
 def test_chunks_count_every_use_and_at_least_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kronecker_rotation, "CHUNK", 100)
-    use = OuterSum(torch.ones(4, 7, 3), torch.ones(4, 7, 4))  # 49 numbers a sample
+    use = OuterSum(torch.ones(4, 7, 3), torch.ones(4, 7, 4))  # 49 numbers per sample
     assert [part.stop for part in chunks(BLOCK, [use])] == [2, 4]
     assert [part.stop for part in chunks(BLOCK, [use, use])] == [1, 2, 3, 4]
     assert [part.stop for part in chunks(BLOCK, [use], beside=1000)] == [1, 2, 3, 4]

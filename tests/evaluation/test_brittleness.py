@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_attr import ScoreMatrix
 from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation import GroundTruth, brittleness, proponent_sets
-from lightning_attr.top_scores import TopScoresSum
+from lightning_attr.results.top_scores import TopScoresSum
 
 N, M = 12, 5
 SCORES = ScoreMatrix(torch.randn(N, M, generator=torch.Generator().manual_seed(0)).sort(0).values)

@@ -19,7 +19,7 @@ from lightning_attr import AttributionResult, ScoreMatrix, attribute
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation import Evaluation, GroundTruth, evaluate, retrain_lds
 from lightning_attr.metrics import figures, linear_datamodeling_score
-from lightning_attr.top_scores import TopScoresSum
+from lightning_attr.results.top_scores import TopScoresSum
 
 N, M, SEEDS = 20, 4, 3
 KINDS = ("lds", "loo", "without")

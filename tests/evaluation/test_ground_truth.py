@@ -11,7 +11,7 @@ import torch
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets, removals
-from lightning_attr.sealed import seal
+from lightning_attr.files.sealed_records import seal
 
 PLAN = random_subsets(6, num_subsets=3, alpha=0.5, repeats=2, seed=0)
 RECIPE = {"n_train": 6, "n_target": 2, "learning_rate": 0.1}

@@ -22,7 +22,7 @@ from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMi
 from lightning_attr.evaluation import GroundTruth, retrain_lds, retrain_loo, retrain_without
 from lightning_attr.evaluation.ground_truth import Records
 from lightning_attr.metrics import linear_datamodeling_score
-from lightning_attr.randomness import hashed_seed
+from lightning_attr.randomness.streams import hashed_seed
 
 quick = {"progress": False, "seeds": 2}
 

@@ -7,8 +7,8 @@ from evaluation.retraining_cases import Data, Tiny
 from torch.utils.data import TensorDataset
 
 from cases import loader_of, quiet_trainer
+from lightning_attr.data.loader import DataSource
 from lightning_attr.evaluation.targets import digest_of_all, target_outputs
-from lightning_attr.loader import DataSource
 
 
 def hashed(x: torch.Tensor, **settings: object) -> str:

@@ -92,7 +92,7 @@ def test_tempo_changes_hold_for_all_tracks(tmp_path: Path) -> None:
 
 def test_ticks_may_be_parts_of_a_frame(tmp_path: Path) -> None:
     track = [(0, tempo(250_000)), (500, ON + b"\x3c\x40"), (500, ON + b"\x3c\x00")]
-    division = (-25 << 8) | 40  # 25 frames a second of 40 ticks each: 1 ms
+    division = (-25 << 8) | 40  # 25 frames per second of 40 ticks each: 1 ms
     assert notes_of(tmp_path, midi_file(track, division=division)) == [Note(0.5, 1.0, 60, 64)]
 
 

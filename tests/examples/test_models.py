@@ -21,8 +21,8 @@ from settings import SETTINGS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.testing import check_model_output
 

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 from lightning_attr import AttributionTrainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import StoreMismatchError
-from lightning_attr.featurizer import plan
+from lightning_attr.features.featurizer import plan
 from lightning_attr.methods import TRAK
 
 

@@ -18,11 +18,11 @@ from planted.facts import collate, vocabulary
 from stand_ins import SCALE
 
 from cases import quiet_trainer
-from lightning_attr.batch import select_rows
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.batches.nested import select_rows
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.gradients import loop_gradients
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import GradDot
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 
 TEXTS = ["a b c d e .", "b a .", "c a b , d a .", "d e d e a c b a .", "e c b ."]  # of several lengths

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_attr.func import random_project
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector, RademacherProjector, SJLTProjector
 
 GRADIENTS = {"weight": torch.randn(6, 4, 5), "bias": torch.randn(6, 4)}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
-from lightning_attr.diffusion import DiffusionMixin
-from lightning_attr.draws import Draw
-from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
+from lightning_attr.features.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.gradients import loop_gradients
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.modalities.diffusion import DiffusionMixin
 from lightning_attr.outputs import DenoisingLoss, ModelOutput, SquaredPrediction
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
+from lightning_attr.randomness.draws import Draw
 
 diffusers = pytest.importorskip("diffusers", minversion="0.30", reason="needs diffusers")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -217,7 +217,7 @@ def test_a_text_encoder_that_is_trained_has_gradients() -> None:
 
 
 def test_sampling_with_schedulers_of_diffusers() -> None:
-    from lightning_attr.trajectories import sample_trajectory
+    from lightning_attr.modalities.trajectories import sample_trajectory
 
     module = _velocity()
     for scheduler in (None, diffusers.DDIMScheduler(50, prediction_type="v_prediction")):

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from cases import loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import AttributionError
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.gradients.inner import watch_autograd
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
+from lightning_attr.gradients.inner_autograd import watch_autograd
 from lightning_attr.methods import ConjugateGradient, Influence
 from lightning_attr.outputs import NegativeLoss
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector, NoProjection
 
 Batch = tuple[Tensor, Tensor]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_attr import AttributionMixin
-from lightning_attr.batch import map_tensors, select_rows
-from lightning_attr.featurizer import AttributionPlan, Featurizer, plan
+from lightning_attr.batches.nested import map_tensors, select_rows
+from lightning_attr.features.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.gradients import hooked_layers, loop_gradients
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.outputs import NegativeLoss
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 
 transformers = pytest.importorskip("transformers", minversion="4.57", reason="needs transformers")

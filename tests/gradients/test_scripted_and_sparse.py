@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import loader_of, quiet_trainer
-from lightning_attr.batch import dense_parts, select_rows
+from lightning_attr.batches.nested import dense_parts, select_rows
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.methods import GradDot
-from lightning_attr.modes import set_mode
+from lightning_attr.objectives.modes import set_mode
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 
 X, Y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3

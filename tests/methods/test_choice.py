@@ -27,7 +27,7 @@ TARGETS = blobs(6, seed=1)
         (1437, 17_226, 512, True),
         (5000, 109_386, 2048, True),
         (5000, 4_800_000, 2048, False),
-        (100, 10**9, 512, False),  # no more than a few features a sample
+        (100, 10**9, 512, False),  # no more than a few features per sample
         (40, 67, 256, True),
         (10**6, 17_226, 512, False),
         (1, 0, 256, True),

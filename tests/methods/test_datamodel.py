@@ -19,7 +19,7 @@ from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation.evaluate import evaluate
 from lightning_attr.methods import Datamodel, EmpiricalInfluence, SnapshotFeatures, datamodel
 from lightning_attr.methods.datamodel import RetrainingMethod
-from lightning_attr.methods.subset_truth import mask_digests
+from lightning_attr.methods.support.subset_truth import mask_digests
 
 N, M = 12, 5
 WEIGHTS = torch.randn(N, M, generator=torch.Generator().manual_seed(3)).double()

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from truths import truth_of
 
 from lightning_attr import AttributionMixin
+from lightning_attr.attribution.scoring import score
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.func import dropout_ensemble
 from lightning_attr.methods import (
     TRAK,
@@ -20,9 +22,7 @@ from lightning_attr.methods import (
     SnapshotFeatures,
 )
 from lightning_attr.projectors import GaussianProjector, IdentityProjector, KroneckerProjector, NoProjection, Projector
-from lightning_attr.randomness import hashed_seed
-from lightning_attr.scoring import score
-from lightning_attr.snapshot_model import SnapshotModel
+from lightning_attr.randomness.streams import hashed_seed
 
 N, M = 20, 7
 
@@ -135,7 +135,7 @@ def test_batches_do_not_matter(forward_only: bool) -> None:
 def test_many_targets_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     module, method = _module(), DropoutEnsemble(TRAK(projector=IdentityProjector()), masks=2)
     expected, _ = _scored(method, _model(module))
-    monkeypatch.setattr("lightning_attr.scoring._MOST_TARGETS", 3)
+    monkeypatch.setattr("lightning_attr.attribution.scoring._MOST_TARGETS", 3)
     snapshot, runs = SnapshotFeatures.at(_model(module), {}), []
     handle = module[0].register_forward_hook(lambda *_: runs.append("run"))
     scores, _ = score(method, [snapshot], N)

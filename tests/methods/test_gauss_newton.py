@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.second_direction import SecondFeaturizer
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import TRAK, GradDot, SnapshotFeatures
 from lightning_attr.methods.dual_gauss_newton import GaussNewtonKernel
 from lightning_attr.outputs import LanguageModel, ModelOutput, NegativeLoss, Regression
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import EigenProjector, IdentityProjector
-from lightning_attr.second_direction import SecondFeaturizer
-from lightning_attr.snapshot_model import SnapshotModel
 
 TRAIN, TARGETS = blobs(30), blobs(6, seed=1)
 SIZE = ParameterLayout.of(BlobClassifier()).numel
@@ -187,7 +187,7 @@ def test_stores_of_both_kinds_are_scored_by_the_kernels_they_have(tmp_path: Path
 def test_features_of_few_dimensions_have_directions_of_some_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_attr.second_direction._ROWS_A_FEATURE", 1)
+    monkeypatch.setattr("lightning_attr.features.second_direction._ROWS_A_FEATURE", 1)
     trainer = fitted(tmp_path / "run", TRAK(projector=EigenProjector(8)))
     store = FeatureStore.open(tmp_path / "run")
     for snapshot in store.snapshots:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
 from lightning_attr.curvature.explicit import factor
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.methods import GradCos, GradDot, SnapshotFeatures
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 
 N, M, K = 7, 4, 5

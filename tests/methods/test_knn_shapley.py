@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import AttributionError
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import KNNShapley, SnapshotFeatures, knn_shapley
 from lightning_attr.methods.knn_shapley import shapley_values
-from lightning_attr.snapshot_model import SnapshotModel
 
 N, M = 9, 4
 

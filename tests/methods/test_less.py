@@ -14,9 +14,9 @@ from torch import Tensor
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.methods import LESS, SnapshotFeatures, TracIn
+from lightning_attr.parameters.weights import load_weights
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector
 
 TRAIN, TARGETS = blobs(20), blobs(6, seed=1)

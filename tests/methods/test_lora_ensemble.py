@@ -17,9 +17,9 @@ from cases import blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import CorruptedStoreError
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import TRAK
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.snapshot_model import SnapshotModel
 
 peft = pytest.importorskip("peft", minversion="0.17", reason="needs peft")
 

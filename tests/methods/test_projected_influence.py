@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.methods import TRAK, FactGraSS, LoGra, ProjectedInfluence, SnapshotFeatures
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import (
     FactGraSSProjector,
     FactoredSJLTProjector,

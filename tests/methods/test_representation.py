@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import AttributionError
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import RepresentationSimilarity, SnapshotFeatures
-from lightning_attr.snapshot_model import SnapshotModel
 
 N, M = 7, 4
 

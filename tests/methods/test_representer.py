@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import AttributionError
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods import RPS, SnapshotFeatures
 from lightning_attr.methods.representer import fit_head
 from lightning_attr.outputs import BinaryMargin, ModelOutput, MulticlassMargin, Regression
-from lightning_attr.snapshot_model import SnapshotModel
 
 N, M = 12, 5
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from truths import truth_of
 
 from lightning_attr import AttributionResult
+from lightning_attr.attribution.scoring import score
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.evaluation import evaluate
 from lightning_attr.methods import TRAK, GradDot, SnapshotFeatures, SoftThreshold, TracIn, soft_threshold
-from lightning_attr.methods.subset_truth import mask_digests
+from lightning_attr.methods.support.subset_truth import mask_digests
 from lightning_attr.metrics import linear_datamodeling_score
-from lightning_attr.scores import ScoreMatrix
-from lightning_attr.scoring import score
+from lightning_attr.results.score_matrix import ScoreMatrix
 
 N, M = 64, 5
 
@@ -157,7 +157,7 @@ def test_the_method_is_the_function_of_the_scores(arguments: dict[str, Any], blo
 def test_many_targets_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = truth_of(_sparse()[0])
     expected = soft_threshold(ScoreMatrix(_scores()), truth=truth)
-    monkeypatch.setattr("lightning_attr.scoring._MOST_TARGETS", 2)
+    monkeypatch.setattr("lightning_attr.attribution.scoring._MOST_TARGETS", 2)
     snapshot = _snapshot()
     for _ in range(2):
         scores, _ = score(SoftThreshold(GradDot(), truth=truth), [snapshot], N)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import load_weights
 from lightning_attr.errors import AttributionError
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.interop import dattri_task
-from lightning_attr.layout import ParameterLayout
 from lightning_attr.methods import GAS, GradCos, GradDot, SnapshotFeatures, TracIn
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.weights import load_weights
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector, LayerSubset, RademacherProjector
 
 N, M, K = 7, 4, 5

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.methods import TRAK, SnapshotFeatures
 from lightning_attr.outputs import BinaryMargin, MulticlassMargin, Regression
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import GaussianProjector, IdentityProjector, Projector, RademacherProjector
 
 N, M, P = 40, 6, 5

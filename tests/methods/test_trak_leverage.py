@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.methods import TRAK, SnapshotFeatures, kernel
+from lightning_attr.features.featurizer import Featurizer, plan
+from lightning_attr.methods import TRAK, SnapshotFeatures
+from lightning_attr.methods.kernels import feature_kernel as kernel
 from lightning_attr.outputs import Regression
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import GaussianProjector, IdentityProjector, KroneckerProjector
 
 N, M, P = 64, 6, 5

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cases import quiet_trainer
-from lightning_attr.batch import select_rows
+from lightning_attr.batches.nested import select_rows
 from lightning_attr.curvature.fisher import fisher_batch
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.data.memory import MemoryBudget
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.gradients import HookedGradients, loop_gradients
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.memory import MemoryBudget
 from lightning_attr.methods import EKFAC, GradDot, Influence
 from lightning_attr.outputs import LanguageModel
 from lightning_attr.outputs.language_model import Kind
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
 
 transformers = pytest.importorskip("transformers", minversion="4.57", reason="needs transformers")

@@ -16,14 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from cases import BlobClassifier, blobs, child, loader_of, quiet_trainer, wait_for
 from lightning_attr import FeatureStore
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.checkpoints import weights_of
-from lightning_attr.evaluation.retraining import seed_training
 from lightning_attr.evaluation.subsets import Retraining
-from lightning_attr.files import digest
+from lightning_attr.evaluation.train_one import seed_training
+from lightning_attr.files.io import digest
 from lightning_attr.methods import LESS, TRAK, GradDot, Influence, TracIn
+from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots import Pilots
 from lightning_attr.projectors import IdentityProjector
-from lightning_attr.randomness import hashed_seed
+from lightning_attr.randomness.streams import hashed_seed
 
 pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attr.gradients import ConvSum, GatherSum, OuterSum, ParameterGradient
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import (
     FactGraSSProjector,
     FactoredSJLTProjector,

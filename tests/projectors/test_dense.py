@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightning_attr.gradients.factored import OuterSum
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import GaussianProjector, RademacherProjector, dense
-from lightning_attr.randomness import rademacher
+from lightning_attr.randomness.streams import rademacher
 
 KINDS = [RademacherProjector, GaussianProjector]
 LAYOUT = ParameterLayout({"a": (3, 7), "b": (4,)})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_attr.gradients import HookedGradients, OuterSum
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import (
     AdamDirection,
     EigenProjector,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_attr.gradients import OuterSum
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import FactoredSJLTProjector, SJLTProjector
 from lightning_attr.projectors.kronecker import Sides
 

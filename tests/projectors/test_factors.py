@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from cases import LayersOf
 from lightning_attr import AttributionMixin
 from lightning_attr.errors import UnsupportedLayerError
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.gradients import OuterSum, RowSum
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import GradientFactors, IdentityProjector
 
 B, M = 5, 3

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_attr.errors import AttributionError, MissingDependencyError
 from lightning_attr.gradients import OuterSum
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import FastJLProjector, fast_jl, projector_from_config
 
 LAYOUT = ParameterLayout({"weight": (6, 9), "bias": (6,)})

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_attr.gradients import GatherSum, OuterSum, ParameterGradient, RowSum, materialise
 from lightning_attr.gradients.convolution import convolution
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import KroneckerProjector, Projector, RademacherProjector
-from lightning_attr.randomness import rademacher
+from lightning_attr.randomness.streams import rademacher
 
 LAYOUT = ParameterLayout({"weight": (8, 10), "bias": (8,)})
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from cases import DoubledLinear
 from lightning_attr import AttributionMixin
-from lightning_attr.featurizer import Featurizer, plan
+from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.gradients import HookedGradients
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector, LayerSubset, projector_from_config
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attr import AttributionMixin
-from lightning_attr.featurizer import Featurizer, plan
-from lightning_attr.layout import ParameterLayout
-from lightning_attr.optimizer_state import AdamMoments
+from lightning_attr.features.featurizer import Featurizer, plan
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.parameters.optimizer_state import AdamMoments
 from lightning_attr.projectors import (
     AdamDirection,
     IdentityProjector,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_attr.layout import ParameterLayout
+from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import SJLTProjector, sjlt
 
 DRAWS = 4000

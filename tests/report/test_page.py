@@ -92,7 +92,7 @@ def test_scores_that_are_not_finite_are_no_numbers(tmp_path: Path) -> None:
 
 
 def test_only_the_strongest_scores_are_enough(tmp_path: Path) -> None:
-    from lightning_attr.top_scores import TopScoresSum
+    from lightning_attr.results.top_scores import TopScoresSum
 
     found = TopScoresSum(n_train=6, n_target=3, k=2)
     found.add(range(6), slice(0, 3), result().scores.values)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from markupsafe import Markup
 
-from lightning_attr.highlights import HighlightedText
 from lightning_attr.report import AudioRenderer, ImageRenderer, TabularRenderer, TextRenderer, render_sample
+from lightning_attr.report.highlights import HighlightedText
 
 PIL = pytest.importorskip("PIL.Image")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"

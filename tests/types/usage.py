@@ -30,7 +30,7 @@ from lightning_attr.metrics import (
     NoisyLabelRecall,
 )
 from lightning_attr.outputs import BinaryMargin, MulticlassMargin, NegativeLoss, Regression
-from lightning_attr.top_scores import TopScores
+from lightning_attr.results import TopScores
 
 
 class LitClassifier(AttributionMixin, L.LightningModule):

@@ -35,7 +35,7 @@ def matmul(use: Use) -> Any:
 
 @handles("addmm")
 def addmm(use: Use) -> Any:
-    """``bias + x W`` for a matrix of one row a sample."""
+    """``bias + x W`` for a matrix of one row per sample."""
     if use.kwargs or len(use.args) != 3:  # beta and alpha
         return NotImplemented
     bias, x, weight = use.args

@@ -15,8 +15,6 @@ from lightning_attr.gradients.direct_use.use import Use, handler_of, is_in_place
 from lightning_attr.gradients.factored import ParameterGradient, materialise
 from lightning_attr.gradients.rules import GradientRule
 
-__all__ = ["DirectUses"]
-
 # Functions that say something of a tensor without its values, and give no tensor.
 _WITHOUT_TENSORS = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")

@@ -1,0 +1,117 @@
+"""The arguments of ``attribute``: what each has to be, and what is told to who passes something else."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_attr.arguments.checks import check_callable, check_instance, check_numbers
+from lightning_attr.arguments.messages import argument_message
+from lightning_attr.data.memory import check_memory_budget
+from lightning_attr.methods.base import check_method
+from lightning_attr.user_code.lightning_names import both
+
+MASK = "a mask with one True or False a training sample"
+"""What a noise mask is, in messages."""
+
+
+def check_attribute_arguments(
+    trainer: Any, datamodule: Any, model: Any, method: Any, memory_budget: Any, target_function: Any
+) -> None:
+    """Check what can be told before anything is looked up.
+
+    Args:
+        trainer: a Trainer.
+        datamodule: a datamodule, or None, as all that follow.
+        model: a module.
+        method: an attribution method.
+        memory_budget: a number of bytes.
+        target_function: a function.
+
+    Raises:
+        TypeError: if one is of another class than its own.
+        ValueError: if ``memory_budget`` is no whole number above zero.
+
+    Example:
+        >>> check_attribute_arguments(L.Trainer(barebones=True), None, None, None, 2**30, None)
+    """
+    check_instance("attribute", "trainer", trainer, both(L.Trainer), "a Trainer")
+    check_datamodule("attribute", datamodule)
+    if model is not None:
+        check_instance("attribute", "model", model, nn.Module, "a LightningModule")
+    if method is not None:
+        check_method("attribute", method)
+    if memory_budget is not None:
+        check_memory_budget("attribute", memory_budget)
+    if target_function is not None:
+        check_callable("attribute", "target_function", target_function, "a function (module, batch) -> (b,)")
+
+
+def check_datamodule(owner: object, datamodule: Any) -> None:
+    """Check that what stands in the datamodule's place is one.
+
+    Args:
+        owner: whose argument it is: an object, or the name of a function.
+        datamodule: what was passed; None passes.
+
+    Raises:
+        TypeError: if it is a class, a loader, a data set, a module or anything else.
+
+    Example:
+        >>> check_datamodule("attribute", [1, 2])
+        Traceback (most recent call last):
+        ...
+        TypeError: Expected argument `datamodule` of attribute to be a LightningDataModule, but got [1, 2]. Pass data
+        by name instead: `train_dataloaders=DataLoader(dataset, batch_size=...)`, and `target_dataloaders=`.
+    """
+    kinds = both(L.LightningDataModule)
+    if datamodule is None or isinstance(datamodule, kinds):
+        return
+    if inspect.isclass(datamodule) and issubclass(datamodule, kinds):
+        remedy = f"Pass an object of it, such as `{datamodule.__name__}()`."
+    elif isinstance(datamodule, DataLoader):
+        remedy = "Pass loaders by name instead: `train_dataloaders=`, and `target_dataloaders=` for the targets."
+    elif isinstance(datamodule, nn.Module):
+        remedy = "Pass a module by name: `model=`."
+    else:
+        by_name = "`train_dataloaders=DataLoader(dataset, batch_size=...)`, and `target_dataloaders=`"
+        remedy = f"Pass data by name instead: {by_name}."
+    raise TypeError(argument_message(owner, "datamodule", "a LightningDataModule", datamodule, remedy))
+
+
+def check_noise_mask(noise_mask: Any, num_rows: int, owner: object = "attribute") -> Tensor | None:
+    """Check that a noise mask fits the training data.
+
+    Args:
+        noise_mask: anything that ``torch.as_tensor`` takes, or None.
+        num_rows: training samples.
+        owner: whose argument it is: an object, or the name of a function.
+
+    Returns:
+        Bool ``(num_rows,)``, or None.
+
+    Raises:
+        TypeError: if it holds no numbers.
+        ValueError: if its length or its values do not fit.
+
+    Example:
+        >>> check_noise_mask([0, 1], 2)
+        tensor([False,  True])
+    """
+    if noise_mask is None:
+        return None
+    mask = check_numbers(owner, "noise_mask", noise_mask, MASK)
+    if mask.shape != (num_rows,):
+        raise ValueError(
+            f"Expected argument `noise_mask` to have one entry a training sample, of shape ({num_rows},), but got "
+            f"{tuple(mask.shape)}."
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            "Expected argument `noise_mask` to hold only True and False (or 0 and 1), but got other values."
+        )
+    return mask.bool().cpu()

@@ -1,0 +1,140 @@
+"""The processes that attribute together: sums over all of them, and an end for all where one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from lightning_attr.errors import AttributionError
+
+_PATIENCE = timedelta(seconds=10)
+"""How long a process that has failed waits to tell the others; then its end is what they notice."""
+
+
+class Processes:
+    """The processes of a strategy, seen from one of them.
+
+    Every wait for the others is a chance to hear that one of them has failed: none waits for what never comes. All
+    processes call the methods in the same order, but for :meth:`tell`.
+
+    Args:
+        rank: number of this process.
+        count: how many there are.
+        device: where tensors are exchanged.
+
+    Example:
+        >>> alone = Processes(0, 1, torch.device("cpu"))
+        >>> with alone.together():
+        ...     total = alone.sum(torch.ones(2))
+        >>> total
+        tensor([1., 1.])
+    """
+
+    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+        self.rank = rank
+        self.count = count
+        self.device = device
+        self._apart = count == 1
+        """Whether nobody is to be told anything, because there is nobody, or all know already."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over the processes.
+
+        Args:
+            tensor: of the same shape and dtype in all of them.
+
+        Returns:
+            The sum, the same in all of them, on the tensor's device.
+
+        Raises:
+            AttributionError: if another process has failed.
+        """
+        if self.count == 1:
+            return tensor
+        self.meet()
+        on_device = tensor.to(self.device)
+        torch.distributed.all_reduce(on_device)
+        return on_device.to(tensor.device)
+
+    def joined(self, columns: Mapping[str, Tensor], own: Sequence[int]) -> Mapping[str, Tensor]:
+        """Bring rows of all processes together.
+
+        Args:
+            columns: column name -> values ``(n, ...)``, of the same names and shapes in all processes; what is in the
+                rows of others does not matter.
+            own: rows of this process, which may have none.
+
+        Returns:
+            The columns, with each row as its process has it.
+
+        Raises:
+            AttributionError: if another process has failed.
+        """
+        if self.count == 1:
+            return columns
+        found = {}
+        for name, values in columns.items():
+            others = torch.ones(len(values), dtype=torch.bool)
+            others[list(own)] = False
+            found[name] = self.sum(values.masked_fill(others.view(-1, *[1] * (values.ndim - 1)), 0))
+        return found
+
+    def meet(self) -> None:
+        """Wait for all processes.
+
+        Raises:
+            AttributionError: if another process has failed.
+        """
+        if self._apart:
+            return
+        failed = torch.zeros(1, device=self.device)
+        torch.distributed.all_reduce(failed)
+        if not failed.item():
+            return
+        self._apart = True
+        for rank, message in enumerate(self._exchange(None)):
+            if message is not None:
+                raise AttributionError(f"Process {rank} of {self.count} has failed, and all with it. {message}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do something, and wait until all processes have come through.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            AttributionError: if another process has failed.
+            Exception: whatever is raised inside.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.tell(error)
+            raise
+        self.meet()
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know that this process has failed, wherever they wait next; once is enough.
+
+        Args:
+            error: why.
+        """
+        if self._apart:
+            return
+        self._apart = True
+        # Others that are far from waiting, or gone, do not hear it: what is to be raised here is the error itself.
+        with suppress(RuntimeError):
+            work = torch.distributed.all_reduce(torch.ones(1, device=self.device), async_op=True)
+            assert work is not None  # it is None only outside of a group
+            work.wait(_PATIENCE)
+            self._exchange(f"{type(error).__name__}: {error}")
+
+    def _exchange(self, message: str | None) -> list[str | None]:
+        messages: list[str | None] = [None] * self.count
+        torch.distributed.all_gather_object(messages, message)
+        return messages

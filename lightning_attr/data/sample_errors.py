@@ -1,0 +1,251 @@
+"""Errors of the user's own code while samples are read: they name the samples, here and in a DataLoader's workers."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch.utils.data import Subset, get_worker_info
+
+from lightning_attr.errors import AttributionError, SampleReadError
+
+
+def refuse_samples(dataset: Any, rows: Sequence[int], error: Exception, what: str = "") -> NoReturn:
+    """Say which samples could not be read, and why.
+
+    Args:
+        dataset: the data set.
+        rows: of the samples.
+        error: what the user's code raised, which is the cause of ours.
+        what: the user's code, where it is not the data set; in code marks.
+
+    Raises:
+        SampleReadError: always.
+
+    Example:
+        >>> refuse_samples([1.0], [3], IndexError("list index out of range"))
+        Traceback (most recent call last):
+        ...
+        lightning_attr.errors.SampleReadError: dataset[3] of list could not be read: IndexError: list index out ...
+    """
+    where = _samples(dataset, rows)
+    if what:
+        raise SampleReadError(f"{what} failed for {where}: {_cause(error)}.") from error
+    raise SampleReadError(f"{where} could not be read: {_cause(error)}.") from error
+
+
+def first_failure(read: Callable[[int], object], count: int) -> tuple[int, Exception] | None:
+    """Find which of some samples fails alone.
+
+    Args:
+        read: reads or collates the one at a position.
+        count: how many there are.
+
+    Returns:
+        Its position, and what it raises; None if none does.
+
+    Example:
+        >>> first_failure([1.0, 2.0].__getitem__, 3)
+        (2, IndexError('list index out of range'))
+    """
+
+    def fails(position: int) -> Exception | None:
+        try:
+            read(position)
+        except Exception as error:  # whatever the user's code raises
+            return error
+        return None
+
+    found = ((position, fails(position)) for position in range(count))
+    return next(((position, error) for position, error in found if error is not None), None)
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(" .\n:")
+
+
+def _samples(dataset: Any, rows: Sequence[int]) -> str:
+    """Name rows, and of a subset's only row the sample behind it."""
+    of = type(dataset).__name__
+    if len(rows) == 1 and type(dataset) is Subset and 0 <= rows[0] < len(dataset.indices):
+        return f"dataset[{rows[0]}] of Subset (which is {_samples(dataset.dataset, [int(dataset.indices[rows[0]])])})"
+    shown = ", ".join(f"dataset[{row}]" for row in rows[:4])
+    more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+    return f"{shown}{more} of {of}"
+
+
+def read_sample(dataset: Any, row: int) -> Any:
+    """Read a sample.
+
+    Args:
+        dataset: a map-style data set.
+        row: of the sample.
+
+    Returns:
+        ``dataset[row]``.
+
+    Raises:
+        SampleReadError: if that raises.
+
+    Example:
+        >>> read_sample([3.0, 4.0], 1)
+        4.0
+    """
+    try:
+        return dataset[row]
+    except Exception as error:
+        refuse_samples(dataset, [row], error)
+
+
+def collated(collate_fn: Callable[[Any], Any], samples: Any, rows: Sequence[int], dataset: Any, reading: str) -> Any:
+    """Call the user's collate function; where it fails, say for which samples: for one alone, if it does.
+
+    Args:
+        collate_fn: the user's.
+        samples: of the batch.
+        rows: theirs.
+        dataset: the data set, for the message.
+        reading: as in :class:`lightning_attr.data.loader.DataSource`.
+
+    Returns:
+        The batch.
+
+    Raises:
+        SampleReadError: if it fails.
+
+    Example:
+        >>> collated(sum, [1, 2], [0, 1], [1, 2], "rows")
+        3
+    """
+    try:
+        return collate_fn(samples[0] if reading == "items" else samples)
+    except Exception as error:
+        what = f"`collate_fn` ({getattr(collate_fn, '__qualname__', type(collate_fn).__qualname__)})"
+        alone = len(rows) if reading == "rows" and len(rows) > 1 else 0
+        failure = first_failure(lambda position: collate_fn([samples[position]]), alone)
+        if failure is not None:
+            refuse_samples(dataset, [rows[failure[0]]], failure[1], what)
+        refuse_samples(dataset, rows, error, what)
+
+
+def stream_samples(dataset: Any, role: str) -> Iterator[Any]:
+    """Go through an iterable-style data set.
+
+    Args:
+        dataset: the data set.
+        role: "training" or "target".
+
+    Yields:
+        Its samples.
+
+    Raises:
+        SampleReadError: if it raises, naming the position in the stream.
+    """
+    number = 0
+    try:
+        samples = iter(dataset)
+        while True:
+            try:
+                sample = next(samples)
+            except StopIteration:
+                return
+            yield sample
+            number += 1
+    except Exception as error:
+        raise SampleReadError(
+            f"Sample {number} of {type(dataset).__name__}, the stream of {role} data, could not be read: "
+            f"{_cause(error)}. It would be dataset[{number}]."
+        ) from error
+
+
+# Workers ------------------------------------------------------------------------------------------------------------
+
+
+class _WorkerTracebackError(Exception):
+    """Where in a worker an error was raised: its own traceback does not travel."""
+
+    def __str__(self) -> str:
+        return f"in a DataLoader worker:\n{self.args[0]}"
+
+
+@dataclass(frozen=True)
+class _FailedBatch:
+    """What a worker sends in the place of a batch that it could not make.
+
+    Args:
+        message: of the error.
+        cause: what the user's code raised.
+        trace: where.
+    """
+
+    message: str
+    cause: Exception
+    trace: str
+
+
+def failed_batch(error: Exception) -> _FailedBatch:
+    """Pack an error for the way to the main process; outside of a worker it is raised again.
+
+    Args:
+        error: what was raised while a batch was made.
+
+    Returns:
+        What to send. A cause that cannot be pickled is told by a RuntimeError.
+
+    Raises:
+        Exception: the same, outside of a worker.
+    """
+    if get_worker_info() is None:
+        raise error
+    known = isinstance(error, SampleReadError)
+    cause = error.__cause__ if known and isinstance(error.__cause__, Exception) else error
+    trace = "".join(traceback.format_exception(type(cause), cause, cause.__traceback__))
+    try:
+        cause = pickle.loads(pickle.dumps(cause))
+    except Exception:  # whatever its own hooks raise
+        cause = RuntimeError(f"{type(cause).__name__}: {cause}")
+    return _FailedBatch(str(error) if known else "", cause, trace)
+
+
+def named_batches(
+    found: Iterator[Any], dataset: Any, batches: Sequence[Sequence[int]], role: str, workers: int
+) -> Iterator[Any]:
+    """Go through what a loader gives, and name the samples of a batch that never comes.
+
+    Args:
+        found: the loader's iterator, which gives one item per batch.
+        dataset: the data set.
+        batches: the rows of each batch.
+        role: "training" or "target".
+        workers: of the loader, which read ahead.
+
+    Yields:
+        The batches.
+
+    Raises:
+        SampleReadError: if a batch cannot be made, or a worker ends or is too slow.
+        AttributionError: as it came.
+    """
+    for rows in batches:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except AttributionError:  # which names them
+            raise
+        except Exception as error:
+            if not workers:
+                refuse_samples(dataset, rows, error)
+            raise SampleReadError(
+                f"The {role} DataLoader failed while {_samples(dataset, rows)}, or what follows, was read: "
+                f"{_cause(error)}."
+            ) from error
+        if isinstance(batch, _FailedBatch):
+            batch.cause.__cause__ = _WorkerTracebackError(batch.trace)
+            if not batch.message:
+                refuse_samples(dataset, rows, batch.cause)
+            raise SampleReadError(batch.message) from batch.cause
+        yield batch

@@ -1,0 +1,1 @@
+"""Many models retrained at once, like one that the Trainer itself has trained."""

@@ -1,0 +1,1 @@
+"""From a module at a snapshot to the rows of features that methods read."""

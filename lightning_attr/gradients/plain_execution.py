@@ -1,0 +1,68 @@
+"""How a module is run while its gradients are taken: by its own Python code, with nothing fused or fenced off."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+
+class _CheckpointFunction:
+    """In the place of the reentrant checkpoint, which runs only inside ``backward()``: the other one."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+@contextmanager
+def plain_execution() -> Iterator[None]:
+    """Run modules so that hooks see every layer and ``torch.autograd.grad`` reaches it.
+
+    Compiled modules run uncompiled, for their code does not look for new hooks; transformer layers leave their fused
+    inference path, which calls no layers; reentrant checkpoints become non-reentrant ones.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with plain_execution():
+        ...     torch.backends.mha.get_fastpath_enabled()
+        False
+    """
+    fused, names = torch.backends.mha.get_fastpath_enabled(), vars(checkpoint)
+    reentrant = names["CheckpointFunction"]
+    torch.backends.mha.set_fastpath_enabled(False)
+    names["CheckpointFunction"] = _CheckpointFunction
+    try:
+        with _uncompiled():
+            yield
+    finally:
+        names["CheckpointFunction"] = reentrant
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    # Nothing is compiled before torch._dynamo is imported.
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return nullcontext()
+    if hasattr(torch.compiler, "set_stance"):
+        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eager
+    return _eager_frames(vars(dynamo.eval_frame))
+
+
+@contextmanager
+def _eager_frames(names: dict[str, Any]) -> Iterator[None]:
+    """For torch 2.5, which has no stances: compiled modules enter their own code, and no frame of it is looked at."""
+    enter = names["_maybe_set_eval_frame"]
+    names["_maybe_set_eval_frame"] = lambda callback: enter(None)
+    try:
+        yield
+    finally:
+        names["_maybe_set_eval_frame"] = enter

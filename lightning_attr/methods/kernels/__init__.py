@@ -1,0 +1,1 @@
+"""Damped kernels of a training set: over features, and over samples."""

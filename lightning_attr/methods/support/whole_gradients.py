@@ -1,0 +1,107 @@
+"""Inner products of whole gradients, multiplied as the module gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.support.module_method import model_of
+
+_SHORTEST = 1e-12
+"""As `torch.nn.functional.normalize` has it: a gradient of zeros has the cosine zero with all others."""
+
+
+def exact_scores(
+    snapshot: SnapshotFeatures,
+    weight: float = 1.0,
+    normalize: bool | str = False,
+    rates: Mapping[str, float] | None = None,
+) -> Iterator[ScoreBlock]:
+    r"""Score by :math:`-\omega \nabla\ell_i \cdot \nabla f_j` at one snapshot.
+
+    Args:
+        snapshot: with its model.
+        weight: :math:`\omega`.
+        normalize: as in :class:`lightning_attr.methods.TracIn`.
+        rates: parameter name -> weight of its gradients' products beside the others'; None for ones.
+
+    Yields:
+        Blocks of this process's training rows.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_attr import AttributionMixin
+        >>> from lightning_attr.outputs import Regression
+        >>> from lightning_attr.features.snapshot_model import SnapshotModel
+        >>> class Line(AttributionMixin, nn.Linear):
+        ...     model_output = Regression()
+        >>> line = Line(1, 1, bias=False).eval()
+        >>> _ = nn.init.zeros_(line.weight)
+        >>> train, targets = (torch.tensor([[1.0], [2.0]]), torch.ones(2)), (torch.tensor([[5.0]]), torch.zeros(1))
+        >>> model = SnapshotModel.of(line, [train], [targets])
+        >>> (block,) = exact_scores(SnapshotFeatures.at(model, {}))
+        >>> block.scores.flatten(), block.self_influence                       # x_i x_j (y_i - f_i)
+        (tensor([ 5., 10.]), tensor([1., 4.]))
+    """
+    model = model_of(snapshot)
+    factors = model.gradient_factors(rates)
+    parts = factors.of_layers() if normalize == "layer" else [factors]
+    shares = [part.weight if normalize == "layer" else 1.0 for part in parts]
+    targets = model.targets(factors, snapshot.target_rows)["features"]
+    lengths = [_lengths(part.squares(targets)) for part in parts]
+    for rows, columns in model.train(factors):
+        features, push = columns["features"], columns["out_to_loss"]
+        squares = [part.squares(features) for part in parts]
+        if not normalize:
+            push = weight * push
+            yield ScoreBlock(rows, factors.products(features, targets).mul_(push[:, None]), push * squares[0])
+            continue
+        push = weight * push.sign() / len(parts)
+        own = [_lengths(square) for square in squares]
+        cosines = sum(
+            share * part.products(features, targets) / (length[:, None] * of_targets)
+            for part, length, of_targets, share in zip(parts, own, lengths, shares, strict=True)
+        )
+        norms = sum(
+            share * square / length.square() for square, length, share in zip(squares, own, shares, strict=True)
+        )
+        yield ScoreBlock(rows, push[:, None] * cosines, push * norms)
+
+
+def exact_sum(
+    snapshots: Sequence[SnapshotFeatures],
+    weights: Sequence[float],
+    normalize: bool | str = False,
+    rates: Sequence[Mapping[str, float] | None] | None = None,
+) -> Iterator[ScoreBlock]:
+    """Add up the scores of several snapshots, one after the other: weights are loaded once.
+
+    Args:
+        snapshots: with their models.
+        weights: one number per snapshot.
+        normalize: as in :class:`lightning_attr.methods.TracIn`.
+        rates: as in :func:`exact_scores`, one a snapshot; None for none.
+
+    Yields:
+        Blocks of this process's training rows: of a single snapshot as they come, of several when all are there.
+    """
+    rates = rates or [None] * len(snapshots)
+    if len(snapshots) == 1:
+        yield from exact_scores(snapshots[0], weights[0], normalize, rates[0])
+        return
+    total: list[ScoreBlock] = []
+    for snapshot, weight, own in zip(snapshots, weights, rates, strict=True):
+        for place, block in enumerate(exact_scores(snapshot, weight, normalize, own)):
+            if place == len(total):
+                total.append(block)
+            else:
+                total[place].scores.add_(block.scores)
+                total[place].self_influence.add_(block.self_influence)
+    yield from total
+
+
+def _lengths(squares: Tensor) -> Tensor:
+    return squares.sqrt().clamp(min=_SHORTEST)

@@ -1,0 +1,1 @@
+"""Which parameters are attributed, their weights as files, and what an optimizer knows of them."""

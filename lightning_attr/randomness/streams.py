@@ -1,0 +1,259 @@
+"""Random matrices that depend on their key alone: not on the device, the batch, the order of calls or the process.
+
+The bits come from numpy's Philox, a counter-based generator (Salmon et al., 2011) whose raw stream is fixed for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_Words: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+
+
+def hashed_seed(*key: object) -> int:
+    """Hash a key into a seed; nearby keys give unrelated seeds.
+
+    Args:
+        key: values with a stable ``str``: numbers and strings.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+
+    Example:
+        >>> seed = hashed_seed(0, "epoch=1")
+        >>> seed == hashed_seed(0, "epoch=1"), seed == hashed_seed(1, "epoch=1")
+        (True, False)
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def rademacher(shape: tuple[int, ...], *key: object) -> Tensor:
+    """Draw signs.
+
+    Args:
+        shape: of the result.
+        key: what the result depends on.
+
+    Returns:
+        -1 or +1, int8, on the CPU.
+
+    Example:
+        >>> signs = rademacher((2, 1000), 0, "weight")
+        >>> signs.dtype, sorted(set(signs.flatten().tolist())), abs(signs.float().mean().item()) < 0.1
+        (torch.int8, [-1, 1], True)
+    """
+    count = math.prod(shape)
+    bits = torch.from_numpy(np.unpackbits(packed_bits(count, *key).numpy(), count=count))
+    return bits.view(torch.int8).mul_(2).sub_(1).reshape(shape)
+
+
+def packed_bits(count: int, *key: object) -> Tensor:
+    """Draw fair bits, eight in a byte, the first in the highest place.
+
+    Args:
+        count: how many.
+        key: what they depend on.
+
+    Returns:
+        ``(ceil(count / 64) * 8,)``, uint8, on the CPU.
+
+    Example:
+        >>> packed_bits(100, 0, "weight").shape
+        torch.Size([16])
+    """
+    words = random_words(-(-count // 64), *key).astype("<u8", copy=False)
+    return torch.from_numpy(words.view(np.uint8))
+
+
+def packed_columns(rows: int, columns: int, *key: object) -> Tensor:
+    """Draw the bits of a matrix, those of eight neighbouring columns in a byte; :func:`packed_bits` row by row.
+
+    Args:
+        rows: of the matrix.
+        columns: of the matrix.
+        key: what they depend on.
+
+    Returns:
+        ``(ceil(columns / 8), rows)``, uint8, on the CPU; the first column of a byte is in its highest place.
+
+    Example:
+        >>> packed_columns(3, 20, 0, "weight").shape
+        torch.Size([3, 3])
+    """
+    packed = packed_bits(rows * columns, *key).numpy()
+    if columns % 8:  # rows do not end where bytes do
+        packed = np.packbits(np.unpackbits(packed, count=rows * columns).reshape(rows, columns), axis=1)
+    width = -(-columns // 8)
+    return torch.from_numpy(packed.reshape(-1)[: rows * width].reshape(rows, width).T.copy())
+
+
+def gaussian(shape: tuple[int, ...], *key: object) -> Tensor:
+    """Draw standard normal numbers, by the Box-Muller transform in float64.
+
+    Args:
+        shape: of the result.
+        key: what the result depends on.
+
+    Returns:
+        Float32, on the CPU; equal on every machine to about one unit in the last place.
+
+    Example:
+        >>> x = gaussian((10000,), 0, "weight")
+        >>> abs(x.mean().item()) < 0.05, abs(x.std().item() - 1) < 0.05
+        (True, True)
+    """
+    return row_gaussians(shape, [key])[0]
+
+
+def row_gaussians(shape: tuple[int, ...], keys: Sequence[tuple[object, ...]]) -> Tensor:
+    """Draw standard normal numbers for several keys at once, those that :func:`gaussian` gives for each.
+
+    Args:
+        shape: of one result.
+        keys: what each depends on, ``b`` of them.
+
+    Returns:
+        ``(b, *shape)``, float32, on the CPU.
+
+    Example:
+        >>> torch.equal(row_gaussians((3,), [(0, "a"), (0, "b")])[1], gaussian((3,), 0, "b"))
+        True
+    """
+    count = math.prod(shape)
+    words = np.stack([random_words(2 * -(-count // 2), *key) for key in keys])
+    pairs = (words >> np.uint64(11)).astype(np.float64) + 0.5
+    u, v = (pairs / 2.0**53).reshape(len(keys), 2, -1).swapaxes(0, 1)
+    radius = np.sqrt(-2 * np.log(u))
+    values = np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)], axis=1)[:, :count]
+    return torch.from_numpy(values.astype(np.float32)).reshape(len(keys), *shape)
+
+
+def random_words(count: int, *key: object) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Draw 64-bit words.
+
+    Args:
+        count: how many; the first ones do not depend on it.
+        key: what they depend on.
+
+    Returns:
+        ``(count,)``, uint64.
+
+    Example:
+        >>> bool((random_words(9, 0, "w")[:5] == random_words(5, 0, "w")).all())
+        True
+    """
+    return np.random.Philox(key=hashed_seed(*key)).random_raw(count)
+
+
+def row_uniforms(rows: Sequence[int], count: int, *key: object) -> Tensor:
+    """Draw uniform numbers for rows of a data set, each row its own: no row's depend on the others asked for.
+
+    Args:
+        rows: non-negative row numbers, ``b`` of them in any order.
+        count: how many a row; the first ones do not depend on it.
+        key: what they depend on, besides the row.
+
+    Returns:
+        ``(b, count)``, float64, in the open interval (0, 1), on the CPU.
+
+    Example:
+        >>> u = row_uniforms([5, 3], 4, 0, "labels")
+        >>> bool((row_uniforms([3], 2, 0, "labels") == u[1:, :2]).all())
+        True
+    """
+    seed = hashed_seed(*key)
+    row = np.asarray(rows, dtype=np.uint64)[:, None]
+    block = np.arange(-(-count // 2), dtype=np.uint64)[None]
+    words = philox((row & _LOW, row >> _HALF, block & _LOW, block >> _HALF), (seed & 0xFFFFFFFF, seed >> 32))
+    pairs = np.stack([words[0] << _HALF | words[1], words[2] << _HALF | words[3]], axis=-1)  # (b, blocks, 2)
+    values = ((pairs >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
+    return torch.from_numpy(values.reshape(len(row), block.size * 2)[:, :count])
+
+
+def row_words(rows: Sequence[int], *key: object) -> Tensor:
+    """Draw one word for each row of a data set, from which :func:`hashed_uniforms` draws more on any device.
+
+    Args:
+        rows: non-negative row numbers, ``b`` of them in any order.
+        key: what they depend on, besides the row.
+
+    Returns:
+        ``(b,)``, int64, on the CPU.
+
+    Example:
+        >>> bool(row_words([3], 0, "labels") == row_words([5, 3], 0, "labels")[1])
+        True
+    """
+    seed = hashed_seed(*key)
+    row, zero = np.asarray(rows, dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+    words = philox((row & _LOW, row >> _HALF, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    return torch.from_numpy((words[0] << _HALF | words[1]).view(np.int64))
+
+
+def hashed_uniforms(words: Tensor, count: int) -> Tensor:
+    """Draw uniform numbers from a word a row by SplitMix64 (Steele et al., 2014): the same on every device.
+
+    Args:
+        words: ``(b,)``, int64, from :func:`row_words`.
+        count: how many a row; the first ones do not depend on it.
+
+    Returns:
+        ``(b, count)``, float64, in the open interval (0, 1), on the device of the words.
+
+    Example:
+        >>> u = hashed_uniforms(row_words([5, 3], 0), 1000)
+        >>> u.shape, bool((u.mean(1) - 0.5).abs().max() < 0.05)
+        (torch.Size([2, 1000]), True)
+    """
+    steps = torch.arange(1, count + 1, device=words.device)
+    mixed = words[:, None] + steps * _signed(0x9E3779B97F4A7C15)  # integers wrap around
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ _shifted(mixed, shift)) * _signed(factor)
+    mixed = mixed ^ _shifted(mixed, 31)
+    return (_shifted(mixed, 12).double() + 0.5) / 2.0**52
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shift to the right, zeros from the left."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def philox(counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int]) -> tuple[_Words, ...]:
+    """Run Philox4x32-10 (Salmon et al., 2011) on many counters at once.
+
+    Args:
+        counter: four words of 32 bits in arrays of uint64, which broadcast.
+        key: two words of 32 bits.
+
+    Returns:
+        Four words of 32 bits, uint64, in the shape of the counters together.
+
+    Example:
+        >>> zero = np.zeros(1, dtype=np.uint64)
+        >>> [f"{int(word[0]):08x}" for word in philox((zero, zero, zero, zero), (0, 0))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    c0, c1, c2, c3 = np.broadcast_arrays(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 bits: no overflow
+        c0, c1 = second >> _HALF ^ c1 ^ np.uint64(k0), second & _LOW
+        c2, c3 = first >> _HALF ^ c3 ^ np.uint64(k1), first & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)

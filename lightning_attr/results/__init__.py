@@ -1,0 +1,7 @@
+"""What an attribution gives: scores, the strongest of them, and the result that holds both."""
+
+from lightning_attr.results.result import AttributionResult
+from lightning_attr.results.score_matrix import ScoreMatrix
+from lightning_attr.results.top_scores import TopScores
+
+__all__ = ["AttributionResult", "ScoreMatrix", "TopScores"]

@@ -1,0 +1,390 @@
+"""What an attribution run returns: scores, self-influence, data value and metrics, with the figures people expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_attr.arguments.checks import check_choice, check_flag, check_float, check_instance, check_int, check_path
+from lightning_attr.errors import CorruptedStoreError
+from lightning_attr.files.headers import config_digest
+from lightning_attr.files.io import read_tensors, write_bytes, write_tensors
+from lightning_attr.files.paths import inside
+from lightning_attr.metrics import data_selection, datamodeling, noisy_labels, plotting
+from lightning_attr.report.overview import overview, overview_html
+from lightning_attr.report.page import write_report
+from lightning_attr.results.frames import data_frame
+from lightning_attr.results.result_metrics import result_metrics
+from lightning_attr.results.saved_scores import REMEDY, check_tensors, saved_scores
+from lightning_attr.results.score_matrix import ScoreMatrix
+from lightning_attr.results.text_table import text_table
+from lightning_attr.results.top_scores import TopScores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SAVED = {
+    "self_influence": (1, True),
+    "loss": (1, True),
+    "labels": (1, False),
+    "noise_mask": (1, False),
+    "trained_on": (1, False),
+}
+"""Dimensions of each saved column, and whether it holds floating-point numbers."""
+
+
+@dataclass(frozen=True)
+class AttributionResult:
+    """Scores of every training sample for every target, and what follows from them.
+
+    Args:
+        scores: ``(n_train, n_target)``, or with ``topk`` the extremes of each target only.
+        self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values
+            are suspicious: the sample is explained by nothing but itself.
+        loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
+        labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
+        noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.
+        trained_on: ``(n_train,)``, bool: False for samples that training never drew, as far as the loader of the
+            recorded run tells (subset samplers, limits, dropped ends). Without them nothing would change: their scores
+            and self-influence are zero, and they are neither proponents nor chosen. None where nothing says that there
+            are any.
+
+    Example:
+        >>> import torch
+        >>> result = AttributionResult(
+        ...     ScoreMatrix(torch.tensor([[2.0, 1.0], [-1.0, 0.0], [0.5, 0.5]])),
+        ...     self_influence=torch.tensor([0.1, 0.9, 0.2]), loss=torch.tensor([0.1, 2.0, 0.3]))
+        >>> result.data_value
+        tensor([ 1.5000, -0.5000,  0.5000])
+        >>> result.select(2 / 3), result.select(2 / 3, by="self_influence")
+        (tensor([0, 2]), tensor([0, 2]))
+        >>> round(result.metrics["share_harmful"], 3)
+        0.333
+    """
+
+    scores: ScoreMatrix | TopScores
+    self_influence: Tensor
+    loss: Tensor
+    labels: Tensor | None = None
+    noise_mask: Tensor | None = None
+    trained_on: Tensor | None = None
+    data_value: Tensor = field(init=False)
+    metrics: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_value", self.scores.data_value)
+        object.__setattr__(self, "metrics", result_metrics(self))
+
+    def select(self, fraction: float, by: str = "data_value", per_class: bool = False) -> Tensor:
+        """Choose training samples to keep.
+
+        Args:
+            fraction: share of the samples to keep, in (0, 1].
+            by: "data_value" keeps the samples that help the targets most, "self_influence" the least suspicious ones.
+            per_class: keep this share of every class; needs class labels.
+
+        Returns:
+            Indices into the training data set, ascending, int64.
+
+        Raises:
+            ValueError: if an argument is out of range, or there are no labels for ``per_class``.
+        """
+        fraction = check_float("AttributionResult.select", "fraction", fraction, above=0, maximum=1)
+        orders: dict[str, Callable[[], Tensor]] = {
+            "data_value": lambda: self.data_value,
+            "self_influence": lambda: -self.self_influence,
+        }
+        check_choice("AttributionResult.select", "by", by, orders)
+        if check_flag("AttributionResult.select", "per_class", per_class) and self.labels is None:
+            raise ValueError(
+                "Expected class labels for `per_class=True`, but the targets of this model output are no class labels."
+            )
+        value = orders[by]()
+        groups = torch.zeros(len(value), dtype=torch.int64) if not per_class else self.labels
+        assert groups is not None
+        drawn = torch.ones(len(value), dtype=torch.bool) if self.trained_on is None else self.trained_on
+        kept = []
+        for group in groups.unique():
+            members = ((groups == group) & drawn).nonzero().flatten()
+            if not len(members):
+                continue
+            order = value[members].argsort(descending=True, stable=True)
+            kept.append(members[order[: max(1, round(fraction * len(members)))]])
+        return self.scores.train_indices[torch.cat(kept).sort().values]
+
+    def __repr__(self) -> str:
+        return overview(self)
+
+    def _repr_html_(self) -> str:
+        return overview_html(self)
+
+    def report(self, path: str | Path, train: Any = None, targets: Any = None, **options: Any) -> Path:
+        """Write a page that opens in any browser, without a network.
+
+        It shows what was attributed and how, the most suspicious training samples, distributions by class, and each
+        target beside its proponents and opponents; rows can be searched, sorted, filtered and saved as CSV of indices.
+
+        Args:
+            path: the file; it is replaced when the page is complete.
+            train: ``train[i]`` is the training sample of index ``i``, or a tuple or mapping of it and its label; None
+                shows numbers alone.
+            targets: the same for targets.
+            **options: ``k=5`` proponents and opponents; ``renderer``, from a sample to HTML, see
+                :mod:`lightning_attr.report`; ``outputs`` of each target, numbers or words; ``classes``, names of the
+                labels; ``title``.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if an argument is out of range, or a sample cannot be read or drawn.
+        """
+        return write_report(self, path, train, targets, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into a directory.
+
+        Args:
+            path: the directory; made if it is not there.
+        """
+        folder = check_path("AttributionResult.save", "path", path)
+        self.scores.save(folder)
+        columns = {name: getattr(self, name) for name in _SAVED}
+        known = {name: column for name, column in columns.items() if column is not None}
+        write_tensors(folder / "result.safetensors", known, _place(saved_scores(folder)))
+        write_bytes(folder / "metrics.json", json.dumps(self.metrics, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> AttributionResult:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the directory.
+
+        Returns:
+            The result; large scores are mapped from the file.
+
+        Raises:
+            CorruptedStoreError: if a file is missing, damaged, or of another result.
+        """
+        folder = check_path("AttributionResult.load", "path", path)
+        record = saved_scores(folder)
+        scores = (TopScores if record["kind"] == "top" else ScoreMatrix).load(folder)
+        file = inside(folder, "result.safetensors")
+        columns = read_tensors(file, remedy=REMEDY, place=_place(record))
+        check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask", "trained_on"}))
+        if "labels" in columns and columns["labels"].dtype == torch.bool:
+            raise CorruptedStoreError(f"{file} is damaged: `labels` holds no class numbers. {REMEDY}")
+        if any(len(column) != scores.shape[0] for column in columns.values()):
+            raise CorruptedStoreError(f"{file} is damaged: its columns have other rows than the scores. {REMEDY}")
+        return cls(scores, **columns)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Give what is known of each training sample to pandas.
+
+        Returns:
+            A row a training sample, labelled ``train_indices``, with the columns ``self_influence``, ``data_value`` and
+            ``loss``, and ``label``, ``noise`` and ``trained_on`` where they are known.
+
+        Raises:
+            MissingDependencyError: if pandas is not installed.
+        """
+        columns = {
+            "self_influence": self.self_influence,
+            "data_value": self.data_value,
+            "loss": self.loss,
+            "label": self.labels,
+            "noise": self.noise_mask,
+            "trained_on": self.trained_on,
+        }
+        known = {name: column.numpy() for name, column in columns.items() if column is not None}
+        return data_frame(known, ("train_index", self.scores.train_indices.numpy()))
+
+    def plot(self, kind: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Draw a figure by its name.
+
+        ================  =========================================================================================
+        kind              figure, and the arguments it takes beside ``ax``
+        ================  =========================================================================================
+        "scores"          :meth:`plot_scores`
+        "self_influence"  :meth:`plot_self_influence`
+        "detection"       :meth:`plot_detection`
+        "precision"       :meth:`plot_precision`
+        "proponents"      :meth:`plot_proponents`: images of training samples and targets, and which targets
+        "selection"       :func:`lightning_attr.metrics.plot_selection_curve`: the curve of retrained models
+        "cost"            :func:`lightning_attr.metrics.plot_datamodeling_score_against_cost`: the rows of all methods
+        ================  =========================================================================================
+
+        The last two show what retraining gave, which a result alone does not know.
+
+        Args:
+            kind: one of these.
+            *args: passed on.
+            **kwargs: passed on, such as ``ax``.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ValueError: if there is no such figure, or the result lacks what it shows.
+
+        Example:
+            >>> result = AttributionResult(ScoreMatrix(torch.eye(3)), torch.ones(3), torch.ones(3))
+            >>> figure, axes = result.plot("scores")
+            >>> axes.get_xlabel()
+            'target'
+        """
+        figures: dict[str, Callable[..., tuple[Any, Any]]] = {
+            "scores": self.plot_scores,
+            "self_influence": self.plot_self_influence,
+            "detection": self.plot_detection,
+            "precision": self.plot_precision,
+            "proponents": self.plot_proponents,
+            "selection": data_selection.plot_selection_curve,
+            "cost": datamodeling.plot_datamodeling_score_against_cost,
+        }
+        check_choice("AttributionResult.plot", "kind", kind, figures)
+        return figures[kind](*args, **kwargs)
+
+    def plot_scores(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the score matrix as a heat map.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            AttributionError: if the result was computed with ``topk``.
+        """
+        return plotting.plot_score_heatmap(self.scores.values, ax=ax)
+
+    def plot_self_influence(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the distribution of self-influence, with the known label noise marked.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+        """
+        return plotting.plot_self_influence(self.self_influence, self.noise_mask, ax=ax)
+
+    def plot_detection(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the share of flipped labels found against the share of samples inspected.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ValueError: if there is no noise mask.
+        """
+        return noisy_labels.plot_recall_curve(self._suspicion(), self._known_noise("detection"), ax=ax)
+
+    def plot_precision(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw the share of flipped labels among the samples inspected against the share inspected.
+
+        Args:
+            ax: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            ``(figure, axes)``.
+
+        Raises:
+            ValueError: if there is no noise mask.
+        """
+        return noisy_labels.plot_precision_curve(self._suspicion(), self._known_noise("precision"), ax=ax)
+
+    def plot_proponents(
+        self, train_images: Any, target_images: Any, targets: Sequence[int], k: int = 5, width: float | None = None
+    ) -> tuple[Any, Any]:
+        """Draw targets beside their strongest proponents and opponents, for image data.
+
+        Args:
+            train_images: ``train_images[i]`` is the image of ``dataset[i]``, ``(H, W)``, ``(C, H, W)`` or
+                ``(H, W, C)``.
+            target_images: the same for targets.
+            targets: columns of the score matrix, a row of the figure each.
+            k: proponents, and as many opponents.
+            width: of the figure, in inches; by default 1.05 an image. A column of a paper, 3.3 inches, has room for
+                ``k=2``.
+
+        Returns:
+            ``(figure, axes)``.
+        """
+        rows = []
+        for index, samples in self._extremes(targets, k):
+            row = [(target_images[index], f"#{index}")]
+            row += [(train_images[i], f"{self._label(i)}\n{score:+.2g}") for i, score in samples]
+            rows.append(row)
+        return plotting.plot_image_grid(rows, opponents=k, width=width)
+
+    def proponent_texts(
+        self, train_texts: Any, target_texts: Any, targets: Sequence[int], k: int = 5, width: int = 100
+    ) -> str:
+        """Write targets above their strongest proponents and opponents, for text data.
+
+        Args:
+            train_texts: ``train_texts[i]`` is the text of ``dataset[i]``.
+            target_texts: the same for targets.
+            targets: columns of the score matrix.
+            k: proponents, and as many opponents, the strongest opponent last.
+            width: characters per line; longer texts are cut.
+
+        Returns:
+            A table to print.
+
+        Example:
+            >>> result = AttributionResult(ScoreMatrix(torch.tensor([[0.5], [-2.0]])), torch.ones(2), torch.ones(2))
+            >>> print(result.proponent_texts(["It rains.", "The sun shines."], ["It pours."], targets=[0], k=1))
+            target #0  It pours.
+              +0.500   #0  It rains.
+               -2.00   #1  The sun shines.
+        """
+        rows = []
+        for index, samples in self._extremes(targets, k):
+            shown = [(score, self._label(i), train_texts[i]) for i, score in samples]
+            rows.append((f"#{index}", target_texts[index], shown))
+        return text_table(rows, check_int("proponent_texts", "width", width))
+
+    def _extremes(self, targets: Sequence[int], k: int) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+        """Index of each target, with index and score of its top proponents, then opponents, the strongest last."""
+        check_instance(None, "targets", targets, (Sequence, Tensor), "a list of numbers of targets")
+        last = self.scores.shape[1] - 1
+        listed = targets.tolist() if isinstance(targets, Tensor) else targets
+        chosen = [check_int(None, f"targets[{i}]", j, minimum=-last - 1, maximum=last) for i, j in enumerate(listed)]
+        (up, up_scores), (down, down_scores) = self.scores.topk(k), self.scores.bottomk(k)
+        for j in chosen:
+            samples = [*zip(up[j].tolist(), up_scores[j].tolist(), strict=True)]
+            samples += [*zip(down[j].tolist(), down_scores[j].tolist(), strict=True)][::-1]
+            yield int(self.scores.target_indices[j]), samples
+
+    def _suspicion(self) -> dict[str, Tensor]:
+        return {"self-influence": self.self_influence, "training loss": self.loss}
+
+    def _known_noise(self, curve: str) -> Tensor:
+        if self.noise_mask is None:
+            raise ValueError(
+                f"Expected a noise mask for the {curve} curve, but this result has none: pass `noise_mask`."
+            )
+        return self.noise_mask
+
+    def _label(self, index: int) -> str:
+        if self.labels is None:
+            return f"#{index}"
+        return f"#{index}: “{int(self.labels[self.scores.train_indices == index])}”"
+
+
+def _place(scores: Mapping[str, Any]) -> dict[str, str]:
+    """What the file of the columns is: that of these very scores."""
+    return {"kind": "result", "scores": scores["content"], "provenance": config_digest(scores["provenance"])}

@@ -1,0 +1,104 @@
+"""What is in a store, and whether its files are whole; nothing is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lightning_attr.errors import AttributionError
+from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Snapshot
+
+_NONE = "not recorded"
+
+
+def described(store: FeatureStore) -> str:
+    """Describe a store.
+
+    Args:
+        store: read only.
+
+    Returns:
+        Its settings, and a line per snapshot.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_attr.store.manifest import Fingerprint
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = FeatureStore.create(folder.name, Fingerprint(3, None, {"w": (2,)}, None))
+        >>> snapshot = store.add_snapshot("epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=2, learning_rate=0.1)
+        >>> print(described(store).splitlines()[-1].split("  ")[0], "has", snapshot.global_step, "steps")
+        epoch=0 has 2 steps
+        >>> folder.cleanup()
+    """
+    written, manifest = store.fingerprint, store.manifest
+    entries = sum(math.prod(shape) for shape in written.layout.values())
+    projection = (
+        "none yet" if written.projector is None else ", ".join(f"{k}={v}" for k, v in written.projector.items())
+    )
+    facts = {
+        "training samples": f"{written.length:,}",
+        "model": f"{len(written.layout)} parameters with {entries:,} entries",
+        "attributes": written.output or _NONE,
+        "mode": written.mode or _NONE,
+        "projection": projection or "none yet",
+        "features": f"{manifest.feature_dtype}, {manifest.shard_rows} rows per shard",
+        "size": _size(sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())),
+    }
+    if manifest.stopped is not None:
+        facts["recording"] = str(manifest.stopped)
+    rows: list[tuple[str, ...]] = [("snapshot", "epoch", "step", "learning rate", "rows with features", "size")]
+    rows += [_line(store, snapshot) for snapshot in store.snapshots]
+    name = max(map(len, facts))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [f"{key.ljust(name)}  {value}" for key, value in facts.items()]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"{store.path}: {len(store.snapshots)} snapshots", *lines, "", *table])
+
+
+def damages(store: FeatureStore) -> list[str]:
+    """Read every file of a store that its manifest names, and compare it with its digest and its place.
+
+    Args:
+        store: read only.
+
+    Returns:
+        What is wrong, a message per file; empty if nothing is.
+    """
+    reads: list[Callable[[], object]] = []
+    for snapshot in store.snapshots:
+        reads += [partial(store.weights, snapshot.key), partial(store.basis, snapshot.key)]
+        if snapshot.optimizer is not None:
+            reads.append(partial(store.optimizer_state, snapshot.key))
+        reads += [partial(store.shard, snapshot.key, shard) for shard in snapshot.shards]
+    return [message for message in map(_damage, reads) if message is not None]
+
+
+def _damage(read: Callable[[], object]) -> str | None:
+    """What the reader says is wrong."""
+    try:
+        read()
+    except AttributionError as error:
+        return str(error)
+    return None
+
+
+def _line(store: FeatureStore, snapshot: Snapshot) -> tuple[str, ...]:
+    rows = sum(len(store.rows(shard)) for shard in snapshot.shards)
+    files = (Path(store.path) / snapshot.folder).rglob("*")
+    return (
+        snapshot.key,
+        str(snapshot.epoch),
+        f"{snapshot.global_step:,}",
+        f"{snapshot.learning_rate:.4g}",
+        f"{rows:,}",
+        _size(sum(file.stat().st_size for file in files if file.is_file())),
+    )
+
+
+def _size(count: float) -> str:
+    """Bytes in three digits, in powers of 1,000."""
+    power = 0 if count < 1 else min(3, int(math.log10(count)) // 3)
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"

@@ -1,0 +1,153 @@
+"""Random generators that objects keep: found, started afresh, and put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_attr.user_code.reachable import Reachable
+
+
+def find_generators(root: object) -> list[Any]:
+    """Find the random generators that an object keeps, through attributes, containers, closures and partials.
+
+    Args:
+        root: a data set, for instance; its transforms and the data sets that it wraps are searched as well, and the
+            variables that its own code uses.
+
+    Returns:
+        The ``random.Random``, numpy ``Generator`` and ``RandomState``, and ``torch.Generator`` objects, each once.
+
+    Example:
+        >>> import torch
+        >>> class Noisy(torch.utils.data.Dataset):
+        ...     def __init__(self):
+        ...         self.rng = torch.Generator()
+        >>> len(find_generators(torch.utils.data.Subset(Noisy(), [0])))
+        1
+    """
+    return [generator for _, generator in Reachable({"": root}, reading=True).generators]
+
+
+def reseed_generator(generator: Any, seed: int) -> None:
+    """Start a generator afresh.
+
+    Args:
+        generator: one of those that :func:`find_generators` lists.
+        seed: a non-negative integer.
+
+    Example:
+        >>> import random
+        >>> generator = random.Random()
+        >>> reseed_generator(generator, 3)
+        >>> generator.random() == random.Random(3).random()
+        True
+    """
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    else:  # random.Random, RandomState
+        generator.seed(seed % 2**32)
+
+
+def restore_generator(generator: Any) -> Callable[[], object]:
+    """Remember the state of a generator.
+
+    Args:
+        generator: one of those that :func:`find_generators` lists.
+
+    Returns:
+        A function that puts the state back.
+
+    Example:
+        >>> import random
+        >>> generator = random.Random(3)
+        >>> restore, first = restore_generator(generator), generator.random()
+        >>> restore()
+        >>> generator.random() == first
+        True
+    """
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    return partial(generator.set_state, generator.get_state())  # torch.Generator, RandomState
+
+
+def generator_state(generator: Any) -> Any:
+    """Give the state of a generator, to compare.
+
+    Args:
+        generator: one of those that :func:`find_generators` lists.
+
+    Returns:
+        The state, equal to another if the generators go on alike.
+
+    Example:
+        >>> generator_state(random.Random(3)) == generator_state(random.Random(3))
+        True
+    """
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    state = generator.get_state()
+    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else repr(state)
+
+
+def remembered_rng() -> Callable[[], None]:
+    """Remember all random streams that do not belong to an object.
+
+    Returns:
+        A function that puts them back.
+
+    Example:
+        >>> restore, first = remembered_rng(), torch.rand(())
+        >>> restore()
+        >>> torch.equal(torch.rand(()), first)
+        True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+    return restore
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Restore all random streams in the end that do not belong to an object.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> import random
+        >>> state = random.getstate()
+        >>> with preserved_rng():
+        ...     _ = random.random()
+        >>> random.getstate() == state
+        True
+    """
+    restore = remembered_rng()
+    try:
+        yield
+    finally:
+        restore()

@@ -1,0 +1,1 @@
+"""A few samples go the whole way, several ways, before numbers are believed."""
