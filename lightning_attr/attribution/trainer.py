@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lightning_attr.attribution.borrow import attached, lent, same_tensors
 from lightning_attr.attribution.predict_step import AttributionStep
+from lightning_attr.attribution.processes import Processes
 from lightning_attr.attribution.request import resolve
 from lightning_attr.methods import AttributionMethod
 from lightning_attr.objectives.target_function import TargetFunction
@@ -22,7 +24,7 @@ from lightning_attr.pilots import Pilots, train_pilots
 from lightning_attr.results.result import AttributionResult
 from lightning_attr.user_code.calls import set_surroundings, surroundings_of
 from lightning_attr.user_code.isolation import preserved_rng, undisturbed
-from lightning_attr.user_code.lightning_names import as_lightning_module, check_one_world
+from lightning_attr.user_code.lightning_names import as_lightning_module, both, check_one_world
 from lightning_attr.user_code.step_world import StepWorld
 
 
@@ -175,23 +177,24 @@ def attribute(
         >>> attribute(trainer, model=Classifier(), train_dataloaders=loader, targets="train").self_influence.shape
         torch.Size([2])
     """
-    request = resolve(
-        trainer,
-        datamodule,
-        model=model,
-        train_dataloaders=train_dataloaders,
-        target_dataloaders=target_dataloaders,
-        targets=targets,
-        method=method,
-        store=store,
-        ckpt_path=ckpt_path,
-        noise_mask=noise_mask,
-        topk=topk,
-        memory_budget=memory_budget,
-        target_function=target_function,
-        mode=mode,
-        pilots=pilots,
-    )
+    with _processes(trainer).together():  # what one of them finds here, the others would wait for ever
+        request = resolve(
+            trainer,
+            datamodule,
+            model=model,
+            train_dataloaders=train_dataloaders,
+            target_dataloaders=target_dataloaders,
+            targets=targets,
+            method=method,
+            store=store,
+            ckpt_path=ckpt_path,
+            noise_mask=noise_mask,
+            topk=topk,
+            memory_budget=memory_budget,
+            target_function=target_function,
+            mode=mode,
+            pilots=pilots,
+        )
     module, datamodule, train = request.module, request.datamodule, request.train
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
@@ -213,3 +216,11 @@ def attribute(
         trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above
         # A spawning strategy computed the result in other processes.
         return step.result if step.result is not None else AttributionResult.load(step.folder)
+
+
+def _processes(trainer: Any) -> Processes:
+    """The group that a fit has left; without one, a process can only speak for itself."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not grouped or not isinstance(trainer, both(L.Trainer)):
+        return Processes(0, 1, torch.device("cpu"))
+    return Processes(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)

@@ -157,6 +157,7 @@ def attribute_an_unreadable_sample(rank: int, count: int, group: dict[str, str],
     connect(rank, count, group)
     owner = row * count // N_TRAIN  # which process reads it
     data = Unreadable(row, rank == owner)
+    scored(GradDot(exact=True), None, trainer=quiet_trainer(strategy="ddp", devices=count))  # makes the group
     for method in (GradDot(exact=True), Influence(solver="cg")):
         trainer = quiet_trainer(strategy="ddp", devices=count)
         said = "the disk is gone" if rank == owner else f"Process {owner} of {count} has failed.*the disk is gone"
@@ -167,6 +168,6 @@ def attribute_an_unreadable_sample(rank: int, count: int, group: dict[str, str],
     assert scored(GradDot(exact=True), None, trainer=trainer).scores.shape == (N_TRAIN, len(target_data()))
 
 
-@pytest.mark.parametrize("row", [9, 20])
+@pytest.mark.parametrize("row", [0, 9, 20])  # the first is looked at before anything runs
 def test_where_one_process_fails_all_say_why(row: int) -> None:
     assert run(2, attribute_an_unreadable_sample, row) == [0, 0]

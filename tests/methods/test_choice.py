@@ -23,13 +23,13 @@ TARGETS = blobs(6, seed=1)
 @pytest.mark.parametrize(
     ("n_train", "numel", "proj_dim", "late"),
     [
-        (1437, 10_090, 512, True),
-        (1437, 17_226, 512, True),
+        (1437, 10_090, 1024, True),
+        (1437, 17_226, 1024, True),
         (5000, 109_386, 2048, True),
         (5000, 4_800_000, 2048, False),
         (100, 10**9, 512, False),  # no more than a few features per sample
         (40, 67, 256, True),
-        (10**6, 17_226, 512, False),
+        (10**6, 17_226, 1024, False),
         (1, 0, 256, True),
     ],
 )
@@ -52,7 +52,7 @@ def test_a_choice_is_made_once_and_leaves_the_method_as_it_was() -> None:
     method = TRAK(seed=3, damping=0.5)
     first = settled(method, 1437, 10_090)
     assert settled(first, 10**6, 10**9) is first
-    assert (first.projector.proj_dim, first.projector.seed, first.config["damping"]) == (512, 3, 0.5)  # type: ignore[union-attr]
+    assert (first.projector.proj_dim, first.projector.seed, first.config["damping"]) == (1024, 3, 0.5)  # type: ignore[union-attr]
     assert method.projector.proj_dim == 2048  # type: ignore[union-attr]
     assert "choice" not in method.config
 
