@@ -192,6 +192,36 @@ class ModelOutput(ABC):
         return drawn
 
 
+def curvature_of(model_output: ModelOutput) -> str:
+    """Say how a model output gives the Gauss-Newton matrix of its loss.
+
+    A subclass that changes loss, output or their derivatives, and not its curvature, has none that is known.
+
+    Args:
+        model_output: any.
+
+    Returns:
+        As :attr:`ModelOutput.curvature`.
+
+    Example:
+        >>> from lightning_attr.outputs import MulticlassMargin, Regression
+        >>> class Focal(MulticlassMargin):
+        ...     def loss(self, outputs, targets):
+        ...         return super().loss(outputs, targets) ** 2
+        >>> curvature_of(MulticlassMargin()), curvature_of(Regression()), curvature_of(Focal())
+        ('rest', 'newton', 'unknown')
+    """
+    order = type(model_output).__mro__
+    changed = min(_place(order, name) for name in ("output", "loss", "out_to_loss", "newton_weight"))
+    told = min(_place(order, name) for name in ("curvature", "second_direction"))
+    return model_output.curvature if told <= changed else "unknown"
+
+
+def _place(order: tuple[type[Any], ...], name: str) -> int:
+    """Where the first class is that defines a name, from the most derived on."""
+    return next(i for i, owner in enumerate(order) if name in vars(owner))
+
+
 def at_least_float32(values: Tensor) -> Tensor:
     """Give values a dtype in which margins do not saturate.
 

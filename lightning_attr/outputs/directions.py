@@ -12,7 +12,7 @@ With independent signs :math:`\xi`, a softmax has :math:`v = \sqrt p \odot \xi -
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from lightning_attr.randomness.streams import hashed_uniforms, row_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from lightning_attr.outputs.base import ModelOutput
 
 _FEW_CLASSES = 256
 """Signs for all of them at once; of more, a label is drawn."""
@@ -120,36 +118,6 @@ def softmax_direction(logits: Tensor, draws: SampleDraws) -> Tensor:
         return signed - p * signed.sum(-1, keepdim=True)
     labels = _label(p, draws.uniforms(*logits.shape[1:-1]))
     return -p.scatter_add(-1, labels[..., None], -torch.ones_like(p[..., :1]))
-
-
-def curvature_of(model_output: ModelOutput) -> str:
-    """Say how a model output gives the Gauss-Newton matrix of its loss.
-
-    A subclass that changes loss, output or their derivatives, and not its curvature, has none that is known.
-
-    Args:
-        model_output: any.
-
-    Returns:
-        As :attr:`ModelOutput.curvature`.
-
-    Example:
-        >>> from lightning_attr.outputs import MulticlassMargin, Regression
-        >>> class Focal(MulticlassMargin):
-        ...     def loss(self, outputs, targets):
-        ...         return super().loss(outputs, targets) ** 2
-        >>> curvature_of(MulticlassMargin()), curvature_of(Regression()), curvature_of(Focal())
-        ('rest', 'newton', 'unknown')
-    """
-    order = type(model_output).__mro__
-    changed = min(_place(order, name) for name in ("output", "loss", "out_to_loss", "newton_weight"))
-    told = min(_place(order, name) for name in ("curvature", "second_direction"))
-    return model_output.curvature if told <= changed else "unknown"
-
-
-def _place(order: tuple[type[Any], ...], name: str) -> int:
-    """Where the first class is that defines a name, from the most derived on."""
-    return next(i for i, owner in enumerate(order) if name in vars(owner))
 
 
 def _label(probabilities: Tensor, uniforms: Tensor) -> Tensor:
