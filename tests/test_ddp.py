@@ -24,7 +24,7 @@ METHODS = {"newton": TRAK(proj_dim=16), "published": TRAK(proj_dim=16, newton_we
 METHODS["eigen"] = TRAK(projector=EigenProjector(16))
 METHODS["dot"] = GradDot(METHODS["newton"].projector)
 MASK = torch.arange(21) % 4 == 0
-ROW_OF_NAN = 411  # of 600; not one of the samples that stand for the data set when a module is checked
+ROW_OF_NAN = 407  # of 600; not one of the samples that stand for the data set when a module is checked
 SPAWNED = ("odd", "part of a store")  # each takes two fresh interpreters
 
 # name -> (training samples, targets, rows a shard, store, method). One process has fewer shards, targets or batches.
@@ -181,7 +181,6 @@ def check_fit(folder: Path, ranks: int) -> None:
 def test_failure_of_one_process_ends_all_and_keeps_what_was_computed(tmp_path: Path) -> None:
     process = launch("failing", tmp_path)
     assert process.returncode != 0
-    assert f"sample {ROW_OF_NAN} is NaN or Inf" in process.stderr
     assert f"Look at dataset[{ROW_OF_NAN}]" in process.stderr
     failed = FeatureStore.open(tmp_path / "failed")
     failed.adopt("current")

@@ -221,7 +221,7 @@ def test_store_from_another_process(tmp_path: Path) -> None:
     paths = [str(tmp_path / "run"), str(tmp_path / "scores.pt")]
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, *paths],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(paths[1]), expected)

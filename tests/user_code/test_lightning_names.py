@@ -195,7 +195,7 @@ class Spawned(AttributionMixin, pl.LightningModule):
 @pytest.mark.slow
 def test_spawned_processes_attribute(tmp_path: Path) -> None:
     code = (
-        "import test_worlds as t, pytorch_lightning as pl, torch\n"
+        "import test_lightning_names as t, pytorch_lightning as pl, torch\n"
         "if __name__ == '__main__':\n"
         "    data = dict(train_dataloaders=t.loader_of(t.TRAIN), target_dataloaders=t.loader_of(t.TARGETS))\n"
         "    torch.manual_seed(0)\n"
@@ -354,7 +354,7 @@ def test_command_line_reads_the_callback_by_its_class_path(
 
 def environment() -> dict[str, str]:
     """Other processes find the files of the tests."""
-    tests = str(Path(__file__).parent)
+    tests = os.pathsep.join(map(str, Path(__file__).parents[:2]))
     paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
