@@ -41,17 +41,8 @@ class TimedTRAK(TRAK):
         super().__init__()
         self.seconds = seconds
 
-    def factor(self, snapshot: SnapshotFeatures) -> Any:
-        reading = self.seconds["reading"]
-        begin = time.perf_counter()
-        factor = super().factor(snapshot)
-        elapsed = time.perf_counter() - begin - (self.seconds["reading"] - reading)
-        self.seconds["kernel and its factor"] += elapsed
-        self.seconds["solving for the targets"] -= time.perf_counter() - begin
-        return factor
-
     def solve(self, snapshot: SnapshotFeatures) -> Any:
-        return timed(self.seconds, "solving for the targets", super().solve)(snapshot)
+        return timed(self.seconds, "kernel, with reading", super().solve)(snapshot)
 
 
 def timed(seconds: Seconds, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +110,7 @@ def measure(store: FeatureStore, targets: dict[str, Tensor], topk: int | None, f
 
 def plain_gemm(rows: int, dim: int, targets: int) -> Seconds:
     """Plain products of the same shapes, the median of a few blocks times how many there are."""
-    block, inner = torch.randn(4096, dim), {"kernel and its factor": None, "self-influence": dim, "scoring": targets}
+    block, inner = torch.randn(4096, dim), {"kernel, with reading": None, "self-influence": dim, "scoring": targets}
     found = {}
     for name, width in inner.items():
         right = None if width is None else torch.randn(dim, width)
