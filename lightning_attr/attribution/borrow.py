@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
-from torch.optim import Optimizer
 
-from lightning_attr.user_code.isolation import preserved_rng
-from lightning_attr.user_code.lightning_names import both, own
+from lightning_attr.user_code.lightning_names import both
 
 
 @contextmanager
@@ -105,18 +101,3 @@ def same_tensors(module: nn.Module) -> Iterator[None]:
             for own, name, buffer in buffers:
                 if own[name] is not buffer:
                     own[name] = buffer.copy_(own[name])
-
-
-def optimizers_of(module: L.LightningModule) -> list[Optimizer]:
-    """Make the optimizers of a module, as at the start of a fit.
-
-    Args:
-        module: attached to its trainer.
-
-    Returns:
-        Those that ``configure_optimizers`` gives, in its order.
-    """
-    package = sys.modules[own(LightningOptimizer, module.trainer).__module__]
-    with preserved_rng():
-        optimizers: list[Optimizer] = package._init_optimizers_and_lr_schedulers(module)[0]
-    return optimizers

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_attr.arguments.checks import check_path
 from lightning_attr.attribution.arguments import check_attribute_arguments, check_noise_mask
-from lightning_attr.attribution.borrow import attached, optimizers_of
+from lightning_attr.attribution.borrow import attached
 from lightning_attr.attribution.checkpoint_files import checkpoint_paths
 from lightning_attr.attribution.checkpoint_snapshots import CheckpointSnapshots
 from lightning_attr.data.loader import DataSource
@@ -35,6 +35,7 @@ from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Stopped
 from lightning_attr.user_code.isolation import preserved_rng
 from lightning_attr.user_code.lightning_names import both, check_one_world
+from lightning_attr.user_code.step_world import configured_optimizers
 from lightning_attr.verification.model_check import check_model
 
 
@@ -136,7 +137,7 @@ def resolve(
         if path is None and files is None:
             path = _recorded_path(trainer, record)
         method = settled(method or _default_method(path, record), len(train), parameter_count(module))
-        moments, optimizers = method.needs_optimizer_state, partial(optimizers_of, module)
+        moments, optimizers = method.needs_optimizer_state, partial(configured_optimizers, module)
         mode = mode or _recorded_mode(path)
         request = AttributionRequest(
             module,

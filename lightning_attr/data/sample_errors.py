@@ -51,16 +51,29 @@ def first_failure(read: Callable[[int], object], count: int) -> tuple[int, Excep
         >>> first_failure([1.0, 2.0].__getitem__, 3)
         (2, IndexError('list index out of range'))
     """
-
-    def fails(position: int) -> Exception | None:
-        try:
-            read(position)
-        except Exception as error:  # whatever the user's code raises
-            return error
-        return None
-
-    found = ((position, fails(position)) for position in range(count))
+    found = ((position, failure_of(read, position)) for position in range(count))
     return next(((position, error) for position, error in found if error is not None), None)
+
+
+def failure_of(call: Callable[[int], object], position: int) -> Exception | None:
+    """Try one of some samples.
+
+    Args:
+        call: takes its position.
+        position: of the sample.
+
+    Returns:
+        Whatever the user's code raises, or None.
+
+    Example:
+        >>> failure_of([1.0].__getitem__, 0), failure_of([1.0].__getitem__, 1)
+        (None, IndexError('list index out of range'))
+    """
+    try:
+        call(position)
+    except Exception as error:
+        return error
+    return None
 
 
 def _cause(error: Exception) -> str:

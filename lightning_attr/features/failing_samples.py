@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_attr.data.sample_errors import failure_of
 from lightning_attr.errors import AttributionError, SampleRunError
 
 _TRIED = 64
@@ -56,13 +57,5 @@ def named_failures(module: Any, rows: Sequence[int], alone: Callable[[int], obje
 
 def _failures(rows: Sequence[int], alone: Callable[[int], object]) -> dict[int, Exception]:
     """Run samples alone: row -> what its run raises."""
-    found = ((row, _failure(alone, position)) for position, row in enumerate(rows))
+    found = ((row, failure_of(alone, position)) for position, row in enumerate(rows))
     return {row: error for row, error in found if error is not None}
-
-
-def _failure(alone: Callable[[int], object], position: int) -> Exception | None:
-    try:
-        alone(position)
-    except Exception as error:  # whatever the user's code raises
-        return error
-    return None

@@ -19,7 +19,7 @@ from lightning_attr.arguments.messages import argument_message
 from lightning_attr.files.io import write_bytes
 from lightning_attr.report.figures import detection_curve, distributions
 from lightning_attr.report.renderers import Renderer, render_sample
-from lightning_attr.report.samples import Drawings, label_of
+from lightning_attr.report.samples import Drawings, label_of, read_item
 from lightning_attr.report.shown import ShownResult
 
 BUDGET = 22 * 2**20
@@ -100,7 +100,10 @@ def _data(
     behind = chain.from_iterable(chain(*pair) for pair in zip(proponents[0], opponents[0], strict=True))
     in_turn = (i for pair in zip_longest(suspicious, behind) for i in pair if i is not None)
     indices = scores.target_indices.tolist()
-    own = {} if targets is None else drawings.draw_all(targets, indices)
+    own: list[tuple[str | None, int | str | None]] = [(None, None)] * len(indices)
+    if targets is not None:
+        items = ((index, read_item(targets, index)) for index in indices)
+        own = [(drawings.draw(targets, index, item), label_of(item)) for index, item in items]
     return {
         "train": {
             "index": scores.train_indices.tolist(),
@@ -111,13 +114,13 @@ def _data(
         "targets": [
             {
                 "index": index,
-                "sample": own.get(index),
-                "label": None if targets is None else label_of(targets[index]),
+                "sample": sample,
+                "label": label,
                 "output": None if outputs is None else outputs[j],
                 "proponents": _cards(proponents[0][j], proponents[1][j], 1),
                 "opponents": _cards(opponents[0][j], opponents[1][j], -1),
             }
-            for j, index in enumerate(indices)
+            for j, (index, (sample, label)) in enumerate(zip(indices, own, strict=True))
         ],
     }
 

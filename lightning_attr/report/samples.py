@@ -26,23 +26,23 @@ class Drawings:
         self.left = budget
         self.without = 0
 
-    def draw(self, dataset: Any, index: int) -> str | None:
+    def draw(self, dataset: Any, index: int, item: Any) -> str | None:
         """Draw a sample.
 
         Args:
-            dataset: of items, with or without a label.
-            index: of the sample.
+            dataset: that the item is of, for messages.
+            index: of the item.
+            item: the sample, with or without a label.
 
         Returns:
             HTML, or None if nothing is left of the budget.
 
         Raises:
-            ValueError: if the sample cannot be read or drawn; the message names it.
+            ValueError: if it cannot be drawn; the message names it.
         """
         if self.left <= 0:
             self.without += 1
             return None
-        item = _read(dataset, index)
         try:
             drawn = str(escape(self.renderer(sample_of(item))))
         except Exception as error:
@@ -63,12 +63,28 @@ class Drawings:
         Returns:
             Index -> HTML.
         """
-        drawn = ((index, self.draw(dataset, index)) for index in dict.fromkeys(indices))
-        return {index: html for index, html in drawn if html is not None}
+        drawn: dict[int, str] = {}
+        for index in dict.fromkeys(indices):
+            item = read_item(dataset, index) if self.left > 0 else None
+            html = self.draw(dataset, index, item)
+            if html is not None:
+                drawn[index] = html
+        return drawn
 
 
-def _read(dataset: Any, index: int) -> Any:
-    """An item; the error of a data set names it."""
+def read_item(dataset: Any, index: int) -> Any:
+    """Read an item of a data set.
+
+    Args:
+        dataset: the data set.
+        index: of the item.
+
+    Returns:
+        The item.
+
+    Raises:
+        ValueError: if that fails; the message names it.
+    """
     try:
         return dataset[index]
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,20 +11,20 @@ from types import CellType, CodeType, FunctionType, GetSetDescriptorType, Member
 from typing import Any
 
 
-class Namespace:
+class Namespace(ABC):
     """Names with values, which can be set and removed."""
 
+    @abstractmethod
     def values(self) -> dict[str, Any]:
         """Name -> value, those that are set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, name: str, value: Any) -> None:
         """Set a name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a name."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+from torch.optim import Optimizer
 
 from lightning_attr.errors import AttributionError
 from lightning_attr.user_code.calls import Surroundings, set_surroundings, surroundings_of
@@ -161,9 +162,7 @@ class StepWorld:
         if self._configured is None:
             name = type(self.module).__name__
             try:
-                package = sys.modules[own(LightningOptimizer, self.trainer).__module__]
-                with preserved_rng():
-                    self._configured = package._init_optimizers_and_lr_schedulers(self.module)
+                self._configured = _configured(self.module, self.trainer)
             except Exception as error:
                 raise AttributionError(
                     f"The step of {name} asks for its optimizers, which only a fit has, and `configure_optimizers` "
@@ -176,6 +175,26 @@ class StepWorld:
                 name,
             )
         return self._configured
+
+
+def configured_optimizers(module: L.LightningModule) -> list[Optimizer]:
+    """Make the optimizers of a module, as at the start of a fit.
+
+    Args:
+        module: attached to its trainer.
+
+    Returns:
+        Those that ``configure_optimizers`` gives, in its order.
+    """
+    return _configured(module, module.trainer)[0]
+
+
+def _configured(module: L.LightningModule, trainer: L.Trainer) -> tuple[list[Any], list[Any]]:
+    """Optimizers and schedulers, as Lightning makes them; random streams stay where they are."""
+    package = sys.modules[own(LightningOptimizer, trainer).__module__]
+    with preserved_rng():
+        made: tuple[list[Any], list[Any]] = package._init_optimizers_and_lr_schedulers(module)
+    return made
 
 
 class _Exchanged:

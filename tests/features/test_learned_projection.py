@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BlobClassifier, blobs, loader_of, quiet_trainer
+from cases import BlobClassifier, Tally, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
@@ -124,15 +124,14 @@ def test_runs_are_merged_with_what_they_learned(tmp_path: Path) -> None:
 
 
 def test_a_module_is_set_up_once_a_snapshot(tmp_path: Path) -> None:
-    noted = tmp_path / "noted"  # in a file: what variables hold is put back
+    noted = Tally()
 
     class Bank(BlobClassifier):
         def attribution_setup(self, samples: Any, snapshot: str) -> None:
-            with noted.open("a") as file:
-                file.write(f"{snapshot}\n")
+            noted.append(snapshot)
 
     fitted(tmp_path / "store", TRAK(12), kind=Bank)
-    keys = [key for key in noted.read_text().splitlines() if key]
+    keys = [key for key in noted if key]
     assert len(keys) == len(set(keys)) == len(FeatureStore.open(tmp_path / "store").snapshots)
 
 
