@@ -33,6 +33,7 @@ LIGHTNING_MODULES = {
         "checkpoint_snapshots",
         "predict_step",
         "request",
+        "restorer",
         "trainer",
     ),
     "lightning_attr": ("cli",),

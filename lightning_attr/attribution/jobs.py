@@ -1,4 +1,4 @@
-"""The batches that one process featurizes, of several snapshots and data sets."""
+"""The division of work: the rows that one process featurizes and scores, and their batches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_attr.data.loader import OrderedLoader
+from lightning_attr.attribution.ensemble import Part
+from lightning_attr.data.loader import DataSource, OrderedLoader
 from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.manifest import Snapshot
 
 
 class Jobs:
@@ -47,47 +49,73 @@ class WorkDivision:
 
     Args:
         store: of the run.
-        n_train: training samples.
+        parts: the snapshots that score.
+        train: the training data.
+        targets: the target data, which may be the same.
         rank: number of this process.
-        count: how many processes there are.
-        by_shards: whether features are stored, in whole shards.
+        world_size: how many processes there are.
+        featurizes: whether the method reads features of training samples, which are stored in whole shards.
     """
 
     store: FeatureStore
-    n_train: int
+    parts: Sequence[Part]
+    train: DataSource
+    targets: DataSource
     rank: int
-    count: int
-    by_shards: bool
+    world_size: int
+    featurizes: bool
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """All that score, in their order; the last one is of the run itself."""
+        return [snapshot for part in self.parts for snapshot in part.snapshots]
 
     @property
     def shards(self) -> Sequence[int]:
         """Shards that this process scores."""
-        return range(self.store.manifest.num_shards)[self.rank :: self.count]
+        return range(self.store.manifest.num_shards)[self.rank :: self.world_size]
 
     @property
     def blocks(self) -> list[range]:
         """Rows that this process scores: whole shards where features are stored, else an equal part in one piece."""
-        if self.by_shards:
+        if self.featurizes:
             return [self.store.rows(shard) for shard in self.shards]
-        part = range(self.n_train)[
-            self.n_train * self.rank // self.count : self.n_train * (self.rank + 1) // self.count
-        ]
-        size = self.store.manifest.shard_rows
-        return [part[start : start + size] for start in range(0, len(part), size)]
+        n, size = len(self.train), self.store.manifest.shard_rows
+        first, end = (n * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return [range(start, min(start + size, end)) for start in range(first, end, size)]
 
     @property
     def rows(self) -> list[int]:
         """The same, one by one."""
         return [row for block in self.blocks for row in block]
 
-    def targets(self, rows: range) -> Sequence[int]:
-        """Choose this process's targets.
+    @property
+    def target_rows(self) -> range:
+        """Rows of the target data, of all processes."""
+        return range(len(self.targets))
+
+    def jobs(self, before: Callable[[str], object]) -> Jobs:
+        """List what this process featurizes, snapshot after snapshot: missing training rows, then targets.
 
         Args:
-            rows: of all targets.
+            before: as :class:`Jobs` takes it.
 
         Returns:
-            Those of this process. A loader without batches would leave it out of the run: one that has none repeats a
-            row that is another's.
+            The batches. A loader without any would leave this process out of the run: one that has no targets repeats
+            a row that is another's.
         """
-        return rows[self.rank :: self.count] or rows[:1]
+        own = self.target_rows[self.rank :: self.world_size] or self.target_rows[:1]
+        jobs = []
+        for snapshot in self.snapshots:
+            batches = [batch for rows in self._missing(snapshot) for batch in self.train.batches(rows)]
+            jobs.append((snapshot.key, True, OrderedLoader(self.train, batches)))
+            jobs.append((snapshot.key, False, OrderedLoader(self.targets, self.targets.batches(own))))
+        return Jobs(jobs, before)
+
+    def _missing(self, snapshot: Snapshot) -> list[range]:
+        """Training rows that this process has still to featurize."""
+        if self.featurizes:
+            return [self.store.rows(s) for s in self.store.missing(snapshot.key)[self.rank :: self.world_size]]
+        # Only the values beside the features are wanted, for the result. A process without rows reads one that is
+        # another's, for the form of the values.
+        return (self.blocks or [range(1)]) if snapshot == self.snapshots[-1] else []

@@ -23,7 +23,7 @@ class Processes:
 
     Args:
         rank: number of this process.
-        count: how many there are.
+        world_size: how many there are.
         device: where tensors are exchanged.
 
     Example:
@@ -34,11 +34,11 @@ class Processes:
         tensor([1., 1.])
     """
 
-    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
-        self.count = count
+        self.world_size = world_size
         self.device = device
-        self._apart = count == 1
+        self._apart = world_size == 1
         """Whether nobody is to be told anything, because there is nobody, or all know already."""
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Processes:
         Raises:
             AttributionError: if another process has failed.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return tensor
         self.meet()
         on_device = tensor.to(self.device)
@@ -74,7 +74,7 @@ class Processes:
         Raises:
             AttributionError: if another process has failed.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return columns
         found = {}
         for name, values in columns.items():
@@ -98,7 +98,7 @@ class Processes:
         self._apart = True
         for rank, message in enumerate(self._exchange(None)):
             if message is not None:
-                raise AttributionError(f"Process {rank} of {self.count} has failed, and all with it. {message}")
+                raise AttributionError(f"Process {rank} of {self.world_size} has failed, and all with it. {message}")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -135,6 +135,6 @@ class Processes:
             self._exchange(f"{type(error).__name__}: {error}")
 
     def _exchange(self, message: str | None) -> list[str | None]:
-        messages: list[str | None] = [None] * self.count
+        messages: list[str | None] = [None] * self.world_size
         torch.distributed.all_gather_object(messages, message)
         return messages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,6 +88,23 @@ class AttributionRequest:
     mode: str | None
     pilots: Pilots | None
     checkpoints: CheckpointSnapshots | None
+
+    @property
+    def target_source(self) -> DataSource:
+        """The targets, which may be the training data."""
+        return self.targets or self.train
+
+    @cached_property
+    def target_digest(self) -> str | None:
+        """Digest of the targets."""
+        return self.fingerprint.data if self.targets is None else self.targets.digest()
+
+    @cached_property
+    def first_target(self) -> int:
+        """What random draws add to the rows of targets: nothing where they are the training samples themselves."""
+        known = self.fingerprint.data
+        same = self.targets is None or (known is not None and self.target_digest == known)
+        return 0 if same else len(self.train)
 
 
 def resolve(

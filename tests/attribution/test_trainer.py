@@ -125,7 +125,7 @@ def test_without_a_store_features_in_memory_and_on_disk_give_the_same(
     monkeypatch.setattr(FeatureStore, "write_shard", lambda *given: written.append(given[1]) or write_shard(*given))
     again = attributed(quiet_trainer(), **settings)
     assert not written
-    monkeypatch.setattr("lightning_attr.attribution.training_rows.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lightning_attr.attribution.featurized_rows.free_bytes", lambda device: 1000)
     spilled = attributed(quiet_trainer(), **settings)
     assert written
     for other in (again, spilled):

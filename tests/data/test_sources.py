@@ -323,7 +323,8 @@ def seen_by_attribute(trainer: Any, monkeypatch: pytest.MonkeyPatch, *args: Any,
     class Spy(home.AttributionStep):
         def __init__(self, *inner: Any, **named: Any) -> None:
             super().__init__(*inner, **named)
-            seen[:] = [self.train_data.dataset, self.target_data and self.target_data.dataset]
+            train, targets = self.request.train, self.request.targets
+            seen[:] = [train.dataset, targets and targets.dataset]
 
     monkeypatch.setattr(home, "AttributionStep", Spy)
     attribute(trainer, *args, **settings)
