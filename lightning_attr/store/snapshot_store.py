@@ -17,6 +17,7 @@ from lightning_attr.files.paths import check_key, inside, regular_files
 from lightning_attr.files.writer_lock import WriterLock, one_writer
 from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.store.manifest import Fingerprint, Manifest, Snapshot, Stopped
+from lightning_attr.store.unfinished import clear_unfinished
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
 WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
@@ -184,7 +185,8 @@ class SnapshotStore:
         if any(snapshot.key == key for snapshot in self.snapshots):
             raise StoreMismatchError(f"{self.path} already holds the snapshot {key!r}.")
         folder = f"snapshots/{key}"
-        self._abandon(folder)  # remains of a killed run, whose features are not of these weights
+        if not clear_unfinished(inside(self.path, folder), (WEIGHTS, FROZEN, OPTIMIZER)):
+            self._abandon(folder)
         own, frozen = self._write_weights(folder, key, weights, trainable)
         content = own if frozen is None else digest(weights)
         place = {"kind": "optimizer", "store": self.manifest.id, "snapshot": key, "weights": content}
