@@ -22,7 +22,7 @@ from lightning_attr.attribution.arguments import MASK, check_noise_mask
 from lightning_attr.attribution.request import check_strategy
 from lightning_attr.attribution.trainer import attribute
 from lightning_attr.callbacks.beside import beside_training
-from lightning_attr.callbacks.early import EarlySnapshots
+from lightning_attr.callbacks.checking import CheckedRun
 from lightning_attr.callbacks.featurizing import featurize, learn, self_influence_at, settle
 from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
@@ -35,23 +35,23 @@ from lightning_attr.features.second_direction import note_directions, training_f
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
 from lightning_attr.objectives.modes import check_mode
-from lightning_attr.objectives.objective import check_module, describe_output
+from lightning_attr.objectives.objective import check_module
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.parameters.optimizer_state import OptimizerState
-from lightning_attr.parameters.trainable import parameter_count, parameter_shapes, trainable_names
+from lightning_attr.parameters.trainable import parameter_count, trainable_names
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.projectors import LearnedProjection
 from lightning_attr.randomness.draws import Samples
 from lightning_attr.store.feature_dtype import check_feature_dtype, row_bytes
 from lightning_attr.store.feature_store import FeatureStore
-from lightning_attr.store.manifest import Fingerprint, Snapshot
+from lightning_attr.store.manifest import Snapshot
 from lightning_attr.store.shard_writer import ShardWriter
 from lightning_attr.verification.gradient_paths import Plans
 
 SnapshotListener = Callable[[L.Trainer, L.LightningModule, Snapshot, Tensor], None]
 
 
-class AttributionCallback(EarlySnapshots):
+class AttributionCallback(CheckedRun):
     """Makes every prediction of a run traceable to its training samples, and leaves the run itself bit-identical.
 
     At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set
@@ -227,14 +227,7 @@ class AttributionCallback(EarlySnapshots):
         self.dirpath = None if self.dirpath is None else self.dirpath.absolute()
         path = (self.store_path or Path(trainer.log_dir or trainer.default_root_dir) / "attribution").absolute()
         self._path = trainer.strategy.broadcast(path)
-        fingerprint = Fingerprint(
-            len(self.source),
-            self.source.digest(),
-            parameter_shapes(pl_module),
-            self.method.projector_config if self.featurize else None,
-            describe_output(pl_module),
-            self._mode,
-        )
+        fingerprint = self._fingerprint(pl_module)
         self._guard.together(partial(self._begin, trainer, pl_module, self._path, fingerprint))
         self.store = FeatureStore.open(self._path, writer=trainer.is_global_zero)
         self.store.check(fingerprint)

@@ -46,6 +46,9 @@ class AttributionMonitor(AnyCallback):
         >>> callbacks = [AttributionCallback("attribution"), AttributionMonitor(k=8)]
     """
 
+    reads_features = True
+    """So that :meth:`AttributionCallback.check` knows that features are wanted while training."""
+
     def __init__(self, k: int = 12, figure: bool = True) -> None:
         self.k = check_int(self, "k", k, minimum=1)
         self.figure = check_flag(self, "figure", figure)

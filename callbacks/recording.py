@@ -73,17 +73,21 @@ class Recording:
         """
         if FeatureStore.exists(path):
             store = FeatureStore.open(path)
-            store.fingerprint.check(fingerprint, str(path))
-            stored = store.manifest.feature_dtype
-            if stored != feature_dtype:
-                raise StoreMismatchError(
-                    f"{path} keeps features in {stored}, but here `feature_dtype` is {feature_dtype!r}. Pass "
-                    f"feature_dtype={stored!r} to go on, or choose another `dirpath`; nothing in it was changed."
-                )
-            self._check_run(store, started)
+            self.check(store, fingerprint, started, feature_dtype)
             store.mark_stopped(None)
         else:
             FeatureStore.create(path, fingerprint, batch_size=batch_size, run=started, feature_dtype=feature_dtype)
+
+    def check(self, store: FeatureStore, fingerprint: Fingerprint, started: str | None, feature_dtype: str) -> None:
+        """Refuse a store of another run, or with features in another dtype; it is only read."""
+        store.fingerprint.check(fingerprint, str(store.path))
+        stored = store.manifest.feature_dtype
+        if stored != feature_dtype:
+            raise StoreMismatchError(
+                f"{store.path} keeps features in {stored}, but here `feature_dtype` is {feature_dtype!r}. Pass "
+                f"feature_dtype={stored!r} to go on, or choose another `dirpath`; nothing in it was changed."
+            )
+        self._check_run(store, started)
 
     def _check_run(self, store: FeatureStore, started: str | None) -> None:
         """See that a store is of this run; its snapshots are compared one by one when training comes to them."""

@@ -20,7 +20,10 @@ from lightning_attr.data.loader import DataSource
 from lightning_attr.features.transfer import set_up_at
 from lightning_attr.files.io import digest
 from lightning_attr.files.writer_lock import WriterLock
+from lightning_attr.methods import AttributionMethod
+from lightning_attr.objectives.objective import describe_output
 from lightning_attr.parameters.learning_rates import LearningRates
+from lightning_attr.parameters.trainable import parameter_shapes
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots import run_settings
 from lightning_attr.store.feature_store import FeatureStore
@@ -40,6 +43,9 @@ class RunStore(AnyCallback):
     source: DataSource
     feature_dtype: str
     self_influence: Tensor | None
+    method: AttributionMethod
+    featurize: bool
+    _mode: str
 
     def __init__(self, on_error: str) -> None:
         super().__init__()
@@ -70,6 +76,17 @@ class RunStore(AnyCallback):
         if self._set_up_at != stream:  # once for learning and for features
             set_up_at(stream, trainer, pl_module, getattr(trainer, "datamodule", None), self.source)
             self._set_up_at = stream
+
+    def _fingerprint(self, pl_module: L.LightningModule) -> Fingerprint:
+        """What is attributed, and how; after the module has been looked at."""
+        return Fingerprint(
+            len(self.source),
+            self.source.digest(),
+            parameter_shapes(pl_module),
+            self.method.projector_config if self.featurize else None,
+            describe_output(pl_module),
+            self._mode,
+        )
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
         if not trainer.is_global_zero:

@@ -1,4 +1,6 @@
-"""A LightningCLI with one more subcommand: ``python main.py attribute --config config.yaml --ckpt_path best``.
+"""A LightningCLI with two more subcommands: ``python main.py attribute --config config.yaml --ckpt_path best``.
+
+The other is ``python main.py check --config config.yaml``, before the run.
 
 It needs ``jsonargparse``, as Lightning's own does: ``pip install "lightning_attr[cli]"``.
 """
@@ -11,6 +13,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]  # re-exported
 
+from lightning_attr.attribution.run_check import RunCheck
 from lightning_attr.attribution.trainer import AttributionTrainer, attribute
 from lightning_attr.files.io import write_bytes
 from lightning_attr.results.result import AttributionResult
@@ -21,12 +24,13 @@ FOLDER = "attribution_result"
 
 
 class AttributionCLI(LightningCLI):
-    """Lightning's command line with the subcommand ``attribute``, whose arguments are those of ``trainer.attribute``.
+    """Lightning's command line with the subcommands ``check`` and ``attribute``, which call the trainer's methods.
 
-    ``--method TRAK`` names a method, ``--method.damping 0.1`` one of its arguments; all of them can be in the config as
-    well, and ``--print_config`` prints it. The result is printed, and saved in ``attribution_result`` under the
-    trainer's ``default_root_dir``, with the page of it and the whole config: ``python main.py --config config.yaml
-    attribute`` runs it again.
+    ``check`` prints what the ``AttributionCallback`` of the config would do, without training. ``attribute`` has the
+    arguments of ``trainer.attribute``: ``--method TRAK`` names a method, ``--method.damping 0.1`` one of its arguments;
+    all of them can be in the config as well, and ``--print_config`` prints it. The result is printed, and saved in
+    ``attribution_result`` under the trainer's ``default_root_dir``, with the page of it and the whole config:
+    ``python main.py --config config.yaml attribute`` runs it again.
 
     Args:
         *args: as ``lightning.pytorch.cli.LightningCLI`` takes them.
@@ -34,13 +38,15 @@ class AttributionCLI(LightningCLI):
 
     Attributes:
         result: of ``attribute``, None after another subcommand.
+        checked: what ``check`` found, likewise.
 
     Example:
         >>> sorted(AttributionCLI.subcommands())
-        ['attribute', 'fit', 'predict', 'test', 'validate']
+        ['attribute', 'check', 'fit', 'predict', 'test', 'validate']
     """
 
     result: AttributionResult | None = None
+    checked: RunCheck | None = None
 
     def __init__(self, *args: Any, trainer_class: Any = AttributionTrainer, **kwargs: Any) -> None:
         super().__init__(*args, **{"trainer_class": trainer_class, **kwargs})
@@ -49,7 +55,23 @@ class AttributionCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Name the subcommands, and the arguments that a command line cannot give."""
         objects = {"model", "datamodule", "train_dataloaders", "target_dataloaders", "noise_mask", "target_function"}
-        return {**LightningCLI.subcommands(), "attribute": objects}
+        return {**LightningCLI.subcommands(), "attribute": objects, "check": objects}
+
+    def check(self, model: Any, datamodule: Any = None) -> None:
+        """Say what the AttributionCallback of the config would do in a run, and what it would cost, without training.
+
+        Args:
+            model: from the config.
+            datamodule: from the config.
+
+        Raises:
+            SystemExit: with code 1, if ``fit`` would refuse to record.
+        """
+        trainer: Any = self.trainer
+        self.checked = found = trainer.check(model, datamodule)
+        print(found)
+        if not found.ok:
+            raise SystemExit(1)
 
     def attribute(self, model: Any, datamodule: Any = None, **arguments: Any) -> None:
         """Attribute, print and save the result.

@@ -68,6 +68,19 @@ def test_attribute(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert torch.equal(again.result.scores.proponents, expected.scores.proponents)
 
 
+def test_check(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = ["--trainer.callbacks=lightning_attr.callbacks.AttributionCallback", "--trainer.max_epochs=3"]
+    found = run("check", *TRAINER, *callback).checked
+    assert (found.ok, found.num_samples, found.snapshots) == (True, 20, 3)
+    assert "Attribution of Net by TRAK: 20 training samples" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        run("check", *TRAINER, *callback, "--trainer.callbacks.noise_mask=[true]")
+    assert left.value.code == 1
+    assert "would be refused: ValueError: Expected argument `noise_mask`" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Expected an AttributionCallback among the Trainer's callbacks"):
+        run("check", *TRAINER)
+
+
 def test_every_argument_in_the_config(checkpoint: Path) -> None:
     text = f"""
 trainer: {{accelerator: cpu, logger: false, enable_progress_bar: false, enable_model_summary: false}}

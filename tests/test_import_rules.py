@@ -32,6 +32,7 @@ LIGHTNING_MODULES = {
         "checkpoint_files",
         "checkpoint_snapshots",
         "predict_step",
+        "rehearsal",
         "request",
         "restorer",
         "trainer",

@@ -16,7 +16,8 @@ from torch import Tensor
 from lightning_attr.attribution.borrow import attached, lent, same_tensors
 from lightning_attr.attribution.predict_step import AttributionStep
 from lightning_attr.attribution.processes import Processes
-from lightning_attr.attribution.request import resolve
+from lightning_attr.attribution.request import AttributionRecord, resolve
+from lightning_attr.attribution.run_check import RunCheck
 from lightning_attr.methods import AttributionMethod
 from lightning_attr.objectives.target_function import TargetFunction
 from lightning_attr.parameters.weights import loaded
@@ -56,6 +57,32 @@ class AttributionTrainer(L.Trainer):
             """Train as ``lightning.Trainer`` does; for parts of ``pytorch_lightning`` say which Trainer they need."""
             check_one_world(self, model, *args, *kwargs.values())
             super().fit(model, *args, **kwargs)
+
+    def check(self, model: Any, datamodule: Any = None, train_dataloaders: Any = None) -> RunCheck:
+        """Say what the AttributionCallback of this trainer would do in a run, and what it would cost, without training.
+
+        Args:
+            model: the module, as it would be passed to ``fit``.
+            datamodule: gives the training data.
+            train_dataloaders: the training loader, in place of the datamodule's.
+
+        Returns:
+            As :meth:`lightning_attr.callbacks.AttributionCallback.check`.
+
+        Raises:
+            ValueError: if the trainer has no such callback.
+        """
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
+        recorder = next(
+            (one for one in callbacks if isinstance(one, AttributionRecord) and hasattr(one, "check")), None
+        )
+        if recorder is None:
+            raise ValueError(
+                "Expected an AttributionCallback among the Trainer's callbacks, because it says what it would do, but "
+                "found none. Use AttributionTrainer(callbacks=[AttributionCallback()])."
+            )
+        found: RunCheck = recorder.check(model, datamodule, train_dataloaders=train_dataloaders, trainer=self)
+        return found
 
     def attribute(
         self,

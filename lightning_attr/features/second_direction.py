@@ -246,13 +246,25 @@ def training_featurizer(
     Returns:
         The featurizer.
     """
-    snapshot, n_train = store.snapshot(key), store.fingerprint.length
-    if snapshot.directions is None or projection.dim == 0:
-        return Featurizer(module, plan, projection, memory, snapshot.projection)
+    snapshot = store.snapshot(key)
+    number, stream = snapshot.directions or 0, snapshot.projection
+    return featurizer_with(module, plan, projection, memory, stream, number, store.fingerprint.length)
+
+
+def featurizer_with(
+    module: Any,
+    plan: AttributionPlan,
+    projection: Projection,
+    memory: MemoryBudget | None,
+    stream: str,
+    directions: int,
+    n_train: int,
+) -> Featurizer:
+    """Give the same for a number of second directions, 0 for none."""
+    if not directions or projection.dim == 0:
+        return Featurizer(module, plan, projection, memory, stream)
     share = second_share(n_train, projection.dim)
-    return GaussNewtonFeaturizer(
-        SecondFeaturizer(module, plan, projection, memory, snapshot.projection, snapshot.directions, share)
-    )
+    return GaussNewtonFeaturizer(SecondFeaturizer(module, plan, projection, memory, stream, directions, share))
 
 
 def tried(

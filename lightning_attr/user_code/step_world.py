@@ -162,7 +162,7 @@ class StepWorld:
         if self._configured is None:
             name = type(self.module).__name__
             try:
-                self._configured = _configured(self.module, self.trainer)
+                self._configured = configured(self.module, self.trainer)
             except Exception as error:
                 raise AttributionError(
                     f"The step of {name} asks for its optimizers, which only a fit has, and `configure_optimizers` "
@@ -186,11 +186,11 @@ def configured_optimizers(module: L.LightningModule) -> list[Optimizer]:
     Returns:
         Those that ``configure_optimizers`` gives, in its order.
     """
-    return _configured(module, module.trainer)[0]
+    return configured(module, module.trainer)[0]
 
 
-def _configured(module: L.LightningModule, trainer: L.Trainer) -> tuple[list[Any], list[Any]]:
-    """Optimizers and schedulers, as Lightning makes them; random streams stay where they are."""
+def configured(module: L.LightningModule, trainer: L.Trainer) -> tuple[list[Any], list[Any]]:
+    """Make optimizers and schedulers as Lightning does; random streams stay where they are."""
     package = sys.modules[own(LightningOptimizer, trainer).__module__]
     with preserved_rng():
         made: tuple[list[Any], list[Any]] = package._init_optimizers_and_lr_schedulers(module)
