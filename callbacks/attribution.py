@@ -30,7 +30,7 @@ from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, ste
 from lightning_attr.callbacks.statistics import self_influence_statistics
 from lightning_attr.data.memory import MemoryBudget, check_memory_budget
 from lightning_attr.data.sources import train_source
-from lightning_attr.features.learned_projection import learn_from, load_projection
+from lightning_attr.features.learned_projection import load_projection
 from lightning_attr.features.second_direction import note_directions, training_featurizer, tried
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
@@ -41,7 +41,6 @@ from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.parameters.trainable import parameter_count, trainable_names
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.projectors import LearnedProjection
-from lightning_attr.randomness.draws import Samples
 from lightning_attr.store.feature_dtype import check_feature_dtype, row_bytes
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Snapshot
@@ -210,8 +209,7 @@ class AttributionCallback(CheckedRun):
         state = self._optimizer_state(trainer, pl_module)  # refused now where it is wanted and there is none
         projection = self.method.projection_at(ParameterLayout.of(pl_module), "", lambda: state)
         if isinstance(projection, LearnedProjection):
-            samples = Samples(len(rows), lambda _: iter([(rows, batch)]))
-            learn_from(projection, pl_module, plan, samples, "", trainer.precision_plugin.forward_context)
+            projection.rehearse()  # learning looks at more samples, and nobody would keep what it finds here
             self._basis_bytes = sum(tensor.nbytes for tensor in projection.basis.values())
         self.layers = projection.layers
         wanted, n_train = self.method.second_directions, len(self.source)

@@ -10,7 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported
+    rank_zero_info,
+    rank_zero_warn,
+)
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_path
@@ -24,6 +27,7 @@ from lightning_attr.data.sources import target_source, train_source
 from lightning_attr.errors import AttributionError
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.choice import settled
+from lightning_attr.methods.stored_projection import on_store
 from lightning_attr.objectives.modes import MODES, check_mode
 from lightning_attr.objectives.objective import check_module, describe_output
 from lightning_attr.objectives.target_function import TargetFunction
@@ -153,7 +157,8 @@ def resolve(
             raise ValueError("Expected argument `pilots` to come without `ckpt_path`: pilots join a recorded run.")
         if path is None and files is None:
             path = _recorded_path(trainer, record)
-        method = settled(method or _default_method(path, record), len(train), parameter_count(module))
+        method = _on_store(method, path, record) if method is not None else _default_method(path, record)
+        method = settled(method, len(train), parameter_count(module))
         moments, optimizers = method.needs_optimizer_state, partial(configured_optimizers, module)
         mode = mode or _recorded_mode(path)
         request = AttributionRequest(
@@ -208,6 +213,17 @@ def _default_method(path: Path | None, record: AttributionRecord | None) -> Attr
         return record.method
     config = FeatureStore.open(path).fingerprint.projector if path is not None and FeatureStore.exists(path) else None
     return TRAK(projector=projector_from_config(config)) if config is not None else TRAK()
+
+
+def _on_store(method: AttributionMethod, path: Path | None, record: AttributionRecord | None) -> AttributionMethod:
+    """Let the method read the features that the store has, or will have of the callback's method."""
+    config = FeatureStore.open(path, writer=False).fingerprint.projector if path and FeatureStore.exists(path) else None
+    if config is None and record is not None and path is not None and path == record.store_path:
+        config = record.method.projector_config
+    reads = on_store(method, config)
+    if reads is not method:
+        rank_zero_info(f"{type(method).__name__} reads the features of {path}: no projector was passed.")
+    return reads
 
 
 def _recorded_mode(path: Path | None) -> str | None:

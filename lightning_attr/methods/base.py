@@ -14,8 +14,9 @@ from lightning_attr.arguments.checks import check_instance
 from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.parameters.optimizer_state import OptimizerState
-from lightning_attr.projectors import KroneckerProjector, NoProjection, Projection, Projector
+from lightning_attr.projectors import NoProjection, Projection, Projector
 from lightning_attr.projectors.base import check_projector
+from lightning_attr.projectors.unchosen import UnchosenProjector
 
 T = TypeVar("T")
 
@@ -260,7 +261,7 @@ class AttributionMethod(ABC):
     def __init__(self, projector: Projector | None = None) -> None:
         if projector is not None:
             check_projector(self, projector)
-        self.projector = KroneckerProjector() if projector is None else projector
+        self.projector = UnchosenProjector() if projector is None else projector
 
     def bind(self, layout: ParameterLayout, snapshot: str) -> Projection:
         """Draw the projection of the features at a snapshot.

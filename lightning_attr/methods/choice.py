@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from lightning_attr.methods.base import AttributionMethod
+from lightning_attr.projectors import Projector
 
 MOST_FEATURES = 2048
 _FEWEST = 256
@@ -83,6 +84,16 @@ class ChoosesFeatures(Protocol):
 
         Returns:
             The method, with nothing left to choose.
+        """
+
+    def given(self, projector: Projector) -> AttributionMethod:
+        """Take a projector, if nobody chose one.
+
+        Args:
+            projector: of the features that there are.
+
+        Returns:
+            The method, with nothing left to choose; as it is, where somebody chose.
         """
 
 

@@ -13,6 +13,7 @@ from lightning_attr.methods.kernels.feature_kernel import KernelMethod
 from lightning_attr.methods.support.relatif import Relative, divisor
 from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import FactGraSSProjector, KroneckerProjector, Projector
+from lightning_attr.projectors.unchosen import UnchosenProjector
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class ProjectedInfluence(KernelMethod):
         snapshots: str = "last",
         truth: SubsetTruth | None = None,
     ) -> None:
-        super().__init__(KroneckerProjector() if projector is None else projector, damping, per_layer, truth)
+        super().__init__(UnchosenProjector() if projector is None else projector, damping, per_layer, truth)
         remedy = "Features hold no second derivatives of the model."
         check_choice(self, "curvature", curvature, ("ggn", "empirical_fisher"), remedy=remedy)
         check_choice(self, "relative", relative, (*get_args(Relative), None))

@@ -179,6 +179,21 @@ class TRAK(KernelMethod):
         own.projector = type(self.projector)(own.choice.proj_dim, self.projector.seed)
         return own
 
+    def given(self, projector: Projector) -> TRAK:
+        """Take a projector, if nobody chose one; see :func:`lightning_attr.methods.stored_projection.on_store`.
+
+        Args:
+            projector: of the features that there are.
+
+        Returns:
+            The method, with nothing left to choose; as it is, where somebody chose.
+        """
+        if not self._open or self.projector is None:
+            return self
+        own = copy.copy(self)
+        own._open, own.projector = False, projector
+        return own
+
     @property
     def config(self) -> dict[str, Any]:
         """Name and arguments, and what was chosen and why; see :meth:`AttributionMethod.config`."""

@@ -63,6 +63,11 @@ _KINDS: dict[str, type[Projector]] = {
 }
 
 
+def records_projector(config: Mapping[str, Any]) -> bool:
+    """Say whether :func:`projector_from_config` can make what a store records."""
+    return config["kind"] in _KINDS or (config["kind"] == LayerSubset.kind and records_projector(config["projector"]))
+
+
 def projector_from_config(config: Mapping[str, Any]) -> Projector:
     """Make the projector that a store records.
 

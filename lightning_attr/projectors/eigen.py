@@ -167,6 +167,14 @@ class EigenProjection(LearnedProjection):
         largest = squares.sums.argsort(descending=True, stable=True)[: self.dim]
         self.load(_basis(wide, largest.sort().values.cpu()))
 
+    def rehearse(self) -> None:
+        """Take axes in place of eigenvectors, about as many as are kept of them, and entries from everywhere."""
+        room = 4 * self.dim
+        side = next((n for n in range(1, self.side) if sum(b.size(n) for b in self.blocks) >= room), self.side)
+        axes = [(b, Sides(_axes(side, b.rows), _axes(side, b.columns), b.weight)) for b in self.blocks]
+        wide = TwoSidedProjection(axes)
+        self.load(_basis(wide, torch.arange(self.dim) * wide.dim // self.dim))
+
     @property
     def basis(self) -> Mapping[str, Tensor]:
         """What :meth:`load` takes: both sides of every weight that has features, and which entries these are."""
@@ -243,6 +251,10 @@ class EigenProjection(LearnedProjection):
                 "Expected a basis before features are computed, but this projection has none. Call `learn` or `load`."
             )
         return self._chosen
+
+
+def _axes(most: int, size: int) -> Tensor:
+    return torch.eye(min(most, size), size)
 
 
 def _basis(wide: TwoSidedProjection, chosen: Tensor) -> dict[str, Tensor]:

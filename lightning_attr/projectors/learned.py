@@ -66,6 +66,10 @@ class LearnedProjection(Projection):
             run: sends the gradients of the samples through the map it is given, as often as it is called.
         """
 
+    @abstractmethod
+    def rehearse(self) -> None:
+        """Take a basis of the size of a learned one that says nothing of the data: to try the way that samples go."""
+
     @property
     @abstractmethod
     def basis(self) -> Mapping[str, Tensor]:

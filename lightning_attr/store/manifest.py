@@ -99,7 +99,7 @@ class Fingerprint:
         if self.projector is not None and found.projector is not None and self.projector != found.projector:
             return (
                 f"was featurized with the projection {dict(self.projector)}, but here it is {dict(found.projector)}: "
-                "give the method the store's projection"
+                "give the method the store's projection, or no projector"
             )
         if self.output is not None and found.output is not None and self.output != found.output:
             return f"attributes {self.output}, but here it would be {found.output}"

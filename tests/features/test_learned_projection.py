@@ -13,8 +13,16 @@ from cases import BlobClassifier, Tally, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
-from lightning_attr.methods import LESS, TRAK, DropoutEnsemble, GradDot
-from lightning_attr.projectors import EigenProjector, IdentityProjector, KroneckerProjector, LayerSubset
+from lightning_attr.methods import LESS, TRAK, DropoutEnsemble, GradCos, GradDot, SoftThreshold
+from lightning_attr.parameters.layout import ParameterLayout
+from lightning_attr.projectors import (
+    EigenProjector,
+    IdentityProjector,
+    KroneckerProjector,
+    LayerSubset,
+    LearnedProjection,
+)
+from lightning_attr.projectors.eigen import EigenProjection
 
 TRAIN, TARGETS = loader_of(blobs(40), shuffle=True), loader_of(blobs(9, seed=1))
 
@@ -133,6 +141,39 @@ def test_a_module_is_set_up_once_a_snapshot(tmp_path: Path) -> None:
     fitted(tmp_path / "store", TRAK(12), kind=Bank)
     keys = [key for key in noted if key]
     assert len(keys) == len(set(keys)) == len(FeatureStore.open(tmp_path / "store").snapshots)
+
+
+def test_a_rehearsal_is_of_the_form_of_what_is_learned() -> None:
+    layout = ParameterLayout({"a.weight": (30, 20), "a.bias": (30,), "b.weight": (5, 30)})
+    learned, rehearsed = (EigenProjector(40).bind(layout, "final") for _ in range(2))
+    assert isinstance(rehearsed, LearnedProjection)
+    rehearsed.rehearse()
+    learned.load(rehearsed.basis)
+    assert set(rehearsed.layers) == {"a", "b"}
+    gradients = {name: torch.randn(3, *shape) for name, shape in layout.shapes.items()}
+    features = torch.zeros(3, rehearsed.dim)
+    with rehearsed.filling(features) as add:
+        add(gradients)
+    assert features.any(0).all()
+
+
+def test_the_start_learns_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+    learn = EigenProjection.learn
+    monkeypatch.setattr(EigenProjection, "learn", lambda self, run: (learned.append(1), learn(self, run)))
+    fitted(tmp_path, TRAK(projector=EigenProjector(12)), snapshots=[2], featurize=True)
+    assert len(learned) == 1  # at the snapshot
+
+
+@pytest.mark.parametrize("first", [GradCos(), SoftThreshold(GradCos(), keep=3), None], ids=["plain", "wrapped", "own"])
+def test_methods_without_a_projector_of_their_own_read_what_there_is(tmp_path: Path, first: Any) -> None:
+    trainer = fitted(tmp_path, None)
+    scores(trainer, method=first)
+    cosines = scores(trainer, method=GradCos())
+    torch.testing.assert_close(cosines, scores(trainer, method=GradCos(EigenProjector(256))))
+    torch.testing.assert_close(scores(trainer), scores(trainer, method=TRAK()))
+    with pytest.raises(StoreMismatchError, match="give the method the store's projection, or no projector"):
+        scores(trainer, method=GradCos(KroneckerProjector(64)))
 
 
 @pytest.mark.parametrize("n", [1, 3])

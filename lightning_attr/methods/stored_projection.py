@@ -1,0 +1,48 @@
+"""A method whose projector nobody chose reads the features that a store has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_attr.methods.base import AttributionMethod
+from lightning_attr.methods.choice import ChoosesFeatures
+from lightning_attr.projectors import projector_from_config, records_projector
+from lightning_attr.projectors.unchosen import UnchosenProjector
+
+
+def on_store(method: AttributionMethod, config: Mapping[str, Any] | None) -> AttributionMethod:
+    """Give a method the projector of a store, where it has none that somebody chose.
+
+    Args:
+        method: any.
+        config: of the store's projector, as :attr:`AttributionMethod.projector_config`; None where it has none.
+
+    Returns:
+        The method, or one that reads the store's features.
+
+    Example:
+        >>> from lightning_attr.methods import GradDot
+        >>> from lightning_attr.projectors import EigenProjector, KroneckerProjector
+        >>> on_store(GradDot(), EigenProjector(256).config).projector.proj_dim
+        256
+        >>> on_store(GradDot(KroneckerProjector(64)), EigenProjector(256).config).projector.proj_dim
+        64
+    """
+    inner = getattr(method, "method", None)
+    if config is None or method.projector is None or not records_projector(config):
+        return method
+    if isinstance(inner, AttributionMethod):
+        own: Any = copy.copy(method)
+        own.method = on_store(inner, config)
+        own.projector = own.method.projector
+        return own if own.method is not inner else method
+    if isinstance(method, ChoosesFeatures):
+        return method.given(projector_from_config(config))
+    unchosen, plain = isinstance(method.projector, UnchosenProjector), method.projector.config
+    if not unchosen or method.projector_config != plain or plain == config:
+        return method
+    own = copy.copy(method)
+    own.projector = projector_from_config(config)
+    return own  # type: ignore[no-any-return]
