@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from lightning_attr.attribution.checkpoint_store import from_checkpoints
 from lightning_attr.attribution.trainer import AttributionTrainer, attribute
 from lightning_attr.objectives.mixin import AttributionMixin
 from lightning_attr.outputs import ModelOutput
@@ -10,6 +11,8 @@ from lightning_attr.results.score_matrix import ScoreMatrix
 from lightning_attr.store.feature_store import FeatureStore
 
 __version__ = version("lightning_attr")
+
+FeatureStore.from_checkpoints = staticmethod(from_checkpoints)
 
 __all__ = [
     "AttributionMixin",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -15,6 +17,7 @@ from lightning_attr.parameters.trainable import trainable_names
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Snapshot
+from lightning_attr.store.snapshot_store import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,15 @@ def take(path: Path) -> tuple[WriterLock | None, str | None]:
         return None, str(error)
 
 
+def leave(lock: WriterLock, path: Path) -> None:
+    """Give the right to write back; of a store that never came about no folder stays, either."""
+    lock.release()
+    if not FeatureStore.exists(path):
+        for folder in (path / "claims", path):
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+
+
 def ready_store(
     path: Path,
     fingerprint: Fingerprint,
@@ -70,11 +82,17 @@ def ready_store(
         global_step: optimizer steps that it has taken.
         checkpoints: of the module, to be the snapshots in place of its current weights.
     """
-    if not FeatureStore.exists(path):
+    new = not FeatureStore.exists(path)
+    if new:
         FeatureStore.create(path, fingerprint, batch_size=batch_size, feature_dtype=feature_dtype)
     store = FeatureStore.open(path)
     if checkpoints is not None:
-        checkpoints.enter(store)
+        try:
+            checkpoints.enter(store)
+        except BaseException:
+            if new:  # of checkpoints that cannot be used nothing stays
+                _undo(path)
+            raise
     elif not store.snapshots:
         # Nothing was recorded while these weights were trained, and so no learning rate either.
         store.add_snapshot(
@@ -87,6 +105,11 @@ def ready_store(
         )
     for snapshot in store.snapshots:
         store.adopt(snapshot.key)
+
+
+def _undo(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path / "snapshots", ignore_errors=True)
 
 
 def open_store(path: Path, writer: bool, only_read: str | None) -> FeatureStore:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,27 +53,34 @@ def checkpoint_paths(trainer: L.Trainer, ckpt_path: Any) -> list[str]:
     return [named[path](trainer) if path in named else os.fspath(path) for path in wanted]
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Read a checkpoint that a Trainer wrote; objects other than tensors and plain values are not unpickled.
+def read_checkpoints(paths: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """Read checkpoints that a Trainer wrote, each once; objects other than tensors and plain values are not unpickled.
+
+    Tensors are mapped, so that files of many gigabytes stay on the disk until their weights are used.
 
     Args:
-        path: of the file, or a URL.
+        paths: of the files, or URLs.
+        folder: where files that are elsewhere are copied to; tensors are good for as long as it is there.
 
     Returns:
-        Its parts, in the form of the installed Lightning.
+        The parts of each, in the form of the installed Lightning.
 
     Raises:
         FileNotFoundError: if there is none.
-        CorruptedStoreError: if it is damaged.
-        AttributionError: if it is of a sharded strategy, holds objects of other classes, or is no checkpoint.
+        CorruptedStoreError: if one is damaged.
+        AttributionError: if one is of a sharded strategy, holds objects of other classes, or is no checkpoint.
     """
+    return [_read(path, folder / str(number)) for number, path in enumerate(paths)]
+
+
+def _read(path: str, copied: Path) -> dict[str, Any]:
     if Path(path).is_dir():
         raise AttributionError(
             f"Expected a checkpoint file, but {path} is a directory: a sharded strategy (FSDP, DeepSpeed) writes such. "
             "Turn it into one file first, with `python -m lightning.pytorch.utilities.consolidate_checkpoint` for "
             "instance."
         )
-    found = _unpickled(path)
+    found = _unpickled(path, _local(path, copied))
     missing = [part for part in _PARTS if not isinstance(found, dict) or part not in found]
     if missing:
         raise AttributionError(
@@ -81,12 +90,24 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return migrate_checkpoint(found)[0]
 
 
-def _unpickled(path: str) -> Any:
+def _local(path: str, copied: Path) -> Path:
+    """The file itself where it is on this machine, else a copy."""
+    if Path(path).is_file():
+        return Path(path)
     try:
-        with fsspec.open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with fsspec.open(path, "rb") as file, copied.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no checkpoint {path}. Check `ckpt_path`.") from error
+    return copied
+
+
+def _unpickled(path: str, file: Path) -> Any:
+    try:
+        zipped = zipfile.is_zipfile(file)  # all but those of before 2020
+        if zipped:
+            _check_sums(path, file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
         if refused:
@@ -94,13 +115,24 @@ def _unpickled(path: str) -> Any:
                 f"{path} holds objects that are not read from a file that anybody may have written: {refused[0]} If "
                 "you trust it, allow their classes with `torch.serialization.add_safe_globals([...])` before."
             ) from error
-        raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        # A file that ends too early is an invalid argument to the system; other errors of it are no damage.
+        if isinstance(error, AttributionError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
-def _damaged(path: str, error: Exception) -> CorruptedStoreError:
-    return CorruptedStoreError(f"{path} is damaged, or no checkpoint ({type(error).__name__}: {error}).")
+def _check_sums(path: str, file: Path) -> None:
+    """Compare a file with the checksums in it, as torch does not; with ``set_crc32_options(False)`` it has none."""
+    with zipfile.ZipFile(file) as parts:
+        wrong = parts.testzip() if any(part.CRC for part in parts.infolist()) else None
+    if wrong is not None:
+        raise _damaged(path, f"the checksum of {wrong} in it does not match")
+
+
+def _damaged(path: str, why: str) -> CorruptedStoreError:
+    return CorruptedStoreError(f"{path} is damaged, or no checkpoint ({why}).")
 
 
 def _checkpoints_of(trainer: L.Trainer, which: str) -> list[ModelCheckpoint]:

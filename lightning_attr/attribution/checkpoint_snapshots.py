@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_attr.attribution.checkpoint_files import read_checkpoint
+from lightning_attr.attribution.checkpoint_files import read_checkpoints
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.files.io import digest
 from lightning_attr.parameters.layout import ParameterLayout
@@ -53,7 +55,18 @@ class CheckpointSnapshots:
         Raises:
             StoreMismatchError: if two are of the same step, one is not of this module, or the store holds others.
         """
-        found = sorted(map(_Checkpoint.of, self.paths), key=lambda one: one.global_step)
+        with tempfile.TemporaryDirectory(prefix="lightning_attr-") as folder:
+            parts = read_checkpoints(self.paths, Path(folder))
+            found = sorted(map(_Checkpoint, self.paths, parts), key=lambda one: one.global_step)
+            self._check(store, found)
+            before, rates = 0, None
+            for one in found:
+                rates = self._add(store, one, one.global_step - before, rates)
+                before = one.global_step
+
+    @staticmethod
+    def _check(store: FeatureStore, found: Sequence[_Checkpoint]) -> None:
+        """See that the checkpoints are moments of one run, and the only ones of the store."""
         for one, other in pairwise(found):
             if one.key == other.key:
                 raise StoreMismatchError(
@@ -66,16 +79,12 @@ class CheckpointSnapshots:
                 f"{store.path} holds other snapshots than these checkpoints ({', '.join(sorted(others))}). Use another "
                 "`store`, or attribute at its own snapshots, without `ckpt_path`."
             )
-        before, rates = 0, None
-        for one in found:
-            rates = self._add(store, one, one.global_step - before, rates)
-            before = one.global_step
 
     def _add(
         self, store: FeatureStore, one: _Checkpoint, steps: int, then: Mapping[str, float] | None
     ) -> Mapping[str, float]:
         """Add a checkpoint, so many steps after those learning rates; returns its own."""
-        parts = read_checkpoint(one.path)
+        parts = one.parts
         with loaded(self.module):
             self._load(one, parts)
             weights = {name: tensor.clone() for name, tensor in weights_of(self.module).items()}
@@ -152,13 +161,15 @@ class _Checkpoint:
     """A file, and the moment that it is of."""
 
     path: str
-    epoch: int
-    global_step: int
+    parts: dict[str, Any]
 
-    @classmethod
-    def of(cls, path: str) -> _Checkpoint:
-        parts = read_checkpoint(path)
-        return cls(path, int(parts["epoch"]), int(parts["global_step"]))
+    @property
+    def epoch(self) -> int:
+        return int(self.parts["epoch"])
+
+    @property
+    def global_step(self) -> int:
+        return int(self.parts["global_step"])
 
     @property
     def key(self) -> str:

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_attr.attribution.access import open_store, ready_store, take, usable_snapshots
+from lightning_attr.attribution.access import leave, open_store, ready_store, take, usable_snapshots
 from lightning_attr.attribution.assembly import Assembly
 from lightning_attr.attribution.ensemble import parts_of
 from lightning_attr.attribution.featurized_rows import FeaturizedRows
@@ -72,7 +72,7 @@ class AttributionStep(nn.Module):
                         self.request.fingerprint,
                         self.module,
                         batch_size=self.request.train.batch_size,
-                        feature_dtype="float32" if scratch else "float16",  # the same in memory and on disk
+                        feature_dtype=self.request.feature_dtype,
                         epoch=max(0, self.trainer.current_epoch - 1),
                         global_step=self.trainer.global_step,
                         checkpoints=self.request.checkpoints,
@@ -140,6 +140,16 @@ class AttributionStep(nn.Module):
 
     def on_predict_end(self) -> None:
         """Score, once every process has featurized its part."""
+        self._enter()
+        with self.processes.together():
+            self.result = Assembly(self.rows, self.restorer, self.folder).result()
+            if self.trainer.is_global_zero and self.trainer.strategy.launcher is not None:
+                self.result.save(self.folder)
+        if self.lock is not None:
+            self.lock.release()
+
+    def _enter(self) -> None:
+        """Enter what all processes have written, once all have come here."""
         store = self.work.store
         with self.processes.together():
             self.close()
@@ -150,11 +160,6 @@ class AttributionStep(nn.Module):
         with self.processes.together():
             if self.only_read is None:
                 store.reload()
-            self.result = Assembly(self.rows, self.restorer, self.folder).result()
-            if self.trainer.is_global_zero and self.trainer.strategy.launcher is not None:
-                self.result.save(self.folder)
-        if self.lock is not None:
-            self.lock.release()
 
     def close(self, *failure: Any) -> None:
         """Wait for the training features that are on their way to the disk."""
@@ -165,6 +170,6 @@ class AttributionStep(nn.Module):
         """Leave the run, for an ``ExitStack``: where it failed here, the other processes hear of it."""
         self.close(kind, error, traceback)
         if self.lock is not None:
-            self.lock.release()
+            leave(self.lock, self.store_path)
         if isinstance(error, Exception):
             self.processes.tell(error)

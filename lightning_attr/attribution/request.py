@@ -76,6 +76,7 @@ class AttributionRequest:
         mode: that the module is attributed in, "eval" or "train"; None where nobody chose.
         pilots: how many of the store's pilots score together with the recorded run, and how they are trained.
         checkpoints: of the module, to be the snapshots in place of its current weights.
+        feature_dtype: how a new store keeps features.
     """
 
     module: L.LightningModule
@@ -92,6 +93,7 @@ class AttributionRequest:
     mode: str | None
     pilots: Pilots | None
     checkpoints: CheckpointSnapshots | None
+    feature_dtype: str
 
     @property
     def target_source(self) -> DataSource:
@@ -183,6 +185,7 @@ def resolve(
             mode,
             wanted,
             None if files is None else CheckpointSnapshots(module, files, optimizers, moments),
+            "float32" if path is None else "float16",  # the same in memory and on disk where it is thrown away
         )
         if request.checkpoints is None:
             _check_store(request, record, trainer.is_global_zero)

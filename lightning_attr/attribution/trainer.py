@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
-from lightning_attr.attribution.borrow import attached, lent, same_tensors
 from lightning_attr.attribution.predict_step import AttributionStep
-from lightning_attr.attribution.processes import Processes
 from lightning_attr.attribution.request import AttributionRecord, resolve
+from lightning_attr.attribution.run import predicted, processes_of
 from lightning_attr.attribution.run_check import RunCheck
 from lightning_attr.methods import AttributionMethod
 from lightning_attr.objectives.target_function import TargetFunction
-from lightning_attr.parameters.weights import loaded
-from lightning_attr.pilots import Pilots, train_pilots
+from lightning_attr.pilots import Pilots
 from lightning_attr.results.result import AttributionResult
-from lightning_attr.user_code.calls import set_surroundings, surroundings_of
-from lightning_attr.user_code.isolation import preserved_rng, undisturbed
-from lightning_attr.user_code.lightning_names import as_lightning_module, both, check_one_world
-from lightning_attr.user_code.step_world import StepWorld
+from lightning_attr.user_code.lightning_names import check_one_world
 
 
 class AttributionTrainer(L.Trainer):
@@ -204,7 +196,7 @@ def attribute(
         >>> attribute(trainer, model=Classifier(), train_dataloaders=loader, targets="train").self_influence.shape
         torch.Size([2])
     """
-    with _processes(trainer).together():  # what one of them finds here, the others would wait for ever
+    with processes_of(trainer).together():  # what one of them finds here, the others would wait for ever
         request = resolve(
             trainer,
             datamodule,
@@ -222,32 +214,6 @@ def attribute(
             mode=mode,
             pilots=pilots,
         )
-    module, datamodule, train = request.module, request.datamodule, request.train
-    with ExitStack() as stack:
-        stack.enter_context(preserved_rng())
-        stack.enter_context(attached(trainer, module, datamodule))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
-        if request.pilots is not None:
-            moments = request.method.needs_optimizer_state
-            train_pilots(request.store, request.pilots, trainer, module, datamodule, train, moments)
-        world = StepWorld(trainer, module, datamodule, train.loader)
-        step = as_lightning_module(AttributionStep, trainer)(request, folder, world)
-        stack.callback(set_surroundings, module, surroundings_of(module))
-        stack.enter_context(lent(trainer, module))
-        stack.enter_context(same_tensors(module))
-        sources = [source for source in (train, request.targets) if source is not None]
-        data = [item for source in sources for item in (source.dataset, source.loader.collate_fn, source.loader)]
-        stack.enter_context(undisturbed(module, *data, beside=world.beside))
-        stack.enter_context(loaded(module))
-        stack.push(step.end)
-        trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above
+    with predicted(trainer, request, AttributionStep) as step:
         # A spawning strategy computed the result in other processes.
         return step.result if step.result is not None else AttributionResult.load(step.folder)
-
-
-def _processes(trainer: Any) -> Processes:
-    """The group that a fit has left; without one, a process can only speak for itself."""
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not grouped or not isinstance(trainer, both(L.Trainer)):
-        return Processes(0, 1, torch.device("cpu"))
-    return Processes(trainer.global_rank, trainer.world_size, trainer.strategy.root_device)

@@ -26,11 +26,11 @@ their places ``second_rows`` ``(number,)``. Features are in half precision by de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -76,6 +76,9 @@ class FeatureStore(SnapshotStore):
         tensor([0., 0., 0.])
         >>> folder.cleanup()
     """
+
+    from_checkpoints: ClassVar[Callable[..., FeatureStore]]
+    """See :func:`lightning_attr.attribution.checkpoint_store.from_checkpoints`; ``lightning_attr`` sets it."""
 
     def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:
         super().__init__(path, manifest, writer)
