@@ -26,8 +26,8 @@ export PYTHONDONTWRITEBYTECODE =
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 
-demo: $(EXAMPLES)  ## find planted label noise in one training run
-	$(BIN)/python examples/noisy_labels.py
+demo: $(EXAMPLES)  ## trace wrong predictions to the mistakes behind them, and retrain
+	$(BIN)/python examples/systematic_mistakes.py
 
 test: $(DEV)  ## the quick tests, on all cores
 	$(BIN)/pytest -n auto -m "not slow" $(ARGS)

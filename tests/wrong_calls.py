@@ -208,7 +208,9 @@ def _of_functions() -> Iterator[WrongCall]:
     for extreme in (scores.topk, scores.bottomk):
         yield from calls(extreme, {"k": (*COUNT, N + 1)})
     yield from calls(ScoreMatrix, {"values": TENSOR, "train_indices": ([1, 2], torch.arange(3))}, values=SCORES)
-    yield from calls(result.select, {"fraction": (0, 1.5, NAN, "a"), "by": NAME, "per_class": FLAG}, fraction=0.5)
+    yield from calls(
+        result.select, {"fraction": (0, 1.5, NAN, "a"), "by": NAME, "per_class": FLAG, "objective": NAME}, fraction=0.5
+    )
     yield from calls(result.plot, {"kind": NAME})
     for write in (result.save, scores.save, AttributionResult.load, ScoreMatrix.load):
         yield from calls(write, {"path": (3, None)})

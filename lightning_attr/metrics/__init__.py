@@ -11,6 +11,7 @@ from lightning_attr.metrics.agreement import (
     rank_agreement,
 )
 from lightning_attr.metrics.brittleness import BrittlenessCurve, FlipCurve, brittleness_curve, plot_brittleness_curve
+from lightning_attr.metrics.coreset import PredictedEffect, greedy_coreset, predicted_effect
 from lightning_attr.metrics.correlation import CorrelationScore
 from lightning_attr.metrics.data_selection import (
     DataSelectionCurve,
@@ -83,6 +84,7 @@ __all__ = [
     "NoisyLabelPrecision",
     "NoisyLabelRecall",
     "OutputChange",
+    "PredictedEffect",
     "QueryLossDifference",
     "RankAgreement",
     "RankAgreementScore",
@@ -93,6 +95,7 @@ __all__ = [
     "brittleness_curve",
     "data_selection_curve",
     "effective_proponents",
+    "greedy_coreset",
     "kendall",
     "leave_one_out_correlation",
     "linear_datamodeling_score",
@@ -119,6 +122,7 @@ __all__ = [
     "plot_score_heatmap",
     "plot_selection_curve",
     "plot_self_influence",
+    "predicted_effect",
     "query_loss_difference",
     "rank_agreement",
     "recall_at_k",

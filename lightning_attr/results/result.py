@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_choice, check_flag, check_float, check_instance, check_int, check_path
+from lightning_attr.arguments.checks import check_choice, check_instance, check_int, check_path
 from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.files.headers import config_digest
 from lightning_attr.files.io import read_tensors, write_bytes, write_tensors
 from lightning_attr.files.paths import inside
 from lightning_attr.metrics import data_selection, datamodeling, noisy_labels, plotting
+from lightning_attr.metrics.coreset import PredictedEffect
 from lightning_attr.report.overview import overview, overview_html
 from lightning_attr.report.page import write_report
+from lightning_attr.results import selection
 from lightning_attr.results.frames import data_frame
 from lightning_attr.results.result_metrics import result_metrics
 from lightning_attr.results.saved_scores import REMEDY, check_tensors, saved_scores
@@ -60,12 +62,8 @@ class AttributionResult:
         >>> result = AttributionResult(
         ...     ScoreMatrix(torch.tensor([[2.0, 1.0], [-1.0, 0.0], [0.5, 0.5]])),
         ...     self_influence=torch.tensor([0.1, 0.9, 0.2]), loss=torch.tensor([0.1, 2.0, 0.3]))
-        >>> result.data_value
-        tensor([ 1.5000, -0.5000,  0.5000])
-        >>> result.select(2 / 3), result.select(2 / 3, by="self_influence")
-        (tensor([0, 2]), tensor([0, 2]))
-        >>> round(result.metrics["share_harmful"], 3)
-        0.333
+        >>> result.data_value, round(result.metrics["share_harmful"], 3)
+        (tensor([ 1.5000, -0.5000,  0.5000]), 0.333)
     """
 
     scores: ScoreMatrix | TopScores
@@ -81,42 +79,54 @@ class AttributionResult:
         object.__setattr__(self, "data_value", self.scores.data_value)
         object.__setattr__(self, "metrics", result_metrics(self))
 
-    def select(self, fraction: float, by: str = "data_value", per_class: bool = False) -> Tensor:
+    def select(
+        self, fraction: float, by: str = "data_value", per_class: bool = False, objective: str | None = None
+    ) -> Tensor:
         """Choose training samples to keep.
+
+        A ranking asks each sample alone, an objective what the choice is for. "prune" drops what hurts the targets, and
+        nothing else: more than ``fraction`` may stay. "coreset" builds a small training set in which each sample adds
+        to the others, see :func:`lightning_attr.metrics.greedy_coreset`.
 
         Args:
             fraction: share of the samples to keep, in (0, 1].
             by: "data_value" keeps the samples that help the targets most, "self_influence" the least suspicious ones.
             per_class: keep this share of every class; needs class labels.
+            objective: "prune" or "coreset"; None ranks by ``by``.
 
         Returns:
             Indices into the training data set, ascending, int64.
 
         Raises:
-            ValueError: if an argument is out of range, or there are no labels for ``per_class``.
+            ValueError: if an argument is out of range or fits no other, or there are no labels for ``per_class``.
+            AttributionError: for a coreset, if the result was computed with ``topk``.
+
+        Example:
+            >>> values = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+            >>> result = AttributionResult(ScoreMatrix(values), torch.zeros(4), torch.zeros(4))
+            >>> result.select(0.5), result.select(0.5, objective="coreset"), result.select(0.5, objective="prune")
+            (tensor([0, 1]), tensor([0, 2]), tensor([0, 1, 2]))
         """
-        fraction = check_float("AttributionResult.select", "fraction", fraction, above=0, maximum=1)
-        orders: dict[str, Callable[[], Tensor]] = {
-            "data_value": lambda: self.data_value,
-            "self_influence": lambda: -self.self_influence,
-        }
-        check_choice("AttributionResult.select", "by", by, orders)
-        if check_flag("AttributionResult.select", "per_class", per_class) and self.labels is None:
-            raise ValueError(
-                "Expected class labels for `per_class=True`, but the targets of this model output are no class labels."
-            )
-        value = orders[by]()
-        groups = torch.zeros(len(value), dtype=torch.int64) if not per_class else self.labels
-        assert groups is not None
-        drawn = torch.ones(len(value), dtype=torch.bool) if self.trained_on is None else self.trained_on
-        kept = []
-        for group in groups.unique():
-            members = ((groups == group) & drawn).nonzero().flatten()
-            if not len(members):
-                continue
-            order = value[members].argsort(descending=True, stable=True)
-            kept.append(members[order[: max(1, round(fraction * len(members)))]])
-        return self.scores.train_indices[torch.cat(kept).sort().values]
+        return selection.select(self, fraction, by, per_class, objective)
+
+    def predicted_effect(self, keep: Any) -> PredictedEffect:
+        """Predict how the targets change with training on some samples alone: trust its sign more than its size.
+
+        Args:
+            keep: indices into the training data set, such as :meth:`select` gives.
+
+        Returns:
+            Changes of mean loss and mean output, each with its standard error over targets.
+
+        Raises:
+            ValueError: if an index is no training sample's, or comes twice; AttributionError with ``topk``.
+
+        Example:
+            >>> result = AttributionResult(ScoreMatrix(torch.tensor([[1.0], [-2.0]])), torch.ones(2), torch.ones(2))
+            >>> float(result.predicted_effect([0]).loss)  # without the second
+            -2.0
+        """
+        return selection.effect_of(self.scores, keep)
 
     def __repr__(self) -> str:
         return overview(self)
@@ -128,7 +138,7 @@ class AttributionResult:
         """Write a page that opens in any browser, without a network.
 
         It shows what was attributed and how, the most suspicious training samples, distributions by class, and each
-        target beside its proponents and opponents; rows can be searched, sorted, filtered and saved as CSV of indices.
+        target beside its proponents and opponents; rows can be searched, sorted, filtered and saved as indices.
 
         Args:
             path: the file; it is replaced when the page is complete.

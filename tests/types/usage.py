@@ -129,6 +129,8 @@ def results(result: AttributionResult, directory: Path) -> None:
     assert_type(result.metrics, dict[str, float])
     assert_type(result.select(0.9), Tensor)
     assert_type(result.select(0.9, by="self_influence", per_class=True), Tensor)
+    assert_type(result.select(0.2, objective="coreset", per_class=True), Tensor)
+    assert_type(result.predicted_effect([0, 1]).loss, Tensor)
     result.save(directory)
     assert_type(AttributionResult.load(directory), AttributionResult)
 
