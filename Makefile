@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 # Stamps: an extra is installed again only when pyproject.toml is newer.
 EXAMPLES := $(VENV)/.installed-examples
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 BENCHMARKS := $(VENV)/.installed-benchmarks
 BENCHMARK_SCRIPTS ?= $(shell grep -ls __main__ tests/benchmarks/*.py)
 # Quoted word by word: the shell must not read `torch>=2.4` as a redirection.
@@ -20,7 +21,7 @@ INSTALL_TORCH = $(if $(TORCH),install $(foreach word,$(TORCH),'$(word)'))
 # Tests start many processes: each would compile the package, and pytest every test file, anew.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test test-slow test-all test-oldest test-packages setup lint types typing doctest examples bench wheel-check clean
+.PHONY: help demo test test-slow test-all test-oldest test-packages setup lint types typing doctest docs examples bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +66,13 @@ types: typing $(DEV)  ## mypy --strict on the package, and on the calls users wr
 
 doctest: $(DEV)  ## the examples in the docstrings
 	$(BIN)/pytest tests/test_doctests.py $(ARGS)
+
+# -W: a warning, such as of a link that leads nowhere, is an error.
+SPHINX = OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --quiet --keep-going -W -d build/doctrees
+docs: $(DOCS)  ## the site of guides and docstrings, in build/docs/
+	$(SPHINX) -b html examples/guides build/docs
+	$(SPHINX) -b linkcheck examples/guides build/links
+	@echo "build/docs/index.html"
 
 # Two at a time, each on one core; what one prints comes in one piece.
 RUN_EXAMPLE = printed=$$(OMP_NUM_THREADS=1 $(BIN)/python $$0 2>&1); code=$$?; printf "== %s\n%s\n" $$0 "$$printed"; exit $$code

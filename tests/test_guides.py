@@ -148,6 +148,22 @@ def test_every_link_leads_somewhere(repository: Path) -> None:
     assert [link for page, link in local if not (page.parent / link).exists()] == []
 
 
+def test_the_site_has_every_guide_and_every_public_module(repository: Path) -> None:
+    guides = repository / "examples" / "guides"
+    index = (guides / "index.md").read_text("utf-8")
+    pages = {page.relative_to(guides).with_suffix("").as_posix() for page in guides.rglob("*.md")} - {"index"}
+    assert pages == {line for block in index.split("```{toctree}")[1:] for line in block.split() if line in pages}
+    shown = {
+        module for page in (guides / "api").glob("*.md") for module in re.findall("automodule:: (.*)", page.read_text())
+    }
+    rooms = {
+        file.parent.name
+        for file in (repository / "lightning_attr").glob("*/__init__.py")
+        if "__all__" in file.read_text()
+    }
+    assert shown >= {f"lightning_attr.{room}" for room in rooms} | {"lightning_attr", "lightning_attr.callbacks"}
+
+
 def code(repository: Path, guide: str) -> list[str]:
     """The blocks of a guide that are Python."""
     text = (repository / "examples" / "guides" / f"{guide}.md").read_text("utf-8")
