@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_attr.arguments.checks import check_flag, check_int, check_numbers, check_path
-from lightning_attr.attribution.arguments import MASK, check_noise_mask
+from lightning_attr.arguments.checks import check_flag, check_int, check_path
+from lightning_attr.attribution.arguments import check_noise_mask, given_mask
 from lightning_attr.attribution.request import check_strategy
 from lightning_attr.attribution.trainer import attribute
 from lightning_attr.callbacks.beside import beside_training
@@ -140,7 +140,7 @@ class AttributionCallback(CheckedRun):
         self.schedule = SnapshotSchedule(snapshots)
         self._asked = self.method, featurize if featurize is None else check_flag(self, "featurize", featurize)
         self.featurize = featurize is not False and self.method.projector is not None
-        self.noise_mask = None if noise_mask is None else check_numbers(self, "noise_mask", noise_mask, MASK)
+        self.noise_mask = None if noise_mask is None else given_mask(noise_mask, self)
         self._log = check_flag(self, "log", log)  # Lightning sets `log` itself, to the module's method
         self.batch_size = batch_size
         self.feature_dtype = feature_dtype

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_attr.arguments.checks import check_choice, check_path
 from lightning_attr.errors import MissingDependencyError
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.objectives.mixin import AttributionMixin
@@ -62,8 +63,9 @@ def dattri_task(
         >>> task = dattri_task("attribution", module)  # doctest: +SKIP
         >>> tracin = TracInAttributor(task, [s.learning_rate for s in store.snapshots], False)  # doctest: +SKIP
     """
-    if train not in {"loss", "output"}:
-        raise ValueError(f'Expected argument `train` to be "loss" or "output", but got {train!r}.')
+    check_choice("dattri_task", "train", train, ("loss", "output"))
+    if not isinstance(store, FeatureStore):
+        store = check_path("dattri_task", "store", store, also="a FeatureStore")
     try:
         from dattri.task import AttributionTask
     except ImportError as error:

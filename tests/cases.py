@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -120,6 +121,7 @@ def _run_function(file: str, name: str, arguments: tuple[Any, ...]) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their own up
     spec.loader.exec_module(module)
     getattr(module, name)(*arguments)
 

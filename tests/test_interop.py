@@ -139,7 +139,7 @@ def test_bad_input(tmp_path: Path) -> None:
     FeatureStore.create(tmp_path / "empty", Fingerprint(3, None, {"w": (2,)}, None))
     with pytest.raises(ValueError, match=r"Expected a store with snapshots, but .*empty has none"):
         dattri_task(tmp_path / "empty", module)
-    with pytest.raises(ValueError, match='`train` to be "loss" or "output", but got \'both\''):
+    with pytest.raises(ValueError, match="`train` of dattri_task to be 'loss' or 'output', but got 'both'"):
         dattri_task(tmp_path / "full", module, train="both")  # type: ignore[arg-type]
     with pytest.raises(StoreMismatchError, match="The snapshot does not fit Regressor"):
         dattri_task(tmp_path / "full", Regressor())

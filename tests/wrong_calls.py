@@ -94,6 +94,9 @@ def wrong_calls() -> Iterator[WrongCall]:
     from wrong_calls_more import more_wrong_calls  # which is made of the same parts
 
     yield from more_wrong_calls()
+    from wrong_calls_nested import nested_wrong_calls
+
+    yield from nested_wrong_calls()
 
 
 def calls(target: Callable[..., Any], wrong: dict[str, tuple[Any, ...]], **right: Any) -> Iterator[WrongCall]:

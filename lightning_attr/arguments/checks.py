@@ -333,7 +333,7 @@ def check_tensor(owner: object, name: str, value: Any, shape: str = "", ndim: Se
         ndim: numbers of dimensions that are allowed; empty for any.
 
     Raises:
-        TypeError: if it is no tensor.
+        TypeError: if it is no tensor of real numbers.
         ValueError: if it has another number of dimensions.
 
     Example:
@@ -347,5 +347,7 @@ def check_tensor(owner: object, name: str, value: Any, shape: str = "", ndim: Se
     if not isinstance(value, Tensor):
         remedy = "`torch.as_tensor` makes one." if isinstance(value, (list, tuple, np.ndarray, numbers.Number)) else ""
         raise TypeError(argument_message(owner, name, expected, value, remedy))
+    if value.is_complex():
+        raise TypeError(argument_message(owner, name, f"{expected}, of real numbers", value))
     if ndim and value.ndim not in ndim:
         raise ValueError(argument_message(owner, name, expected, value))

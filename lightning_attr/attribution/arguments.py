@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_attr.arguments.checks import check_callable, check_instance, check_numbers
@@ -20,7 +21,14 @@ MASK = "a mask with one True or False a training sample"
 
 
 def check_attribute_arguments(
-    trainer: Any, datamodule: Any, model: Any, method: Any, memory_budget: Any, target_function: Any
+    trainer: Any,
+    datamodule: Any,
+    model: Any,
+    train_dataloaders: Any,
+    target_dataloaders: Any,
+    method: Any,
+    memory_budget: Any,
+    target_function: Any,
 ) -> None:
     """Check what can be told before anything is looked up.
 
@@ -28,6 +36,8 @@ def check_attribute_arguments(
         trainer: a Trainer.
         datamodule: a datamodule, or None, as all that follow.
         model: a module.
+        train_dataloaders: a loader.
+        target_dataloaders: a loader.
         method: an attribution method.
         memory_budget: a number of bytes.
         target_function: a function.
@@ -37,7 +47,7 @@ def check_attribute_arguments(
         ValueError: if ``memory_budget`` is no whole number above zero.
 
     Example:
-        >>> check_attribute_arguments(L.Trainer(barebones=True), None, None, None, 2**30, None)
+        >>> check_attribute_arguments(L.Trainer(barebones=True), None, None, None, None, None, 2**30, None)
     """
     check_instance("attribute", "trainer", trainer, both(L.Trainer), "a Trainer")
     check_datamodule("attribute", datamodule)
@@ -45,10 +55,20 @@ def check_attribute_arguments(
         check_instance("attribute", "model", model, nn.Module, "a LightningModule")
     if method is not None:
         check_method("attribute", method)
+    for name, loaders in (("train_dataloaders", train_dataloaders), ("target_dataloaders", target_dataloaders)):
+        check_loaders("attribute", name, loaders)
     if memory_budget is not None:
         check_memory_budget("attribute", memory_budget)
     if target_function is not None:
         check_callable("attribute", "target_function", target_function, "a function (module, batch) -> (b,)")
+
+
+def check_loaders(owner: object, name: str, loaders: Any) -> None:
+    """Refuse what is no DataLoader, nor a collection of some; how many there may be is seen later."""
+    found = tree_leaves(getattr(loaders, "iterables", loaders))
+    if loaders is not None and not (found and all(isinstance(loader, DataLoader) for loader in found)):
+        remedy = "Scores have one row for each dataset[i]: pass one DataLoader over one map-style data set."
+        raise TypeError(argument_message(owner, name, "one torch DataLoader", loaders, remedy))
 
 
 def check_datamodule(owner: object, datamodule: Any) -> None:
@@ -110,8 +130,16 @@ def check_noise_mask(noise_mask: Any, num_rows: int, owner: object = "attribute"
             f"Expected argument `noise_mask` to have one entry a training sample, of shape ({num_rows},), but got "
             f"{tuple(mask.shape)}."
         )
+    return given_mask(mask, owner).bool().cpu()
+
+
+def given_mask(noise_mask: Any, owner: object) -> Tensor:
+    """Check what can be told of a noise mask before there are data: it is a vector of True and False, or 0 and 1."""
+    mask = check_numbers(owner, "noise_mask", noise_mask, MASK)
+    if mask.ndim != 1:
+        raise ValueError(argument_message(owner, "noise_mask", MASK, noise_mask))
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
             "Expected argument `noise_mask` to hold only True and False (or 0 and 1), but got other values."
         )
-    return mask.bool().cpu()
+    return mask

@@ -132,7 +132,9 @@ def resolve(
     pilots: int | Pilots | None,
 ) -> AttributionRequest:
     """Check the arguments of :func:`lightning_attr.attribute`, and look up those that were left out."""
-    check_attribute_arguments(trainer, datamodule, model, method, memory_budget, target_function)
+    check_attribute_arguments(
+        trainer, datamodule, model, train_dataloaders, target_dataloaders, method, memory_budget, target_function
+    )
     module = model if model is not None else trainer.lightning_module
     if module is None:
         raise ValueError(

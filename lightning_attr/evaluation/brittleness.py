@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_instance, check_int, check_numbers
+from lightning_attr.arguments.listed import check_ints
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.evaluation.ground_truth import GroundTruth
 from lightning_attr.metrics.brittleness import FlipCurve, brittleness_curve
 from lightning_attr.results.score_matrix import ScoreMatrix
 from lightning_attr.results.top_scores import TopScores
+
+_DEPTH = "Each target has so many scores: of all training samples, or the `topk` of this result."
 
 
 def proponent_sets(scores: ScoreMatrix | TopScores, targets: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
@@ -41,16 +44,12 @@ def proponent_sets(scores: ScoreMatrix | TopScores, targets: Sequence[int], coun
     """
     owner = "proponent_sets"
     check_instance(owner, "scores", scores, (ScoreMatrix, TopScores), "the `scores` of a result")
-    check_instance(owner, "targets", targets, (list, tuple, range, Tensor), "a list of columns")
+    columns = check_ints(owner, "targets", targets, 0, scores.shape[1] - 1, "a list of columns")
     counts = ascending_counts(owner, counts)
+    check_int(owner, "counts[-1]", counts[-1], maximum=scores.depth, remedy=_DEPTH)
     indices, values = scores.topk(counts[-1])
     sets = []
-    for target in targets:
-        target = check_int(owner, "targets", int(target) if isinstance(target, Tensor) else target)
-        if not 0 <= target < len(indices):
-            raise ValueError(
-                f"Expected argument `targets` to name columns from 0 to {len(indices) - 1}, but got {target}."
-            )
+    for target in columns:
         proponents = indices[target][values[target] > 0].tolist()
         if not proponents:
             raise ValueError(f"Expected targets with proponents, but no score of target {target} is positive.")
@@ -78,7 +77,8 @@ def ascending_counts(owner: str, counts: Any) -> list[int]:
     """
     expected = "a list of ascending positive integers"
     found = check_numbers(owner, "counts", counts, expected)
-    if found.ndim != 1 or found.is_floating_point() or not len(found) or found[0] < 1 or (found.diff() <= 0).any():
+    whole = found.ndim == 1 and len(found) > 0 and found.dtype != torch.bool and not found.is_floating_point()
+    if not whole or found[0] < 1 or (found.diff() <= 0).any():
         raise ValueError(argument_message(owner, "counts", expected, counts))
     return [int(count) for count in found]
 

@@ -50,7 +50,7 @@ class Factories:
         self.seen: dict[int, weakref.ref[Any]] = {}
         shared = datamodule is None or isinstance(datamodule, both(L.LightningDataModule))
         for name, value in (("module", module), ("trainer", trainer), *((("datamodule", datamodule),) * (not shared))):
-            if isinstance(value, both(L.LightningModule)) or not callable(value):
+            if isinstance(value, torch.nn.Module) or not callable(value):
                 expected = "a function that makes a new one for each retraining, such as a class or a lambda"
                 raise TypeError(argument_message("retrain_*", name, expected, value))
 

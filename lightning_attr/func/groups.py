@@ -14,7 +14,7 @@ from lightning_attr.curvature.explicit import factor
 from lightning_attr.curvature.parameter_vectors import Point, Product, RowSpace
 from lightning_attr.curvature.products import dense, hessian_product
 from lightning_attr.func.samples import InDims, sample_dims, sample_gradients, select_samples
-from lightning_attr.func.settings import check_settings
+from lightning_attr.func.settings import check_in_dims, check_settings
 
 GroupInfluence: TypeAlias = Callable[[Sequence[Any], Sequence[Sequence[int]], Point], Tensor]
 
@@ -50,6 +50,7 @@ def group_influence(
         :func:`~lightning_attr.func.hvp`. Positive: the group raises the measurement. In its units.
 
     Raises:
+        TypeError: if ``in_dims`` is no list of dimensions.
         ValueError: (when called) if the damped Hessian is singular, a group is empty, has an unknown or a repeated
             sample, or an argument does not fit.
 
@@ -60,6 +61,7 @@ def group_influence(
         tensor([ 1.5000, -3.0000])
     """
     check_settings("group_influence", func, argnums, order=order, damping=damping)
+    check_in_dims(in_dims)
 
     def influence(x: Sequence[Any], groups: Sequence[Sequence[int]], v: Point) -> Tensor:
         dims = sample_dims(x, argnums, in_dims)

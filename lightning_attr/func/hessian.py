@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_instance, check_int
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.curvature.parameter_vectors import Point, Product, RowSpace, applied
 from lightning_attr.curvature.products import hessian_product
-from lightning_attr.func.settings import check_settings
+from lightning_attr.func.settings import check_in_dims, check_settings
 
 AtX: TypeAlias = Callable[[Point], Point]
 OfX: TypeAlias = Callable[[Sequence[Any], Point], Point]
@@ -112,11 +113,14 @@ def differentiated(x: Sequence[Any], argnums: int) -> Any:
         The argument.
 
     Raises:
-        TypeError: if ``x`` is not a sequence of arguments.
+        TypeError: if ``x`` is not a sequence of arguments, or this one no tensor or dict of tensors.
         ValueError: if there is no such argument.
     """
     check_instance(None, "x", x, Sequence, "a tuple of the function's arguments")
     check_int(None, "argnums", argnums, 0, len(x) - 1, remedy="It is the position of one argument in `x`.")
+    parts = x[argnums].values() if isinstance(x[argnums], Mapping) else [x[argnums]]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(argument_message(None, f"x[{argnums}]", "a tensor, or a dict of tensors", x[argnums]))
     return x[argnums]
 
 
@@ -151,6 +155,7 @@ def of_x(at_x: Callable[..., AtX], func: Callable[..., Tensor], argnums: int, **
         A function of a place and one or several vectors.
     """
     defaults = inspect.signature(at_x).parameters
+    check_in_dims(settings.get("in_dims"))
     checked = {name: value for name, value in settings.items() if name != "in_dims"}
     optional = [name for name in checked if defaults[name].default is None]
     check_settings(at_x.__name__.replace("_at_x", ""), func, argnums, optional, **checked)

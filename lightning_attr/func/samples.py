@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_attr.batches.nested import map_tensors
 from lightning_attr.func.hessian import differentiated
+from lightning_attr.func.settings import check_in_dims
 from lightning_attr.gradients.plain_execution import plain_execution
 
 InDims: TypeAlias = Sequence[int | None]
@@ -32,6 +33,7 @@ def sample_dims(x: Sequence[Any], argnums: int, in_dims: InDims | None) -> tuple
         ValueError: if ``in_dims`` has another length, or splits the argument to differentiate in, or no argument.
     """
     differentiated(x, argnums)
+    check_in_dims(in_dims)
     dims = tuple(None if i == argnums else 0 for i in range(len(x))) if in_dims is None else tuple(in_dims)
     if len(dims) != len(x) or dims[argnums] is not None or all(dim is None for dim in dims):
         raise ValueError(

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from lightning_attr.arguments.checks import check_callable, check_float, check_int, check_seed
+from lightning_attr.arguments.messages import argument_message
 
 
 def check_settings(owner: str, func: Any, argnums: Any, optional: Collection[str] = (), **settings: Any) -> None:
@@ -50,3 +51,12 @@ _CHECKS: dict[str, Callable[[str, str, Any], Any]] = {
     "tolerance": _SIZE,
     "top_k": _COUNT,
 }
+
+
+def check_in_dims(in_dims: Any) -> None:
+    """Refuse what is no list of dimensions; whether there are as many as arguments is seen at the call."""
+    whole = isinstance(in_dims, (list, tuple)) and all(dim is None or type(dim) is int for dim in in_dims)
+    if in_dims is not None and not whole:
+        raise TypeError(
+            argument_message(None, "in_dims", "a list of dimensions, None for an argument that all share", in_dims)
+        )

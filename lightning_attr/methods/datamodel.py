@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_choice, check_float
+from lightning_attr.arguments.checks import check_choice, check_float, check_numbers, check_tensor
 from lightning_attr.errors import AttributionError, StoreMismatchError
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision
 from lightning_attr.methods.support.layer_observation import refuse_target_function
@@ -362,7 +362,11 @@ def _read(truth: Any) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
             "Expected argument `truth` to be a GroundTruth, or a pair of tensors (masks, outputs), but got "
             f"{type(truth).__name__}. Open a directory with `GroundTruth.open(dirpath)`."
         )
-    masks, outputs = torch.as_tensor(masks).cpu(), torch.as_tensor(outputs).cpu().double()
+    pair = (("truth[0]", masks, "masks (m, n_train)"), ("truth[1]", outputs, "outputs (m, n_target)"))
+    masks, outputs = (check_numbers(None, *part) for part in pair)
+    for name, values in (("truth[0]", masks), ("truth[1]", outputs)):
+        check_tensor(None, name, values)
+    masks, outputs = masks.cpu(), outputs.cpu().double()
     if masks.ndim != 2 or outputs.ndim not in {2, 3} or outputs.shape[-2] != len(masks) or outputs.numel() == 0:
         raise ValueError(
             "Expected argument `truth` to hold masks (m, n_train) and outputs (m, n_target) or (seeds, m, n_target), "

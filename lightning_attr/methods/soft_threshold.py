@@ -272,7 +272,7 @@ def _check(
             f"Expected argument `threshold` to be a number or of the shape ({shape[1]},), one a target, but got "
             f"{tuple(threshold.shape)}."
         )
-    if isinstance(threshold, Tensor):
+    if isinstance(threshold, Tensor) and shape is not None:
         if not ((threshold >= 0) & threshold.isfinite()).all():
             raise ValueError("Expected argument `threshold` to hold finite numbers >= 0, but some are not.")
     elif threshold is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments.checks import check_int
+from lightning_attr.arguments.checks import check_instance, check_int
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, count_undefined, mean_interval
 from lightning_attr.metrics.checks import check_finite, check_matrix, check_vector
 from lightning_attr.metrics.figures import BLUE, GREY, defined, legend_above, new_axes
@@ -261,6 +261,9 @@ def plot_rank_agreement(
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `agreement` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import plot_rank_agreement, rank_agreement
@@ -269,6 +272,7 @@ def plot_rank_agreement(
         >>> ax.get_ylabel()
         'agreement'
     """
+    check_instance("plot_rank_agreement", "agreement", agreement, RankAgreementScore, "what `rank_agreement` returns")
     fig, ax = new_axes(ax)
     top = "top" if k is None else f"top {k:,}"
     labels = {"kendall": "Kendall", "spearman": "Spearman", "overlap": f"{top}\nshared", "jaccard": f"{top}\nJaccard"}

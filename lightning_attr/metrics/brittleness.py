@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments.checks import check_choice, check_numbers, check_tensor
+from lightning_attr.arguments.checks import check_choice, check_instance, check_numbers, check_tensor
 from lightning_attr.metrics.checks import check_finite
 from lightning_attr.metrics.figures import BLUE, GREY, ORANGE, legend_above, new_axes, percent_ticks
 
@@ -246,6 +246,9 @@ def plot_brittleness_curve(curve: FlipCurve, ax: Axes | None = None) -> tuple[Fi
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `curve` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import brittleness_curve, plot_brittleness_curve
@@ -254,6 +257,7 @@ def plot_brittleness_curve(curve: FlipCurve, ax: Axes | None = None) -> tuple[Fi
         >>> ax.get_ylabel()
         'targets flipped'
     """
+    check_instance("plot_brittleness_curve", "curve", curve, FlipCurve, "what `brittleness_curve` returns")
     fig, ax = new_axes(ax)
     styles = {"method": ("o-", BLUE), "random": ("s:", GREY), "same_class": ("^--", ORANGE)}
     counts = curve.counts.cpu()

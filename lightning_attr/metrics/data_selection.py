@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments.checks import check_choice, check_tensor
+from lightning_attr.arguments.checks import check_choice, check_instance, check_tensor
 from lightning_attr.metrics.checks import check_finite, check_fraction, check_vector
 from lightning_attr.metrics.figures import BLUE, GREY, RED, legend_above, new_axes, percent_ticks
 
@@ -276,6 +276,9 @@ def plot_selection_curve(
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `curve` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import data_selection_curve, plot_selection_curve
@@ -285,6 +288,7 @@ def plot_selection_curve(
         >>> ax.get_ylabel()
         'accuracy'
     """
+    check_instance("plot_selection_curve", "curve", curve, SelectionCurve, "what `data_selection_curve` returns")
     fig, ax = new_axes(ax)
     for arm, color in {"method": BLUE, "random": GREY, "opposite": RED}.items():
         if arm not in curve.mean:

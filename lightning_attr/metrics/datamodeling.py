@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments.checks import check_tensor
+from lightning_attr.arguments.checks import check_instance, check_numbers, check_tensor
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
 from lightning_attr.metrics.checks import as_mask, check_finite, check_matrix
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, warn_undefined
@@ -239,6 +240,9 @@ def plot_datamodeling_score(score: DatamodelingScore, ax: Axes | None = None) ->
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `score` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import linear_datamodeling_score, plot_datamodeling_score
@@ -247,6 +251,9 @@ def plot_datamodeling_score(score: DatamodelingScore, ax: Axes | None = None) ->
         >>> ax.get_xlabel()
         'Spearman correlation over subsets'
     """
+    check_instance(
+        "plot_datamodeling_score", "score", score, DatamodelingScore, "what `linear_datamodeling_score` returns"
+    )
     fig, ax = new_axes(ax)
     values = defined(score.per_target).numpy()
     ax.hist(values, bins="auto", range=(min(0.0, values.min(initial=0)), 1), color=BLUE, alpha=0.35)
@@ -280,6 +287,7 @@ def plot_datamodeling_score_against_cost(
         The figure and its axes.
 
     Raises:
+        TypeError: If `rows` is no mapping to numbers.
         ValueError: If there are no rows, a cost is not positive, a score is not finite, or an interval does not hold
             its score.
 
@@ -307,11 +315,19 @@ def plot_datamodeling_score_against_cost(
 
 def _families(rows: Mapping[str, tuple[float, float, float, float]]) -> dict[str, list[tuple[float, ...]]]:
     # Rows by what stands before the first comma of their name; a lone row keeps its whole name.
+    expected = "a mapping from the name of a method to its (cost, score, low, high)"
+    check_instance("plot_datamodeling_score_against_cost", "rows", rows, Mapping, expected)
     if not rows:
         raise ValueError("Expected argument `rows` to hold at least one method, but it is empty.")
     families: dict[str, list[tuple[float, ...]]] = {}
     names: dict[str, list[str]] = {}
     for name, row in rows.items():
+        place = f"rows[{name!r}]"
+        found = check_numbers("plot_datamodeling_score_against_cost", place, row, "(cost, score, low, high)")
+        if found.shape != (4,):
+            raise ValueError(
+                argument_message("plot_datamodeling_score_against_cost", place, "(cost, score, low, high)", row)
+            )
         cost, score, low, high = (float(value) for value in row)
         if not 0 < cost < math.inf or not math.isfinite(score) or low > score or high < score:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments.checks import check_tensor
+from lightning_attr.arguments.checks import check_instance, check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap
 from lightning_attr.metrics.checks import check_finite, check_matrix
 from lightning_attr.metrics.correlation import CorrelationScore, correlation_score, signal_to_noise, warn_undefined
@@ -199,6 +199,9 @@ def plot_leave_one_out_correlation(score: LeaveOneOutScore, ax: Axes | None = No
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `score` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import leave_one_out_correlation, plot_leave_one_out_correlation
@@ -207,6 +210,9 @@ def plot_leave_one_out_correlation(score: LeaveOneOutScore, ax: Axes | None = No
         >>> ax.get_xlabel()
         'correlation over left-out samples'
     """
+    check_instance(
+        "plot_leave_one_out_correlation", "score", score, LeaveOneOutScore, "what `leave_one_out_correlation` returns"
+    )
     fig, ax = new_axes(ax)
     results = {"Pearson": (score.pearson, BLUE), "Spearman": (score.spearman, ORANGE)}
     values = {name: defined(result.per_target) for name, (result, _) in results.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_attr.arguments.checks import check_tensor
+from lightning_attr.arguments.checks import check_instance, check_tensor
 from lightning_attr.metrics.bootstrap import IntervalMetric, check_bootstrap, mean_interval
 from lightning_attr.metrics.checks import check_finite, check_vector
 from lightning_attr.metrics.figures import BLUE, GREY, legend_above, new_axes, with_interval
@@ -252,6 +252,9 @@ def plot_output_change(
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `change` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import plot_output_change, tail_patch
@@ -260,6 +263,9 @@ def plot_output_change(
         >>> ax.get_xlabel()
         'change of output, random samples'
     """
+    check_instance(
+        "plot_output_change", "change", change, OutputChange, "what `tail_patch` or `query_loss_difference` returns"
+    )
     fig, ax = new_axes(ax)
     random, method = change.random.cpu(), change.method.cpu()
     above = float((method > random).double().mean())

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_instance, check_int
+from lightning_attr.arguments.checks import check_float, check_instance, check_int
+from lightning_attr.arguments.listed import check_pairs
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.metrics.checks import check_matrix, check_noise_update, check_vector
 from lightning_attr.metrics.figures import draw_image, legend_above, new_axes, new_figure, percent_ticks
@@ -135,7 +136,8 @@ def plot_image_grid(
         The figure and its axes, an array of shape `(len(rows), len(rows[0]))`.
 
     Raises:
-        ValueError: If rows differ in length, an image has another shape, or `ax` or `opponents` does not fit the rows.
+        TypeError: If `rows` holds something else than lists of such pairs.
+        ValueError: If rows differ in length, an image has another shape, or another argument does not fit the rows.
 
     Example:
         >>> import torch
@@ -145,6 +147,10 @@ def plot_image_grid(
         (1, 2)
     """
     check_instance("plot_image_grid", "rows", rows, (list, tuple), "a list of rows of (image, caption)")
+    for i, row in enumerate(rows):
+        check_pairs("plot_image_grid", f"rows[{i}]", row, "a list of (image, caption)")
+    if width is not None:
+        width = check_float("plot_image_grid", "width", width, above=0, also="None")
     n_columns = len(rows[0]) if rows else 0
     if n_columns == 0 or any(len(row) != n_columns for row in rows):
         raise ValueError(
@@ -179,7 +185,7 @@ def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tup
         The figure and its axes, an array of shape `(rows, columns)`.
 
     Raises:
-        TypeError: If `samples` is no list.
+        TypeError: If `samples` is no list of such pairs.
         ValueError: If there are none, or `columns` is no positive integer.
 
     Example:
@@ -189,7 +195,7 @@ def plot_samples(samples: Sequence[tuple[Tensor, str]], columns: int = 6) -> tup
         >>> axes.shape
         (2, 6)
     """
-    check_instance("plot_samples", "samples", samples, (list, tuple), "a list of (image, caption)")
+    check_pairs("plot_samples", "samples", samples, "a list of (image, caption)")
     if not samples:
         raise ValueError(argument_message("plot_samples", "samples", "at least one (image, caption)", samples))
     columns = check_int("plot_samples", "columns", columns, minimum=1)

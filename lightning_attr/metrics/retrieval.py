@@ -333,6 +333,9 @@ def plot_retrieval(
     Returns:
         The figure and its axes.
 
+    Raises:
+        TypeError: If `score` is none.
+
     Example:
         >>> import torch
         >>> from lightning_attr.metrics import mean_reciprocal_rank, plot_retrieval
@@ -340,6 +343,9 @@ def plot_retrieval(
         >>> ax.get_xlabel()
         'reciprocal rank'
     """
+    check_instance(
+        "plot_retrieval", "score", score, RetrievalScore, "what `mean_reciprocal_rank` or `recall_at_k` returns"
+    )
     fig, ax = new_axes(ax)
     ax.hist(defined(score.per_target).numpy(), bins=torch.linspace(0, 1, 21).tolist(), color=BLUE, alpha=0.35)
     draw_mean(ax, "mean", score)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from lightning_attr.arguments.listed import check_pairs
 from lightning_attr.metrics.figures import BLACK, BLUE, draw_image, new_figure
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def plot_denoising_steps(
         The figure and its axes, an array of shape `(1 + proponents per step, steps)`.
 
     Raises:
+        TypeError: If an argument holds something else.
         ValueError: If there are no steps, the proponents are not as many for every step, or an image has another shape.
 
     Example:
@@ -38,6 +40,10 @@ def plot_denoising_steps(
         >>> axes.shape
         (2, 2)
     """
+    expected = "a list of (image, caption)"
+    check_pairs("plot_denoising_steps", "steps", steps, expected)
+    for i, found in enumerate(proponents):
+        check_pairs("plot_denoising_steps", f"proponents[{i}]", found, expected)
     counts = [len(found) for found in proponents] or [0] * len(steps)
     if not steps or len(counts) != len(steps) or len(set(counts)) > 1:
         raise ValueError(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_attr.arguments.checks import check_int, check_seed, check_tensor
+from lightning_attr.arguments.checks import check_instance, check_int, check_seed, check_tensor
+from lightning_attr.arguments.listed import check_ints
+from lightning_attr.arguments.messages import argument_message
 from lightning_attr.randomness.streams import gaussian, hashed_seed
 
 
@@ -166,6 +168,7 @@ def sample_trajectory(
         Samples and trajectory, on the CPU.
 
     Raises:
+        TypeError: if an argument is of another kind.
         ValueError: if the conditioning has not one entry per sample, or the scheduler does not say what it takes a
             sample for.
 
@@ -187,6 +190,13 @@ def sample_trajectory(
     count = check_int("sample_trajectory", "count", count, minimum=1)
     steps = check_int("sample_trajectory", "steps", steps, minimum=1)
     seed = check_seed("sample_trajectory", seed)
+    owner = "sample_trajectory"
+    check_instance(owner, "module", module, torch.nn.Module, "a module with a `denoise` function")
+    if scheduler is None and not hasattr(module, "scheduler"):
+        raise ValueError(argument_message(owner, "scheduler", "given, as the module has no `scheduler`", scheduler))
+    check_ints(owner, "shape", shape, 1, expected="the shape of one sample")
+    if conditioning is not None:
+        check_instance(owner, "conditioning", conditioning, Mapping, "a mapping from names to tensors")
     _check_lengths(conditioning or {}, count)
     scheduler = copy.deepcopy(module.scheduler if scheduler is None else scheduler)
     scheduler.set_timesteps(steps)

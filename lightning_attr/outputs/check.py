@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.arguments.checks import check_instance
 from lightning_attr.batches.nested import float_tensors, map_tensors
 from lightning_attr.batches.tolerance import assert_close, in_dtype
 from lightning_attr.outputs.base import ModelOutput
@@ -30,6 +31,7 @@ def check_model_output(
 
     Raises:
         AssertionError: if a property does not hold; the message says which, and by how much.
+        TypeError: if ``model_output`` is no ModelOutput.
         ValueError: if the outputs hold no floating-point tensor.
 
     Example:
@@ -44,6 +46,9 @@ def check_model_output(
         ...
         AssertionError: Wrong: expected grad loss = -out_to_loss * grad output...
     """
+    check_instance("check_model_output", "model_output", model_output, ModelOutput, "a ModelOutput")
+    if dtype is not None:
+        check_instance("check_model_output", "dtype", dtype, torch.dtype, "a torch.dtype, or None")
     name = type(model_output).__name__
     outputs = map_tensors(map_tensors(outputs, lambda t: in_dtype(t, dtype)), _as_leaf)
     targets = map_tensors(targets, lambda t: in_dtype(t, dtype))

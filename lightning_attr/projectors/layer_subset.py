@@ -39,7 +39,7 @@ class LayerSubset(Projector):
     def __init__(self, projector: Projector, layers: Sequence[str]) -> None:
         check_projector(self, projector)
         listed = not isinstance(layers, str) and isinstance(layers, Sequence)
-        if not (listed and layers and all(isinstance(layer, str) for layer in layers)):
+        if not (listed and layers and all(isinstance(layer, str) and layer for layer in layers)):
             raise ValueError(argument_message(self, "layers", "a list of at least one pattern of layer names", layers))
         super().__init__(projector.proj_dim, projector.seed)
         self.projector = projector

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_int, check_numbers
+from lightning_attr.arguments.checks import check_float, check_instance, check_int, check_numbers
+from lightning_attr.arguments.listed import check_words
 
 STEPS = 4  # strengths of colour; with more, neighbours look the same
 STRONG = 0.5  # of the largest contribution; what is marked where there is no colour
@@ -37,6 +38,7 @@ class HighlightedText:
         score: of the text, if it has one.
 
     Raises:
+        TypeError: if an argument is of another kind.
         ValueError: if there are not as many contributions as tokens, or one is NaN or infinite.
 
     Example:
@@ -50,6 +52,10 @@ class HighlightedText:
     score: float | None = None
 
     def __post_init__(self) -> None:
+        check_words(self, "tokens", self.tokens, "a list of strings")
+        check_instance(self, "caption", self.caption, str, "a text")
+        if self.score is not None:
+            check_float(self, "score", self.score, also="None")
         check_numbers(self, "contributions", self.contributions, "one number for each token")
         if len(self.tokens) != len(self.contributions):
             raise ValueError(

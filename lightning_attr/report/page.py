@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_callable, check_int, check_path
+from lightning_attr.arguments.checks import check_callable, check_instance, check_int, check_path
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.files.io import write_bytes
 from lightning_attr.report.figures import detection_curve, distributions
@@ -68,6 +68,11 @@ def write_report(
     for name, value in {"train": train, "targets": targets}.items():
         if value is not None and not hasattr(value, "__getitem__"):
             raise TypeError(argument_message(owner, name, "a data set or sequence that can be indexed", value))
+        indices = result.scores.train_indices if name == "train" else result.scores.target_indices
+        if isinstance(value, Sized) and not isinstance(value, Mapping) and len(value) <= int(indices.max()):
+            expected = f"the data set that was attributed, which has an item {int(indices.max())}"
+            raise ValueError(argument_message(owner, name, expected, value, f"It has {len(value)} items."))
+    check_instance(owner, "title", title, str, "a text")
     names = _names(owner, classes)
     shown = None if outputs is None else _outputs(owner, outputs, result.scores.shape[1])
     drawings = Drawings(renderer, BUDGET)
@@ -155,7 +160,7 @@ def _names(owner: str, classes: Any) -> dict[int, str]:
             argument_message(owner, "classes", "names in the order of their labels, or label -> name", classes)
         )
     pairs = classes.items() if isinstance(classes, Mapping) else enumerate(classes)
-    return {int(label): str(name) for label, name in pairs}
+    return {check_int(owner, f"classes[{label!r}]", label): str(name) for label, name in pairs}
 
 
 def _outputs(owner: str, outputs: Any, count: int) -> list[str]:

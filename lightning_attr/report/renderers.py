@@ -14,6 +14,7 @@ import torch
 from markupsafe import Markup, escape
 
 from lightning_attr.arguments.checks import check_float, check_int
+from lightning_attr.arguments.listed import check_words
 from lightning_attr.errors import MissingDependencyError
 from lightning_attr.report.highlights import HighlightedText
 
@@ -172,6 +173,7 @@ class TabularRenderer:
         most: values shown.
 
     Raises:
+        TypeError: if ``names`` is no list of names.
         ValueError: if ``most`` is no positive integer.
 
     Example:
@@ -184,6 +186,8 @@ class TabularRenderer:
 
     def __post_init__(self) -> None:
         check_int(self, "most", self.most, 1)
+        if self.names is not None:
+            check_words(self, "names", self.names, "a list of names, or None")
 
     def __call__(self, sample: Any) -> Markup:
         """Write a row.

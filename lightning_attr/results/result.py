@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_choice, check_instance, check_int, check_path
@@ -21,6 +20,8 @@ from lightning_attr.metrics.coreset import PredictedEffect
 from lightning_attr.report.overview import overview, overview_html
 from lightning_attr.report.page import write_report
 from lightning_attr.results import selection
+from lightning_attr.results.columns import check_columns
+from lightning_attr.results.extremes import extremes
 from lightning_attr.results.frames import data_frame
 from lightning_attr.results.result_metrics import result_metrics
 from lightning_attr.results.saved_scores import REMEDY, check_tensors, saved_scores
@@ -32,11 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SAVED = {
-    "self_influence": (1, True),
-    "loss": (1, True),
-    "labels": (1, False),
-    "noise_mask": (1, False),
-    "trained_on": (1, False),
+    **dict.fromkeys(("self_influence", "loss"), (1, True)),
+    **dict.fromkeys(("labels", "noise_mask", "trained_on"), (1, False)),
 }
 """Dimensions of each saved column, and whether it holds floating-point numbers."""
 
@@ -53,9 +51,12 @@ class AttributionResult:
         labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.
         trained_on: ``(n_train,)``, bool: False for samples that training never drew, as far as the loader of the
-            recorded run tells (subset samplers, limits, dropped ends). Without them nothing would change: their scores
-            and self-influence are zero, and they are neither proponents nor chosen. None where nothing says that there
-            are any.
+            recorded run tells (subset samplers, limits, dropped ends): their scores and self-influence are zero, and
+            they are neither proponents nor chosen. None where nothing says that there are any.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if a column has not one entry for each training sample.
 
     Example:
         >>> import torch
@@ -76,6 +77,8 @@ class AttributionResult:
     metrics: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
+        check_instance(self, "scores", self.scores, (ScoreMatrix, TopScores), "a ScoreMatrix or TopScores")
+        check_columns(self, self.scores.shape[0])
         object.__setattr__(self, "data_value", self.scores.data_value)
         object.__setattr__(self, "metrics", result_metrics(self))
 
@@ -102,6 +105,7 @@ class AttributionResult:
             AttributionError: for a coreset, if the result was computed with ``topk``.
 
         Example:
+            >>> import torch
             >>> values = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
             >>> result = AttributionResult(ScoreMatrix(values), torch.zeros(4), torch.zeros(4))
             >>> result.select(0.5), result.select(0.5, objective="coreset"), result.select(0.5, objective="prune")
@@ -122,6 +126,7 @@ class AttributionResult:
             ValueError: if an index is no training sample's, or comes twice; AttributionError with ``topk``.
 
         Example:
+            >>> import torch
             >>> result = AttributionResult(ScoreMatrix(torch.tensor([[1.0], [-2.0]])), torch.ones(2), torch.ones(2))
             >>> float(result.predicted_effect([0]).loss)  # without the second
             -2.0
@@ -189,11 +194,10 @@ class AttributionResult:
         file = inside(folder, "result.safetensors")
         columns = read_tensors(file, remedy=REMEDY, place=_place(record))
         check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask", "trained_on"}))
-        if "labels" in columns and columns["labels"].dtype == torch.bool:
-            raise CorruptedStoreError(f"{file} is damaged: `labels` holds no class numbers. {REMEDY}")
-        if any(len(column) != scores.shape[0] for column in columns.values()):
-            raise CorruptedStoreError(f"{file} is damaged: its columns have other rows than the scores. {REMEDY}")
-        return cls(scores, **columns)
+        try:
+            return cls(scores, **columns)
+        except (ValueError, TypeError) as error:
+            raise CorruptedStoreError(f"{file} is damaged: {error} {REMEDY}") from error
 
     def to_pandas(self) -> pd.DataFrame:
         """Give what is known of each training sample to pandas.
@@ -245,6 +249,7 @@ class AttributionResult:
             ValueError: if there is no such figure, or the result lacks what it shows.
 
         Example:
+            >>> import torch
             >>> result = AttributionResult(ScoreMatrix(torch.eye(3)), torch.ones(3), torch.ones(3))
             >>> figure, axes = result.plot("scores")
             >>> axes.get_xlabel()
@@ -333,7 +338,7 @@ class AttributionResult:
             ``(figure, axes)``.
         """
         rows = []
-        for index, samples in self._extremes(targets, k):
+        for index, samples in extremes(self.scores, targets, k):
             row = [(target_images[index], f"#{index}")]
             row += [(train_images[i], f"{self._label(i)}\n{score:+.2g}") for i, score in samples]
             rows.append(row)
@@ -355,6 +360,7 @@ class AttributionResult:
             A table to print.
 
         Example:
+            >>> import torch
             >>> result = AttributionResult(ScoreMatrix(torch.tensor([[0.5], [-2.0]])), torch.ones(2), torch.ones(2))
             >>> print(result.proponent_texts(["It rains.", "The sun shines."], ["It pours."], targets=[0], k=1))
             target #0  It pours.
@@ -362,22 +368,10 @@ class AttributionResult:
                -2.00   #1  The sun shines.
         """
         rows = []
-        for index, samples in self._extremes(targets, k):
+        for index, samples in extremes(self.scores, targets, k):
             shown = [(score, self._label(i), train_texts[i]) for i, score in samples]
             rows.append((f"#{index}", target_texts[index], shown))
         return text_table(rows, check_int("proponent_texts", "width", width))
-
-    def _extremes(self, targets: Sequence[int], k: int) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-        """Index of each target, with index and score of its top proponents, then opponents, the strongest last."""
-        check_instance(None, "targets", targets, (Sequence, Tensor), "a list of numbers of targets")
-        last = self.scores.shape[1] - 1
-        listed = targets.tolist() if isinstance(targets, Tensor) else targets
-        chosen = [check_int(None, f"targets[{i}]", j, minimum=-last - 1, maximum=last) for i, j in enumerate(listed)]
-        (up, up_scores), (down, down_scores) = self.scores.topk(k), self.scores.bottomk(k)
-        for j in chosen:
-            samples = [*zip(up[j].tolist(), up_scores[j].tolist(), strict=True)]
-            samples += [*zip(down[j].tolist(), down_scores[j].tolist(), strict=True)][::-1]
-            yield int(self.scores.target_indices[j]), samples
 
     def _suspicion(self) -> dict[str, Tensor]:
         return {"self-influence": self.self_influence, "training loss": self.loss}

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_int, check_path, check_tensor
+from lightning_attr.arguments.checks import check_instance, check_int, check_path, check_tensor
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.metrics import functional
+from lightning_attr.results.columns import check_column
 from lightning_attr.results.frames import data_frame
 from lightning_attr.results.saved_scores import REMEDY, load_scores, save_scores
 
@@ -48,6 +49,7 @@ class ScoreMatrix:
             the last snapshot. None where nothing says: ones.
 
     Raises:
+        TypeError: if an argument holds numbers of another kind.
         ValueError: if the shapes do not fit.
 
     Example:
@@ -70,20 +72,16 @@ class ScoreMatrix:
 
     def __post_init__(self) -> None:
         check_tensor(self, "values", self.values, "(n_train, n_target)", [2])
-        for name, size in zip(("train_indices", "target_indices"), self.values.shape, strict=True):
-            indices = getattr(self, name)
-            if name == "target_indices" and self.target_slopes is not None:
-                check_tensor(self, "target_slopes", self.target_slopes, f"({size},)", [1])
-                if len(self.target_slopes) != size:
-                    raise ValueError(
-                        argument_message(self, "target_slopes", f"a tensor of shape ({size},)", self.target_slopes)
-                    )
-            if indices is None:
+        if self.values.dtype == torch.bool:
+            raise TypeError(argument_message(self, "values", "a tensor of numbers", self.values))
+        check_instance(self, "provenance", self.provenance, Mapping, "a mapping of plain values")
+        n_train, n_target = self.values.shape
+        for name, size in (("train_indices", n_train), ("target_indices", n_target)):
+            if getattr(self, name) is None:
                 object.__setattr__(self, name, torch.arange(size))
-                continue
-            check_tensor(self, name, indices, f"({size},)", [1])
-            if len(indices) != size:
-                raise ValueError(argument_message(self, name, f"a tensor of shape ({size},)", indices))
+            check_column(self, name, size, "int")
+        check_column(self, "trained_on", n_train, "bool")
+        check_column(self, "target_slopes", n_target, "float")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.arguments.checks import check_int
+from lightning_attr.arguments.checks import check_int, check_path
 from lightning_attr.errors import AttributionError, CorruptedStoreError
 from lightning_attr.metrics.checks import check_finite
 from lightning_attr.metrics.functional import participation, positive_sums
@@ -149,7 +149,7 @@ class TopScores:
         """
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         tensors["effective_proponents"] = torch.tensor(self.effective_proponents, dtype=torch.float64)
-        save_scores(Path(path), "top", tensors, self.provenance)
+        save_scores(check_path("TopScores.save", "path", path), "top", tensors, self.provenance)
 
     @classmethod
     def load(cls, path: str | Path) -> TopScores:
@@ -164,7 +164,7 @@ class TopScores:
         Raises:
             CorruptedStoreError: if a file is missing, damaged, or of other scores.
         """
-        tensors, provenance = load_scores(Path(path), "top", _SAVED)
+        tensors, provenance = load_scores(check_path("TopScores.load", "path", path), "top", _SAVED)
         effective = tensors.pop("effective_proponents").item()
         found = cls(**tensors, effective_proponents=effective, provenance=provenance)
         (n, m), shape = found.shape, found.proponents.shape

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
+
+from wrong_calls import wrong_calls
 
 __all__ = ["rows"]
 
@@ -15,9 +15,6 @@ OUTCOMES = ("named", "raw", "accepted")
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Make every wrong call of the tests, and count what came of them by what was called."""
-    sys.path[:0] = [str(Path(__file__).parents[1])]
-    from wrong_calls import wrong_calls
-
     counts = defaultdict[str, Counter[str]](Counter)
     for call in wrong_calls():
         verdict, message = call.verdict()

@@ -56,7 +56,9 @@ def test_counts_are_ascending(counts: list[int]) -> None:
 
 @pytest.mark.parametrize("target", [-1, M])
 def test_targets_are_columns(target: int) -> None:
-    with pytest.raises(ValueError, match=f"`targets` to name columns from 0 to {M - 1}, but got {target}"):
+    with pytest.raises(
+        ValueError, match=rf"`targets\[0\]` of proponent_sets to be an integer from 0 to {M - 1}, but got {target}"
+    ):
         proponent_sets(SCORES, [target], [1])
 
 

@@ -120,7 +120,10 @@ class Missing:
         ({"outputs": [1.0]}, "`outputs` of AttributionResult.report to be one value for each of the 3 targets"),
         ({"classes": "ab"}, "`classes` of AttributionResult.report"),
         ({"train": Missing()}, r"Item \d of Missing could not be read: FileNotFoundError: \d.png"),
-        ({"train": [1, 2]}, r"Item \d of list could not be read: IndexError"),
+        (
+            {"train": [1, 2]},
+            r"`train` .* the data set that was attributed, which has an item 5, but got \[1, 2\]\. It has 2 items",
+        ),
         (
             {"train": [torch.zeros(1, 2, 3, 4)] * 6, "renderer": lambda sample: 1 / 0},
             "Sample . of list could not be drawn",
