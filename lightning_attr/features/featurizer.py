@@ -237,6 +237,7 @@ class Featurizer:
         self.memory = memory
         self.snapshot = snapshot
         self.first_row = first_row
+        self.rows_a_sample = 1
         wanted = projection.names
         hooked, fallback = (
             [name for name in names if wanted is None or name in wanted] for names in (plan.hooked, plan.fallback)
@@ -272,9 +273,9 @@ class Featurizer:
         with named_failures(self.module, rows, partial(self._run_alone, batch, rows)):
             if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
                 return featurize(batch, rows, room)
-            kind = f"{type(self.projection).__name__} {self.projection.dim}"
-            run = partial(featurize, room=room)
-            return self.memory.run(run, batch, rows, kind, self.projection.dim + self.numel)
+            kind = f"{type(self.projection).__name__} {self.projection.dim} x {self.rows_a_sample}"
+            numbers = self.projection.dim * self.rows_a_sample + self.numel
+            return self.memory.run(partial(featurize, room=room), batch, rows, kind, numbers)
 
     def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
         """Featurize samples apart, where they come so, or so that the random numbers of each are its own."""
@@ -306,7 +307,7 @@ class Featurizer:
         if draws > 1:
             features /= draws
         columns = self.projection.finish({"features": features, **values})
-        _check_finite(self.module, columns, rows)
+        check_finite(self.module, columns, rows)
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
 
     def _run_alone(self, batch: Any, rows: Sequence[int], position: int) -> None:
@@ -379,7 +380,8 @@ def _culprit(module: Any, row: int) -> str:
     )
 
 
-def _check_finite(module: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+def check_finite(module: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+    """Refuse columns of a batch that hold NaN or Inf: the error names the samples."""
     # One pass and one synchronisation: a NaN or Inf anywhere makes the sum one.
     if torch.stack([values.sum(dtype=torch.float32) for values in columns.values()]).isfinite().all():
         return

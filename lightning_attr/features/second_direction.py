@@ -14,6 +14,7 @@ from lightning_attr.batches.nested import select_rows
 from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.data.memory import MemoryBudget
 from lightning_attr.features.featurizer import AttributionPlan, Featurizer
+from lightning_attr.features.shared_forward import SharedForwardFeaturizer, shares_forward, words_of
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.objectives.apart import OutputApart
 from lightning_attr.objectives.mixin import attribution_outputs
@@ -23,6 +24,8 @@ from lightning_attr.projectors import Projection
 from lightning_attr.store.feature_dtype import SECOND
 from lightning_attr.store.feature_store import FeatureStore
 
+_TOGETHER = 0.5
+"""Share of the samples with second directions from which on those of all go through the forward pass together."""
 _ROWS_A_FEATURE = 4
 """Samples with second directions for each feature of the kernel that they enter."""
 
@@ -137,7 +140,8 @@ class SecondFeaturizer:
         self.share = share
         self.plan = plan
         # The mean over draws of a mean loss: E[g g'] of a mean of directions is over the draws' number once more.
-        output = SecondOutput((draws_of(module) / directions / share) ** 0.5)
+        self.scale = (draws_of(module) / directions / share) ** 0.5
+        output = SecondOutput(self.scale)
         apart = isinstance(plan.attributed, OutputApart)
         second = replace(plan, attributed=OutputApart(output) if apart else output)
         self.each = [_OfDirection(module, second, projection, memory, snapshot, number) for number in range(directions)]
@@ -155,7 +159,7 @@ class SecondFeaturizer:
         Raises:
             NonFiniteGradientError: if a row holds NaN or Inf.
         """
-        first, places = self.each[0], self._chosen(rows)
+        first, places = self.each[0], self.chosen(rows)
         device = next(first.module.parameters()).device
         found = torch.zeros(len(rows), len(self.each), first.projection.dim, dtype=first.dtype, device=device)
         if places:
@@ -165,7 +169,7 @@ class SecondFeaturizer:
                 found[places, number] = one(own, own_rows)["features"]
         return found
 
-    def _chosen(self, rows: Sequence[int]) -> list[int]:
+    def chosen(self, rows: Sequence[int]) -> list[int]:
         """Places of the samples that have directions."""
         if self.share >= 1:
             return list(range(len(rows)))
@@ -173,11 +177,11 @@ class SecondFeaturizer:
         return (drawn < self.share).nonzero().flatten().tolist()
 
 
-class GaussNewtonFeaturizer(Featurizer):
+class GaussNewtonFeaturizer(SharedForwardFeaturizer):
     """A featurizer of training samples whose rows have second directions as well.
 
     Args:
-        second: computes them.
+        second: computes them, where they cannot share a forward pass or few samples have any.
 
     Attributes:
         second: as passed.
@@ -196,14 +200,22 @@ class GaussNewtonFeaturizer(Featurizer):
     """
 
     def __init__(self, second: SecondFeaturizer) -> None:
-        first = second.each[0]
-        super().__init__(first.module, second.plan, first.projection, first.memory, second.snapshot)
+        one = second.each[0]
+        own = Featurizer(one.module, second.plan, one.projection, one.memory, second.snapshot)
+        together = second.share >= _TOGETHER and shares_forward(own)
+        super().__init__(own, len(second.each) if together else 0, second.scale)
         self.second = second
 
     def __call__(self, batch: Any, rows: Sequence[int], room: Tensor | None = None) -> dict[str, Tensor]:
         """Featurize a batch; see :meth:`lightning_attr.features.featurizer.Featurizer.__call__`."""
         columns = super().__call__(batch, rows, room)
-        return {**columns, SECOND: self.second(batch, rows)}
+        if SECOND not in columns:
+            return {**columns, SECOND: self.second(batch, rows)}
+        if self.second.share < 1:
+            left_out = torch.ones(len(rows), dtype=torch.bool)
+            left_out[self.second.chosen(rows)] = False
+            columns[SECOND][left_out.to(columns[SECOND].device)] = 0
+        return columns
 
 
 def second_share(n_train: int, dim: int) -> float:
@@ -292,11 +304,11 @@ def tried(
     Returns:
         The columns of the samples, with as many second directions as the average row will have.
     """
-    columns = Featurizer(module, plan, projection, memory)(batch, rows)
     directions = wanted(module_curvature(module))
     if not directions or projection.dim == 0:
-        return columns
-    second = SecondFeaturizer(module, plan, projection, memory, "", directions)(batch, rows).flatten(1)
+        return Featurizer(module, plan, projection, memory)(batch, rows)
+    columns = GaussNewtonFeaturizer(SecondFeaturizer(module, plan, projection, memory, "", directions))(batch, rows)
+    second = columns[SECOND].flatten(1)
     return {**columns, SECOND: second[:, : int(second_share(n_train, projection.dim) * second.shape[1])]}
 
 
@@ -376,8 +388,7 @@ class _OfDirection(Featurizer):
     def given(self, batch: Any, rows: Sequence[int], number: int) -> Any:
         completed = super().given(batch, rows, number)
         device = next(self.module.parameters()).device
-        key = ("second direction", self.snapshot, self.number, number)
-        words = SampleDraws.of(rows, *key, device=device).words
+        words = words_of(rows, self.snapshot, self.number, number, device)
         if isinstance(completed, SamplesApart):
             return SamplesApart((one, words[i : i + 1]) for i, one in enumerate(completed))
         return completed, words

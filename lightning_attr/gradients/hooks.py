@@ -7,7 +7,7 @@ as its output gradient is known, so that those of the whole model never exist at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
@@ -155,9 +155,24 @@ class HookedGradients:
         self, forward: Callable[[], Tensor], batch_size: int, sink: LayerSink, skipped: set[str] | None = None
     ) -> Tensor:
         """Stream the gradients of one batch; arguments, result and errors are those of :func:`hooked_gradients`."""
+        return self.several(lambda: (forward(),), batch_size, (sink,), skipped)[0]
+
+    @property
+    def shares(self) -> bool:
+        """Whether several outputs can share a forward pass: no parameter is followed through functions."""
+        return not self._followed
+
+    def several(
+        self,
+        forward: Callable[[], Sequence[Tensor]],
+        batch_size: int,
+        sinks: Sequence[LayerSink],
+        skipped: set[str] | None = None,
+    ) -> list[Tensor]:
+        """Stream the gradients of each output of one forward pass into its sink: of one, or where it :attr:`shares`."""
         for name, layer in self._checked:
             check_layer(name, layer)
-        capture = _Capture(batch_size, sink)
+        capture = _Capture(batch_size, sinks[0])
         uses = None
         if self._followed:
             buffers = (buffer for layer in self._buffered for buffer in layer.buffers(recurse=False))
@@ -167,7 +182,7 @@ class HookedGradients:
                 batch_size,
                 capture.attach,
                 capture.leaves,
-                sink,
+                sinks[0],
                 self._direct,
                 checking=skipped is not None,
             )
@@ -175,11 +190,13 @@ class HookedGradients:
         # The mode is around the backward pass, too: checkpoints run parts of the forward pass again in it.
         mode = nullcontext() if uses is None else uses
         with torch.enable_grad(), frozen(self._frozen), plain_execution(), self._hooks(capture, uses), mode:
-            output = forward()
-            if output.requires_grad and (capture.leaves or uses is not None):
-                self._backward(output, capture, uses)
-                if uses is not None:
-                    uses.finish()
+            outputs = forward()
+            for number, (output, sink) in enumerate(zip(outputs, sinks, strict=True), 1):
+                capture.sink, capture.again = sink, number < len(sinks)
+                if output.requires_grad and (capture.leaves or uses is not None):
+                    self._backward(output, capture, uses)
+            if uses is not None and outputs[0].requires_grad:
+                uses.finish()
         if uses is not None:
             self.used = uses.used
             capture.skipped |= uses.skipped
@@ -193,11 +210,11 @@ class HookedGradients:
             )
         if skipped is not None:
             skipped |= capture.skipped
-        return output.detach()
+        return [output.detach() for output in outputs]
 
     def _backward(self, output: Tensor, capture: _Capture, uses: DirectUses | None) -> None:
         if uses is None:
-            torch.autograd.grad(output.sum(), capture.leaves, allow_unused=True)
+            torch.autograd.grad(output.sum(), capture.leaves, allow_unused=True, retain_graph=capture.again)
             return
         leaves = len(capture.leaves)  # checkpoints run again find more
         inputs = (*capture.leaves, *self._followed.values())
@@ -306,6 +323,7 @@ class _Capture:
         self.leaves: list[Tensor] = []
         self.skipped: set[str] = set()
         self.uses: DirectUses | None = None
+        self.again = False  # whether another backward pass needs the inputs
 
     def watch(
         self, rule: GradientRule, layer: nn.Module, names: dict[str, str], bracketed: bool
@@ -348,7 +366,11 @@ class _Capture:
             output = leaf.clone()
         held = [activations]  # given away when they are needed: the graph keeps its hooks to the end
         shape, watched = output.shape, _unviewed(output)
-        watched.register_hook(lambda g: self._emit(rule, layer, names, held.pop(), g.reshape(shape)))
+
+        def arrived(g: Tensor) -> None:
+            self._emit(rule, layer, names, held[0] if self.again else held.pop(), g.reshape(shape))
+
+        watched.register_hook(arrived)
         return output
 
     def _emit(

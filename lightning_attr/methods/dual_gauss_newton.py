@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lightning_attr.methods.base import SnapshotFeatures
-from lightning_attr.methods.kernels.feature_kernel import triangular_inverse
 from lightning_attr.methods.kernels.sample_kernel import KEPT_ROWS, DualKernel, SolvedSamples, gathered, newton_roots
+from lightning_attr.methods.kernels.triangular import triangular_inverse
 from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.zero_gradients import tell_zero
 

@@ -235,7 +235,7 @@ class TRAK(KernelMethod):
         if not snapshot.directions or not self.wants_directions(snapshot.curvature):
             return None
         rows = columns["second_features"].flatten(0, 1)
-        return rows[rows.any(1)]
+        return rows if rows[:, 0].all() else rows[rows.any(1)]  # samples without any have zeros
 
     def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
         """Average over the snapshots; see :meth:`AttributionMethod.score`.
@@ -270,8 +270,10 @@ class TRAK(KernelMethod):
                     left = self._left(leverage, columns, rows)
                     leverage, features = leverage / left, features / left[:, None]
                 if self.newton_weights:
-                    leverage, features = q * leverage, q[:, None] * features
-                scores.addmm_(features, kernel.targets, alpha=weight)
+                    leverage = q * leverage
+                _add_product(
+                    scores, features, kernel.targets, weight * (q if self.newton_weights else torch.ones_like(q))
+                )
                 self_influence += weight * leverage
                 push += weight * q
             if not self.newton_weights:
@@ -336,3 +338,11 @@ class TRAK(KernelMethod):
                 "that there is no solution without it. Raise the damping, or lower `proj_dim`."
             )
         return left
+
+
+def _add_product(scores: Tensor, features: Tensor, solved: Tensor, factors: Tensor) -> None:
+    """Add ``diag(factors) features solved`` to scores; the smaller matrix is scaled."""
+    if solved.shape[1] < features.shape[1]:
+        scores.addcmul_(features @ solved, factors[:, None])
+    else:
+        scores.addmm_(factors[:, None] * features, solved)

@@ -12,7 +12,9 @@ from torch import Tensor
 from lightning_attr.randomness.streams import rademacher
 
 _WHOLE = 1024
-"""Up to this size it is formed and decomposed whole: 8 MiB, a quarter of a second."""
+"""Above this size it is never formed: 8 MiB, a quarter of a second to decompose."""
+_SMALL = 256
+"""Up to this size it is always formed; between, where the eigenvectors wanted are no small part of all."""
 _DIAGONAL = 8192
 """Above this size only the diagonal is kept, and its largest axes stand for eigenvectors."""
 
@@ -37,8 +39,8 @@ class Covariance:
         self.diagonal: Tensor | None = None  # (size,), added to
         self.total: Tensor | None = None  # (size, size), or its product with `directions`
         self.directions: Tensor | None = None
-        if _WHOLE < size <= _DIAGONAL:
-            width = min(size, most + max(64, most // 2))
+        width = min(size, most + max(64, most // 2))
+        if _WHOLE < size <= _DIAGONAL or (size > _SMALL and 2 * width <= size):
             self.directions = torch.linalg.qr(rademacher((size, width), "covariance", size).double()).Q
 
     def add(self, vectors: Tensor) -> None:

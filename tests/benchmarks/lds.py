@@ -30,14 +30,18 @@ from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, AttributionMethod, GradDot, Influence
 from lightning_attr.metrics import linear_datamodeling_score
+from lightning_attr.pilots import Pilots
 from lightning_attr.projectors import EigenProjector, KroneckerProjector, RademacherProjector
 
 
-def one_run(setting: LdsSetting, method: AttributionMethod | None = None, seed: int = 0, **options: Any) -> Tensor:
-    """This package: the callback in one training run, and nothing else; `options` are the callback's."""
+def one_run(
+    setting: LdsSetting, method: AttributionMethod | None = None, seed: int = 0, pilots: int = 0, **options: Any
+) -> Tensor:
+    """This package: the callback in one training run, and pilots after it; `options` are the callback's."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = fit(setting, AttributionCallback(folder, method=method, **options), seed)
-        return trainer.attribute(setting.datamodule()).scores.values
+        short = Pilots(pilots, setting.module) if pilots else None
+        return trainer.attribute(setting.datamodule(), pilots=short).scores.values
 
 
 def merged_runs(setting: LdsSetting, n_runs: int, method: AttributionMethod) -> Tensor:
@@ -68,12 +72,16 @@ def fit(setting: LdsSetting, callback: AttributionCallback, seed: int) -> Attrib
 
 Row = Callable[[LdsSetting], Tensor]
 FROM_START = "start+geometric"
+FORMER = TRAK(projector=KroneckerProjector(), kernel="margin")
 
 # Each row trains its models and returns their scores (n_train, n_target); its seconds count both.
 ROWS: dict[str, Row] = {
     "TRAK(), one run": one_run,
     "TRAK(), one run, another seed": partial(one_run, seed=1),
     "TRAK(), one run from the start": partial(one_run, snapshots=FROM_START),
+    **{f"TRAK(), {n} pilot(s)": partial(one_run, pilots=n) for n in (1, 2, 4)},
+    "TRAK(exact=True), 2 pilots": partial(one_run, method=TRAK(exact=True), pilots=2),
+    "former default: Kronecker, margin kernel": partial(one_run, method=FORMER),
     "TRAK(balanced=False), one run": partial(one_run, method=TRAK(balanced=False)),
     "TRAK(), three runs merged": partial(merged_runs, n_runs=3, method=TRAK()),
     "TRAK(exact=True), one run": partial(one_run, method=TRAK(exact=True)),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_attr.gradients import ParameterGradient, hooked_gradients, hooked_layers, materialise
-from lightning_attr.gradients.hooks import frozen
+from lightning_attr.gradients.hooks import HookedGradients, frozen
 
 B = 3
 
@@ -165,3 +165,25 @@ def test_hooked_layers_lists_tied_parameters_by_their_one_name() -> None:
 def test_hooked_layers_leaves_out_what_is_frozen_or_without_rule() -> None:
     net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.LSTM(2, 2), nn.Linear(2, 2, bias=False))
     assert list(hooked_layers(net).values()) == [{"weight": "2.weight"}]
+
+
+def test_outputs_of_one_forward_pass_have_their_gradients_apart() -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    names = [name for name, _ in module.named_parameters()]
+    gradients = HookedGradients(module, names, direct=())
+    assert gradients.shares
+    found: list[dict[str, Tensor]] = [{}, {}]
+
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+    def sink_of(own: dict[str, Tensor]) -> Any:
+        return lambda layer: own.update({name: materialise(g, shapes[name]) for name, g in layer.items()})
+
+    outputs = gradients.several(lambda: list(module(x).unbind(1)), 5, [sink_of(own) for own in found])
+    for number, own in enumerate(found):
+        torch.testing.assert_close(outputs[number], module(x)[:, number].detach())
+        for i in range(5):
+            expected = torch.autograd.grad(module(x)[i, number], list(module.parameters()))
+            for name, gradient in zip(names, expected, strict=True):
+                torch.testing.assert_close(own[name][i], gradient)

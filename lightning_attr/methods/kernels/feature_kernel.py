@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_attr.arguments.checks import check_flag
 from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision
+from lightning_attr.methods.kernels.triangular import squared_norms, triangular_inverse
 from lightning_attr.methods.sampling import RowSample, leverage_error, leverage_sketch, sampled_rows
 from lightning_attr.methods.support.damping import DampedMethod, check_damping
 from lightning_attr.methods.support.subset_truth import SubsetTruth
@@ -23,8 +24,6 @@ _STRIP = 256
 """Columns at once where half of a product is known to be zero or to mirror the other half."""
 _SUMMED = 4096
 """Rows whose products are added up in the features' precision before they go into float64."""
-_LEAF = 128
-"""Sides up to which a triangular matrix is inverted by substitution."""
 _SOLVE = 4096
 """Targets solved for at once, in float64."""
 
@@ -326,7 +325,9 @@ def _factor(kernel: Tensor, ridge: Tensor, damping: float) -> Tensor:
             "for them in the columns `features` and `newton_weight` of the store, and featurize these rows again."
         )
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(kernel + torch.diag(ridge.expand(len(kernel))))
+    damped = kernel.clone()
+    damped.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise ValueError(
             f"The kernel of {len(kernel)} features is singular with `damping={damping}`. Raise the damping "
@@ -350,49 +351,3 @@ def _mirrored(kernel: Tensor) -> Tensor:
         corner.copy_(corner.triu() + corner.triu(1).T)
         kernel[stop:, start:stop] = kernel[start:stop, stop:].T
     return kernel
-
-
-def triangular_inverse(lower: Tensor) -> Tensor:
-    """Invert a lower triangular matrix, halves first, so that nearly all work is products of matrices.
-
-    Args:
-        lower: ``(k, k)``, without zeros on the diagonal.
-
-    Returns:
-        ``(k, k)``, lower triangular.
-
-    Example:
-        >>> triangular_inverse(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
-        tensor([[ 0.5000,  0.0000],
-                [-0.5000,  1.0000]])
-    """
-    if len(lower) <= _LEAF:
-        whole: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
-        return whole
-    half = len(lower) // 2
-    inverse = torch.zeros_like(lower)
-    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
-    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
-    return inverse
-
-
-def squared_norms(features: Tensor, lower: Tensor) -> Tensor:
-    """Compute the squared norms of ``features @ lower.T`` without the half of the product that is zeros.
-
-    Args:
-        features: ``(b, k)``.
-        lower: lower triangular, ``(k, k)``.
-
-    Returns:
-        ``(b,)``.
-
-    Example:
-        >>> squared_norms(torch.ones(1, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-        tensor([5.])
-    """
-    norms = features.new_zeros(len(features))
-    for start in range(0, len(lower), _STRIP):
-        stop = start + _STRIP
-        norms += (features[:, :stop] @ lower[start:stop, :stop].T).square_().sum(1)
-    return norms

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_attr.data.memory import free_bytes
 from lightning_attr.methods.base import SnapshotFeatures
-from lightning_attr.methods.kernels.feature_kernel import triangular_inverse
+from lightning_attr.methods.kernels.triangular import triangular_inverse
 from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.zero_gradients import tell_zero
 from lightning_attr.projectors import GradientFactors
