@@ -19,6 +19,7 @@ from lightning_attr.gradients.inner_autograd import watch_autograd
 from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.objectives.reductions import Reductions, weighted_shares
 from lightning_attr.objectives.remedies import mixin_lines
+from lightning_attr.user_code.batch_start import look_anew
 from lightning_attr.user_code.calls import failed_metrics
 from lightning_attr.user_code.training_step import training_loss
 
@@ -154,6 +155,7 @@ def _again(module: Any, batch: Any, whole: Tensor) -> Tensor:
 
 def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingLoss:
     """Find how the loss of a batch is made of those of its samples, on batches of several sizes."""
+    look_anew(module)
     with torch.enable_grad(), watch_autograd() as inner:
         whole = _value(module, batch)
     scripted = any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules())  # cannot be watched

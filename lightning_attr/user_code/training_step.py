@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_attr.user_code.batch_start import with_batch_start
 from lightning_attr.user_code.calls import called, surroundings_of
 from lightning_attr.user_code.lightning_names import both, overrides
 from lightning_attr.user_code.step_world import silent_loggers
@@ -93,7 +94,8 @@ def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
     step: Callable[..., Any] = module.training_step
     index = (batch_idx,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
     with silent:
-        returned = called(module, "training_step", lambda own: step(own, *index), batch)
+        run = with_batch_start(module, lambda: training_loss(module, batch, batch_idx), step)
+        returned = called(module, "training_step", lambda own: run(own, batch_idx, *index), batch)
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cases import blobs, loader_of, quiet_trainer
 from lightning_attr.attribution.trainer import attribute
 from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.errors import AttributionError
 from lightning_attr.methods import GradDot
 
 X, Y = torch.eye(6)[:, :3] + 0.1, torch.linspace(-1, 1, 6)[:, None]
@@ -118,5 +119,6 @@ def test_a_step_that_fails_after_its_hooks_as_well_fails_as_it_did() -> None:
             return self.layer(batch[0]).sum() * self.missing
 
     trainer = quiet_trainer(max_epochs=1, callbacks=[AttributionCallback()])
-    with pytest.raises(AttributeError, match="'Broken' object has no attribute 'missing'"):
+    with pytest.raises(AttributionError, match=r"The code of Broken reads `self.missing`, which it does not have") as e:
         trainer.fit(Broken(), loader_of(blobs(16)))
+    assert "'Broken' object has no attribute 'missing'" in str(e.value.__cause__)
