@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ def look_anew(module: nn.Module) -> None:
     _needed.pop(module, None)
 
 
-def with_batch_start(module: L.LightningModule, value: Callable[[], Tensor], step: Callable[..., Any]) -> Any:
+def with_batch_start(module: Any, value: Callable[[], Tensor], step: Callable[..., Any]) -> Any:
     """Give a step that runs the hook before, if the loss is another one with it, or there is none without.
 
     Whether it is, is found out once: most hooks count, log or take the time, and attribution does not call them.
@@ -52,7 +51,7 @@ def with_batch_start(module: L.LightningModule, value: Callable[[], Tensor], ste
     return after_hook
 
 
-def _changes_loss(module: L.LightningModule, value: Callable[[], Tensor]) -> bool:
+def _changes_loss(module: Any, value: Callable[[], Tensor]) -> bool:
     restore = remembered_rng()
     without: Tensor | None = None
     try:
