@@ -144,12 +144,18 @@ def _summary(result: ShownResult) -> list[tuple[str, str]]:
 
 
 def _fact(value: Any) -> str:
-    """In one line: lists with their length and ends."""
-    if isinstance(value, list) and len(value) > 4:
-        return f"{len(value)}: {value[0]}, {value[1]}, …, {value[-1]}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return ", ".join(f"{key}: {own}" for key, own in value.items()) if isinstance(value, Mapping) else str(value)
+    """In one line: numbers in four digits, long lists and mappings with their length and ends."""
+    if isinstance(value, Mapping):
+        parts = [f"{key}: {_inner(own)}" for key, own in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [_fact(own) for own in value]
+    else:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return ", ".join(parts) if len(parts) <= 4 else f"{len(parts)}: {parts[0]}, …, {parts[-1]}"
+
+
+def _inner(value: Any) -> str:
+    return f"({_fact(value)})" if isinstance(value, (Mapping, list, tuple)) else _fact(value)
 
 
 def _names(owner: str, classes: Any) -> dict[int, str]:

@@ -150,3 +150,20 @@ def test_print_gives_ten_readable_lines() -> None:
     assert f"suspicious   #{top} ({own.self_influence[top]:+.3g})" in repr(own)
     assert "tensor(" not in repr(own)
     assert "<td>2 classes</td>" in own._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.123456789, "0.1235"),
+        (["a", "b"], "a, b"),
+        ([1, 2, 3, 4, 5], "5: 1, …, 5"),
+        ({"kind": "eigen", "sizes": [2, 3]}, "kind: eigen, sizes: (2, 3)"),
+        (
+            {f"epoch={i}": {"kernel": "ggn", "rank": 1 / 3} for i in range(7)},
+            "7: epoch=0: (kernel: ggn, rank: 0.3333), …, epoch=6: (kernel: ggn, rank: 0.3333)",
+        ),
+    ],
+)
+def test_facts_take_one_line(value: object, text: str) -> None:
+    assert page._fact(value) == text
