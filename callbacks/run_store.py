@@ -26,6 +26,7 @@ from lightning_attr.parameters.learning_rates import LearningRates
 from lightning_attr.parameters.trainable import parameter_shapes
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots import run_settings
+from lightning_attr.pilots.beginning import sizes_of_weights
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Stopped
 from lightning_attr.user_code.lightning_names import AnyCallback
@@ -102,7 +103,8 @@ class RunStore(AnyCallback):
         )
         store = FeatureStore.open(path)
         note_drawable_rows(trainer, pl_module, self.source, store)
-        store.mark_training(run_settings(trainer, self.source.loader))
+        began = {"began": sizes_of_weights(pl_module)} if trainer.global_step == 0 else {}
+        store.mark_training({**run_settings(trainer, self.source.loader), **began})
 
     def _check_unchanged(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, data: bool = True) -> None:
         """See that weights are finite; read some of the data and say so if they are others than at the start."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]  # re-exported
 from torch import Tensor
 
 from lightning_attr.data.loader import DataSource
@@ -15,6 +16,7 @@ from lightning_attr.objectives.objective import describe_output
 from lightning_attr.parameters.trainable import parameter_shapes, trainable_names
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots.again import check_settings
+from lightning_attr.pilots.beginning import unlike_a_fresh_one
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Snapshot
 
@@ -87,6 +89,17 @@ class RecordedRun:
                 f"Pilots are trained as the run was, which took {last.global_step} optimizer steps in {last.epoch + 1} "
                 f"epoch(s), but here an epoch has {steps}. Use the run's batch size, `accumulate_grad_batches` and "
                 "`limit_train_batches`: pass the datamodule or the loader that the run was fitted with."
+            )
+
+    def check_beginning(self, module: L.LightningModule) -> None:
+        """Warn where the run began from other weights than chance gives; to be called before the first step."""
+        began = (self.store.manifest.training or {}).get("began", {})
+        name = unlike_a_fresh_one(began, module)
+        if name is not None:
+            rank_zero_warn(
+                f"Pilots train a fresh {type(self.module).__name__}, but the run began with a `{name}` that it has not "
+                "by chance: weights were loaded after the constructor, or trained before. Pilots from other "
+                f"weights tell little of such a run. {_REMEDY}"
             )
 
     def check_module(self, module: L.LightningModule) -> None:

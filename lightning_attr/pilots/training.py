@@ -139,6 +139,7 @@ class _Watch(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.run.check_trainer(trainer)
+        self.run.check_beginning(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self.beat()

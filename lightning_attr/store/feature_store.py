@@ -130,8 +130,9 @@ class FeatureStore(SnapshotStore):
         """Note how the run is trained, so that pilots can be trained like it.
 
         Args:
-            settings: as :func:`lightning_attr.pilots.run_settings` gives them.
+            settings: as :func:`lightning_attr.pilots.run_settings` gives them. What they do not name stays.
         """
+        settings = {**(self.manifest.training or {}), **settings}
         if self.manifest.training != settings:
             self._save(replace(self.manifest, training=dict(settings)))
 

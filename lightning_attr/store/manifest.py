@@ -377,8 +377,14 @@ class Manifest:
             tuple(snapshots),
             first.feature_dtype,
             trained_on=first.trained_on,
-            training=first.training if all(other.training == first.training for _, other in others) else None,
+            training=_settings(first) if all(_settings(other) == _settings(first) for _, other in others) else None,
         )
+
+
+def _settings(manifest: Manifest) -> dict[str, Any] | None:
+    """Settings of the Trainer, without the weights that each run began with."""
+    training = manifest.training
+    return None if training is None else {name: value for name, value in training.items() if name != "began"}
 
 
 _MANIFEST = {

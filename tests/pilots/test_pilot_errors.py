@@ -281,6 +281,7 @@ def test_a_pilot_that_diverges(tmp_path: Path) -> None:
     assert trainer.attribute().scores.values.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:Pilots train a fresh")  # the run began otherwise, so that it is no pilot
 def test_pilots_in_which_nothing_is_random(tmp_path: Path) -> None:
     trainer = quiet_trainer()
     ordered = loader_of(blobs(40))
