@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning_attr.attribution.trainer import attribute
 from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.checking import CheckedRun
 from lightning_attr.callbacks.featurizing import featurize, learn, self_influence_at, settle
+from lightning_attr.callbacks.first_losses import note_first_losses
 from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.recording import FINAL, Recording, announce, snapshot_bytes
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
@@ -292,9 +293,12 @@ class AttributionCallback(CheckedRun):
         key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         self._incomplete, self._set_up_at = key, None
         together = self._guard.together
-        with self._beside_training(trainer, pl_module, max(0, epoch)) if self.featurize else nullcontext():
+        with self._beside_training(trainer, pl_module, max(0, epoch)):
             together(partial(self._snapshot, trainer, pl_module, epoch, key))
             self._stored = key
+            if not self.featurize and trainer.is_global_zero:
+                with self._guard.training(_without_losses):
+                    note_first_losses(trainer, pl_module, self.source, self._plans.known(), self.store, key)
             if self.featurize:
                 together(partial(self._featurize, trainer, pl_module, key))
                 together(partial(self._adopt, trainer, key))
@@ -385,3 +389,7 @@ class AttributionCallback(CheckedRun):
         """A logger that fails is no reason to stop recording."""
         self._reporting = False
         rank_zero_warn(f"AttributionCallback: logging of self-influence ended, recording goes on: {describe(error)}")
+
+
+def _without_losses(error: Exception) -> None:
+    rank_zero_warn(f"AttributionCallback: losses of a snapshot were not noted, recording goes on: {describe(error)}")

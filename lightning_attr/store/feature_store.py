@@ -173,6 +173,16 @@ class FeatureStore(SnapshotStore):
         self._enter(key, directions=directions, curvature=curvature)
 
     @one_writer
+    def note_losses(self, key: str, losses: Sequence[float]) -> None:
+        """Note the losses of the first samples at a snapshot that has no features yet.
+
+        Args:
+            key: the snapshot.
+            losses: of the rows 0, 1, ...
+        """
+        self._enter(key, losses=tuple(losses))
+
+    @one_writer
     def write_shard(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
         """Store the rows of a shard.
 

@@ -133,6 +133,7 @@ class Snapshot:
         pilot: number of the pilot that it is the end of; None for a snapshot of the recorded run.
         directions: second directions that its features have of a sample; None for none.
         curvature: what these are of, see :attr:`lightning_attr.outputs.ModelOutput.curvature`; None without.
+        losses: of the first samples, as training saw them there; None where features were computed there.
 
     Example:
         >>> Snapshot("epoch=0", 0, 10, 0.5, "snapshots/epoch=0", "ab", "epoch=0").shards
@@ -156,6 +157,7 @@ class Snapshot:
     pilot: int | None = None
     directions: int | None = None
     curvature: str | None = None
+    losses: tuple[float, ...] | None = None
 
 
 _SNAPSHOT = {
@@ -176,6 +178,7 @@ _SNAPSHOT = {
     "pilot": optional(integer(0)),
     "directions": optional(integer(1)),
     "curvature": optional(one_of("rest", "whole")),
+    "losses": optional(items(real())),
 }
 """What each field of a snapshot must be in a file."""
 _FINGERPRINT = {

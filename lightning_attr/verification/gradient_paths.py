@@ -77,3 +77,7 @@ class Plans:
         if layout.digest not in self._known:
             self.probe()
         return layout, self._known[layout.digest]
+
+    def known(self) -> AttributionPlan | None:
+        """Give the gradient paths of the parameters that are trained now; None if nobody has looked at them yet."""
+        return self._known.get(ParameterLayout.of(self._data[1]).digest)

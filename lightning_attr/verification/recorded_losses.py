@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_attr.batches.form import BatchForm
 from lightning_attr.errors import StoreMismatchError
-from lightning_attr.features.featurizer import Featurizer
+from lightning_attr.features.featurizer import AttributionPlan, Featurizer
 from lightning_attr.projectors import NoProjection
 from lightning_attr.randomness.draws import Samples
 from lightning_attr.store.feature_store import FeatureStore
@@ -35,7 +36,8 @@ def check_recorded_losses(
     """Compare the losses of the first samples with those on record: targets are seen as training samples were.
 
     A step may use what only its fit had, such as the Trainer's ``max_epochs``. Where features are on record and targets
-    come later, a difference would go unseen. It costs a forward pass of four samples.
+    come later, a difference would go unseen. It costs a forward pass of four samples. Where no features are on record
+    and only the losses are, samples and targets are seen alike, and a difference is told.
 
     Args:
         featurizer: of the training samples, with the snapshot's weights in its module.
@@ -50,28 +52,45 @@ def check_recorded_losses(
         StoreMismatchError: if they differ by more than rounding.
     """
     name, asked = type(featurizer.module).__name__, world.asked if world is not None else set()
-    if 0 not in store.snapshot(key).shards and asked:
+    snapshot, rows = store.snapshot(key), store.rows(0)[:_SAMPLES]
+    kept = 0 in snapshot.shards
+    if not kept and asked:
         log.warning("The training step of %s asks for %s. %s", name, _calls(asked), _OF_THE_END)
-    if form.random or 0 not in store.snapshot(key).shards:
+    if form.random or (not kept and snapshot.losses is None):
         return
-    rows = store.rows(0)[:_SAMPLES]
-    recorded = store.shard(key, 0)["loss"][: len(rows)].double()
-    values = Featurizer(featurizer.module, featurizer.plan, NoProjection(), None, featurizer.snapshot)
+    recorded = store.shard(key, 0)["loss"][: len(rows)].double() if kept else torch.tensor(snapshot.losses).double()
+    now = first_losses(featurizer.module, featurizer.plan, featurizer.snapshot, samples, rows, precision)
+    on_cpu = next(featurizer.module.parameters()).device.type == "cpu"
+    low = torch.is_autocast_enabled("cpu") or any(p.dtype.itemsize < 4 for p in featurizer.module.parameters())
+    share = 0.2 if low else 2e-3 if on_cpu else 0.02
+    apart = ((now - recorded).abs() > share * (0.1 + recorded.abs())).nonzero().flatten().tolist()
+    if not apart:
+        return
+    named = ", ".join(f"dataset[{rows[i]}]: {recorded[i].item():.6g}, now {now[i].item():.6g}" for i in apart)
+    told = (
+        f"The losses at snapshot {key!r} in {store.path} are not those on record ({named}), although the weights "
+        f"are. {_cause(featurizer.module, form, asked)}"
+    )
+    if kept:
+        raise StoreMismatchError(told)
+    log.warning("%s Scores are of the losses as they are now.", told)
+
+
+def first_losses(
+    module: Any,
+    plan: AttributionPlan,
+    stream: str,
+    samples: Samples,
+    rows: Sequence[int],
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> Tensor:
+    """Compute the losses of the first training samples, ``(rows,)``, float64, on the CPU; a forward pass of four."""
+    values, rows = Featurizer(module, plan, NoProjection(), None, stream), rows[:_SAMPLES]
     found = []
     for numbers, batch in samples.batches(rows):
         with precision():
             found.append(values(batch, numbers)["loss"].detach())
-    on_cpu = found[0].device.type == "cpu"
-    now = torch.cat(found).cpu().double()
-    low = torch.is_autocast_enabled("cpu") or any(p.dtype.itemsize < 4 for p in featurizer.module.parameters())
-    share = 0.2 if low else 2e-3 if on_cpu else 0.02
-    apart = ((now - recorded).abs() > share * (0.1 + recorded.abs())).nonzero().flatten().tolist()
-    if apart:
-        named = ", ".join(f"dataset[{rows[i]}]: {recorded[i].item():.6g}, now {now[i].item():.6g}" for i in apart)
-        raise StoreMismatchError(
-            f"The losses at snapshot {key!r} in {store.path} are not those on record ({named}), although the weights "
-            f"are. {_cause(featurizer.module, form, asked)}"
-        )
+    return torch.cat(found).cpu().double()
 
 
 def _cause(module: Any, form: BatchForm, asked: Collection[str]) -> str:

@@ -100,3 +100,47 @@ def test_where_nothing_is_on_record_it_is_told(tmp_path: Path, caplog: pytest.Lo
     trainer.fit(Rated(), loader_of(blobs(20)))
     trainer.attribute(targets="train")
     assert "step of Rated asks for `self.optimizers()`. Learning rates, and the state" in caplog.text
+
+
+class Turned(Annealed):
+    """Its loss depends on an attribute that a callback sets, and leaves otherwise at the end."""
+
+    alpha = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.alpha * F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Turns(L.Callback):
+    def __init__(self, last: float) -> None:
+        self.last = last
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.alpha = self.last
+
+
+@pytest.mark.parametrize("last", [1.0, 5.0])
+@pytest.mark.parametrize("method", [GradDot(exact=True), TRAK()], ids=["runs the module", "features later"])
+def test_without_features_the_losses_of_training_are_known_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, method: Any, last: float
+) -> None:
+    callback = AttributionCallback(tmp_path, method=method)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[callback, Turns(last)])
+    trainer.fit(Turned(), loader_of(blobs(20)))
+    assert all(len(snapshot.losses) == 4 and not snapshot.shards for snapshot in callback.store.snapshots)
+    with caplog.at_level("WARNING"):
+        trainer.attribute(targets="train")
+    told = "are not those on record" in caplog.text and "Scores are of the losses as they are now" in caplog.text
+    assert told == (last != 1.0)
+
+
+def test_a_loss_that_cannot_be_noted_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("no disk")
+
+    monkeypatch.setattr("lightning_attr.callbacks.attribution.note_first_losses", fails)
+    callback = AttributionCallback(tmp_path, method=GradDot(exact=True))
+    with pytest.warns(UserWarning, match="losses of a snapshot were not noted, recording goes on: ValueError: no disk"):
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(Annealed(), loader_of(blobs(20)))
+    assert callback.stopped is None
+    assert [snapshot.losses for snapshot in callback.store.snapshots] == [None]
