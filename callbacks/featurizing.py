@@ -16,6 +16,7 @@ from lightning_attr.features.featurizer import AttributionPlan, Featurizer
 from lightning_attr.features.learned_projection import learn_projection
 from lightning_attr.features.second_direction import directions_of
 from lightning_attr.features.transfer import placed, samples_on_device
+from lightning_attr.features.unsettled import featurize_unsettled
 from lightning_attr.methods import AttributionMethod, SnapshotFeatures
 from lightning_attr.methods.choice import choice_of, settled
 from lightning_attr.projectors import Projection
@@ -104,11 +105,11 @@ def featurize(
             on_device = placed(batch, rows, pl_module, datamodule, trainer.strategy.root_device, source)
             with trainer.precision_plugin.forward_context():
                 room = writer.room(rows, featurizer.projection.dim, featurizer.dtype)
-                columns = featurizer(on_device, rows, room)
+                columns, settle = featurize_unsettled(featurizer, on_device, rows, room)
                 if first:
                     check_features(featurizer, on_device, rows, columns["features"])
                     first = False
-            writer.add(rows, columns)
+            writer.add(rows, columns, settle)
             advance()
 
 

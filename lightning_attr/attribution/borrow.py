@@ -94,10 +94,9 @@ def same_tensors(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
+        with torch.no_grad():  # the memory from before holds the values from before, in all their digits
             for p, data in parameters:
                 if p.dtype != data.dtype or p.device != data.device:
-                    p.data = data.copy_(p.data)
+                    p.data = data
             for own, name, buffer in buffers:
-                if own[name] is not buffer:
-                    own[name] = buffer.copy_(own[name])
+                own[name] = buffer

@@ -60,7 +60,7 @@ class FeaturizedRows:
     def targets(self, key: str) -> Mapping[str, Tensor]:
         """Give the columns of all targets at a snapshot, of all processes."""
         own = self.work.target_rows[self.work.rank :: self.work.world_size]
-        return self.processes.joined(self._targets[key].columns, own)
+        return self.processes.placed(self.processes.joined(self._targets[key].columns, own))
 
     def loss_and_labels(self, key: str) -> tuple[Tensor, Tensor | None]:
         """Give loss and, if there is one, label of every training sample, ``(n,)``, of all processes."""

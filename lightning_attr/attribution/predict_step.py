@@ -19,6 +19,7 @@ from lightning_attr.attribution.request import AttributionRequest
 from lightning_attr.attribution.restorer import LoadedSnapshot, Restorer
 from lightning_attr.data.sources import named_targets
 from lightning_attr.features.transfer import placed
+from lightning_attr.features.unsettled import featurize_unsettled
 from lightning_attr.files.writer_lock import WriterLock
 from lightning_attr.results.result import AttributionResult
 from lightning_attr.store.shard_writer import ShardWriter
@@ -119,11 +120,11 @@ class AttributionStep(nn.Module):
         table = self.rows.table(key, train, self.writer)
         room = table.room(rows, featurizer.projection.dim, featurizer.dtype)
         with named_targets(self.request.train, None if train else self.request.targets):
-            columns = featurizer(inner, rows, room)
+            columns, settle = featurize_unsettled(featurizer, inner, rows, room)
             if train and not self.checked:
                 check_features(featurizer, inner, rows, columns["features"])
                 self.checked = True
-            table.add(rows, columns)
+            table.add(rows, columns, settle)
         return len(rows)
 
     def begin_snapshot(self, key: str) -> tuple[LoadedSnapshot, ShardWriter]:

@@ -9,8 +9,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.float64 import has_float64
 from lightning_attr.errors import AttributionError
 
+_PART_BYTES = 2**26
+"""Of a tensor of the CPU, on the device at one time."""
 _PATIENCE = timedelta(seconds=10)
 """How long a process that has failed waits to tell the others; then its end is what they notice."""
 
@@ -45,7 +48,7 @@ class Processes:
         """Add a tensor up over the processes.
 
         Args:
-            tensor: of the same shape and dtype in all of them.
+            tensor: of the same shape and dtype in all of them; it is written to.
 
         Returns:
             The sum, the same in all of them, on the tensor's device.
@@ -56,9 +59,22 @@ class Processes:
         if self.world_size == 1:
             return tensor
         self.meet()
-        on_device = tensor.to(self.device)
-        torch.distributed.all_reduce(on_device)
-        return on_device.to(tensor.device)
+        if tensor.device == self.device or tensor.ndim == 0:
+            on_device = tensor.to(self.device)
+            torch.distributed.all_reduce(on_device)
+            return on_device.to(tensor.device)
+        # A matrix may be mapped from a file, and larger than the device.
+        for part in tensor.split(max(1, _PART_BYTES * len(tensor) // max(1, tensor.nbytes))):
+            on_device = part.to(self.device)
+            torch.distributed.all_reduce(on_device)
+            part.copy_(on_device)
+        return tensor
+
+    def placed(self, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Put what is computed with where it is computed fastest: on the device, unless that has no float64."""
+        if not has_float64(self.device):
+            return columns
+        return {name: values.to(self.device) for name, values in columns.items()}
 
     def joined(self, columns: Mapping[str, Tensor], own: Sequence[int]) -> Mapping[str, Tensor]:
         """Bring rows of all processes together.

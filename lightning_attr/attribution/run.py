@@ -49,10 +49,10 @@ def predicted(
         step = as_lightning_module(kind, trainer)(request, folder, world)
         stack.callback(set_surroundings, module, surroundings_of(module))
         stack.enter_context(lent(trainer, module))
-        stack.enter_context(same_tensors(module))
         sources = [source for source in (train, request.targets) if source is not None]
         data = [item for source in sources for item in (source.dataset, source.loader.collate_fn, source.loader)]
         stack.enter_context(undisturbed(module, *data, beside=world.beside))
+        stack.enter_context(same_tensors(module))  # left first: gradients go back where their parameters are again
         stack.enter_context(loaded(module))
         stack.push(step.end)
         trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above

@@ -91,7 +91,7 @@ def score(
             own = block if left_out is None else _without(block, left_out)
             self_influence[rows] = own.self_influence
             if found is not None:
-                found.add(own.rows, targets, own.scores, left_out)
+                found.add(own.rows, targets, own.scores.cpu(), left_out)  # where the extremes are kept
             else:
                 values[rows, targets] = own.scores
     if found is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from lightning_attr.batches.nested import select_rows
+from lightning_attr.batches.running_sum import running_sum
 from lightning_attr.gradients import HookedGradients, ParameterGradient
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.outputs import ModelOutput
@@ -297,7 +298,7 @@ def sample(distribution: Distribution, rows: Sequence[int], *key: object) -> Ten
     uniforms = uniforms.to(probabilities)
     if isinstance(distribution, Bernoulli):
         return (uniforms < probabilities).to(probabilities)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = running_sum(probabilities)
     below = cumulative <= uniforms.unsqueeze(-1) * cumulative[..., -1:]
     return below.sum(-1).clamp(max=cumulative.shape[-1] - 1)
 

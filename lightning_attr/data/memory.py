@@ -37,6 +37,7 @@ class _Demand:
     inputs: int = 0  # bytes of a sample's inputs
     fixed: int = 0
     per_sample: int = 0
+    most: int = 0  # samples at once, where a device has run out of memory with more
 
     def of(self, batch_size: int) -> int:
         return self.fixed + batch_size * self.per_sample
@@ -133,19 +134,15 @@ class MemoryBudget:
         if numbers is not None and not (self.demanded or self._careful):
             ample = b * (_OF_INPUTS * inputs + _OF_NUMBERS * numbers)
             if self.limit is not None and ample <= self.limit:
-                return function(batch, rows)
+                return function(batch, rows)  # so little that no device runs out of memory
         demand = self._demands.setdefault(kind, _Demand())
         if inputs > demand.inputs:
             self._measure(demand, function, batch, rows)
             demand.inputs = inputs
-        size = self._fitting(demand, b)
-        if size >= b:
-            return function(batch, rows)
-        parts = []
-        for start in range(0, b, size):
-            part = range(start, min(start + size, b))
-            parts.append(function(select_rows(batch, b, part), [rows[i] for i in part]))
-        return {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+        size = min(self._fitting(demand, b), demand.most or b)
+        while (found := _in_parts(function, batch, rows, size)) is None:
+            size = demand.most = self._half(demand, size)
+        return found
 
     def comfortable(self, batch_size: int) -> int:
         """Enlarge a batch of small samples, where the calls cost more than the arithmetic.
@@ -191,6 +188,17 @@ class MemoryBudget:
         demand.per_sample = max(demand.per_sample, peaks[-1] - peaks[0] if b > 1 else peaks[0])
         demand.fixed = max(demand.fixed, peaks[0] - demand.per_sample)
 
+    def _half(self, demand: _Demand, size: int) -> int:
+        """What to try after a device ran out of memory: the limit does not see what libraries take for themselves."""
+        if size == 1:
+            raise MemoryBudgetError(
+                f"The device has no memory left for a single sample: one needs about {_readable(demand.of(1))}, and "
+                "what the libraries beneath take besides. Free what else is on the device, use a smaller `proj_dim`, "
+                "or freeze parameters that should not be attributed."
+            )
+        log.warning("The device ran out of memory with %d samples: featurizing in parts of %d.", size, -(-size // 2))
+        return -(-size // 2)
+
     def _fitting(self, demand: _Demand, batch_size: int) -> int:
         """How many samples may go through at once."""
         if self.limit is None or demand.of(batch_size) <= self.limit:
@@ -214,6 +222,23 @@ class MemoryBudget:
             )
             self._said = True
         return size
+
+
+def _in_parts(
+    function: Callable[[Any, Sequence[int]], Rows], batch: Any, rows: Sequence[int], size: int
+) -> Rows | None:
+    """Call a function on parts of a batch; None where the device runs out of memory."""
+    b = len(rows)
+    try:
+        if size >= b:
+            return function(batch, rows)
+        parts = []
+        for start in range(0, b, size):
+            part = range(start, min(start + size, b))
+            parts.append(function(select_rows(batch, b, part), [rows[i] for i in part]))
+        return {name: torch.cat([columns[name] for columns in parts]) for name in parts[0]}
+    except torch.OutOfMemoryError:  # what it held is gone once this returns
+        return None
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -278,7 +303,7 @@ def free_bytes(device: torch.device) -> int | None:
     """Read how much memory is free on a device.
 
     Args:
-        device: "cpu" or "cuda".
+        device: the CPU or an accelerator, whose memory that torch has cached and not given away counts as free.
 
     Returns:
         Bytes; None where the system does not tell.
@@ -288,10 +313,20 @@ def free_bytes(device: torch.device) -> int | None:
         >>> free is None or free > 0
         True
     """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type not in {"cpu", "mps"}:
+        return _free_on(device)
     known = [size for size in (_available(), _left_in_group()) if size is not None]
     return min(known) if known else None
+
+
+def _free_on(device: torch.device) -> int | None:
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    cached = (
+        module.memory_reserved(device) - module.memory_allocated(device) if hasattr(module, "memory_reserved") else 0
+    )
+    return int(module.mem_get_info(device)[0] + cached)
 
 
 def _available() -> int | None:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.late_checks import late_checks
 from lightning_attr.batches.nested import select_rows
 from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.data.memory import MemoryBudget
-from lightning_attr.errors import NonFiniteGradientError, named_samples
+from lightning_attr.errors import named_samples
 from lightning_attr.features.failing_samples import named_failures
+from lightning_attr.features.finite import check_finite
 from lightning_attr.gradients import (
     GradientPlan,
     HookedGradients,
@@ -24,6 +26,7 @@ from lightning_attr.gradients import (
     plan_gradients,
     vmap_gradients,
 )
+from lightning_attr.gradients.full_precision import full_precision
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.gradients.mode_reads import watch_mode
 from lightning_attr.gradients.plain_execution import plain_execution
@@ -65,6 +68,7 @@ class AttributionPlan(GradientPlan):
     seeded: bool = field(default=False, kw_only=True)
 
 
+@full_precision()
 def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> AttributionPlan:
     """Check a module on a few samples and choose the gradient path of each parameter.
 
@@ -267,35 +271,51 @@ class Featurizer:
             NonFiniteGradientError: if a row holds NaN or Inf.
             SampleRunError: if the module's code fails for some samples and not for others.
         """
+        return self._whole(batch, rows, room, late=False)
+
+    def late(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Featurize a batch without a wait: where a check fails, its output is NaN, for the caller to look at later.
+
+        Args:
+            batch: as in :meth:`__call__`.
+            rows: likewise.
+
+        Returns:
+            The columns.
+        """
+        return self._whole(batch, rows, None, late=True)
+
+    def _whole(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
         # Without gradients, a batch takes less than in training.
         apart = self.plan.seeded or isinstance(batch, SamplesApart)
         featurize = self._one_by_one if apart else self._featurize
         with named_failures(self.module, rows, partial(self._run_alone, batch, rows)):
             if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
-                return featurize(batch, rows, room)
+                return featurize(batch, rows, room, late)
             kind = f"{type(self.projection).__name__} {self.projection.dim} x {self.rows_a_sample}"
             numbers = self.projection.dim * self.rows_a_sample + self.numel
-            return self.memory.run(partial(featurize, room=room), batch, rows, kind, numbers)
+            return self.memory.run(partial(featurize, room=room, late=late), batch, rows, kind, numbers)
 
-    def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
+    def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
         """Featurize samples apart, where they come so, or so that the random numbers of each are its own."""
         if room is None or len(room) != len(rows) or room.device != _device(self.module):
             room = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=_device(self.module))
         parts = [
-            self._featurize(select_rows(batch, len(rows), [i]), [row], room[i : i + 1]) for i, row in enumerate(rows)
+            self._featurize(select_rows(batch, len(rows), [i]), [row], room[i : i + 1], late)
+            for i, row in enumerate(rows)
         ]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "features"}
         in_place = all(part["features"].data_ptr() == room[i].data_ptr() for i, part in enumerate(parts))
         return {"features": room if in_place else torch.cat([part["features"] for part in parts]), **columns}
 
-    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
+    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)
         if room is None or len(room) != len(rows) or room.device != device:  # a part of the batch, for instance
             room = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=device)
         features = room
         values: dict[str, Tensor] = {}
         drawn = [row + self.first_row for row in rows]
-        with self.projection.filling(features) as add, named_samples(rows):
+        with self.projection.filling(features) as add, named_samples(rows), late_checks(late) as wrong:
             for number in range(draws):
                 given = self.given(batch, drawn, number)
                 key = ("mode", self.snapshot, number, *drawn)
@@ -307,7 +327,11 @@ class Featurizer:
         if draws > 1:
             features /= draws
         columns = self.projection.finish({"features": features, **values})
-        check_finite(self.module, columns, rows)
+        if not late:
+            check_finite(self.module, columns, rows)
+        elif wrong:
+            marked = "output" if "output" in columns else "features"
+            columns = {**columns, marked: columns[marked].masked_fill(torch.stack(wrong).any(), float("nan"))}
         return {name: values if name == "label" else values.to(self.dtype) for name, values in columns.items()}
 
     def _run_alone(self, batch: Any, rows: Sequence[int], position: int) -> None:
@@ -369,28 +393,3 @@ class Featurizer:
 def _device(module: Any) -> torch.device:
     device: torch.device = next(module.parameters()).device
     return device
-
-
-def _culprit(module: Any, row: int) -> str:
-    if not all(p.isfinite().all() for p in module.parameters()):
-        return "The weights hold NaN or Inf: a diverged model has no attribution."
-    return (
-        f"The weights are finite, so it is the sample. Look at dataset[{row}]: at NaN or Inf in its inputs, a label "
-        "that is missing or ignored (the mean over no labels is NaN), or an infinite slope, as of a root at zero."
-    )
-
-
-def check_finite(module: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-    """Refuse columns of a batch that hold NaN or Inf: the error names the samples."""
-    # One pass and one synchronisation: a NaN or Inf anywhere makes the sum one.
-    if torch.stack([values.sum(dtype=torch.float32) for values in columns.values()]).isfinite().all():
-        return
-    for name, values in sorted(columns.items(), key=lambda column: column[0] == "features"):  # the output before it
-        finite = values.isfinite().reshape(len(rows), -1).all(1)
-        if not finite.all():
-            bad = [rows[i] for i in (~finite).nonzero().flatten().tolist()]
-            what = "gradient" if name == "features" else name
-            raise NonFiniteGradientError(
-                f"The {what} of sample {', '.join(map(str, bad[:8]))}{' ...' if len(bad) > 8 else ''} is NaN or Inf "
-                f"({len(bad)} of the {len(rows)} samples of its batch). {_culprit(module, bad[0])}"
-            )

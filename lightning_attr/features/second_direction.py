@@ -146,12 +146,13 @@ class SecondFeaturizer:
         second = replace(plan, attributed=OutputApart(output) if apart else output)
         self.each = [_OfDirection(module, second, projection, memory, snapshot, number) for number in range(directions)]
 
-    def __call__(self, batch: Any, rows: Sequence[int]) -> Tensor:
+    def __call__(self, batch: Any, rows: Sequence[int], late: bool = False) -> Tensor:
         """Featurize a batch.
 
         Args:
             batch: ``b`` samples, on the module's device.
             rows: their row numbers.
+            late: leave the checks to the caller; see :meth:`lightning_attr.features.featurizer.Featurizer.late`.
 
         Returns:
             ``(b, r, dim)``, float32 (float64 for a float64 module).
@@ -165,8 +166,9 @@ class SecondFeaturizer:
         if places:
             own = batch if len(places) == len(rows) else select_rows(batch, len(rows), places)
             own_rows = [rows[place] for place in places]
+            index = torch.tensor(places).to(device, non_blocking=True)
             for number, one in enumerate(self.each):
-                found[places, number] = one(own, own_rows)["features"]
+                found[index, number] = (one.late if late else one)(own, own_rows)["features"]
         return found
 
     def chosen(self, rows: Sequence[int]) -> list[int]:
@@ -206,15 +208,14 @@ class GaussNewtonFeaturizer(SharedForwardFeaturizer):
         super().__init__(own, len(second.each) if together else 0, second.scale)
         self.second = second
 
-    def __call__(self, batch: Any, rows: Sequence[int], room: Tensor | None = None) -> dict[str, Tensor]:
-        """Featurize a batch; see :meth:`lightning_attr.features.featurizer.Featurizer.__call__`."""
-        columns = super().__call__(batch, rows, room)
+    def _whole(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
+        columns = super()._whole(batch, rows, room, late)
         if SECOND not in columns:
-            return {**columns, SECOND: self.second(batch, rows)}
+            return {**columns, SECOND: self.second(batch, rows, late)}
         if self.second.share < 1:
-            left_out = torch.ones(len(rows), dtype=torch.bool)
+            left_out = torch.ones(len(rows), 1, 1, dtype=torch.bool)
             left_out[self.second.chosen(rows)] = False
-            columns[SECOND][left_out.to(columns[SECOND].device)] = 0
+            columns[SECOND].masked_fill_(left_out.to(columns[SECOND].device, non_blocking=True), 0)
         return columns
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attr.features.featurizer import AttributionPlan, Featurizer, check_finite
+from lightning_attr.features.featurizer import AttributionPlan, Featurizer
+from lightning_attr.features.finite import check_finite
 from lightning_attr.gradients.hooks import LayerSink
 from lightning_attr.objectives.objective import MixinOutput
 from lightning_attr.outputs import SampleDraws
@@ -53,16 +54,16 @@ class SharedForwardFeaturizer(Featurizer):
         self._sinks: list[LayerSink] = []
         self._words: list[Tensor] = []
 
-    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None) -> dict[str, Tensor]:
+    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
         if not self.directions:
-            return super()._featurize(batch, rows, room)
+            return super()._featurize(batch, rows, room, late)
         device = next(self.module.parameters()).device
         seconds = torch.empty(self.directions, len(rows), self.projection.dim, dtype=self.dtype, device=device)
         with ExitStack() as stack:
             self._sinks = [stack.enter_context(self.projection.filling(each)) for each in seconds]
-            columns = super()._featurize(batch, rows, room)
+            columns = super()._featurize(batch, rows, room, late)
         finished = [self.projection.finish({"features": each})["features"] for each in seconds]
-        for each in finished:
+        for each in finished if not late else ():
             check_finite(self.module, {"features": each}, rows)
         return {**columns, SECOND: torch.stack(finished, 1)}
 

@@ -111,7 +111,7 @@ def _rule_rows(layer: nn.Module, calls: list[tuple[Tensor, ...]], rows: int, whe
 
 def _weighted_outputs(layer: nn.Module, calls: list[tuple[Tensor, ...]], rows: int) -> Tensor:
     """One value a sample that weighs every entry of the outputs, and every call, differently."""
-    total = torch.zeros(rows)
+    total = torch.zeros(rows, device=calls[0][0].device)
     for scale, call in enumerate(calls, start=1):
         for output in float_tensors(layer(*call)):
             flat = output.reshape(rows, -1)

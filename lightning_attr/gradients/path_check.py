@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_attr.batches.nested import select_rows
 from lightning_attr.errors import AttributionError, BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.factored import ParameterGradient, materialise, single_product
+from lightning_attr.gradients.full_precision import full_precision
 from lightning_attr.gradients.functional import FunctionalOutput, densely, loop_gradients, vmap_gradients
 from lightning_attr.gradients.hooks import HookedGradients, hooked_layers
 from lightning_attr.gradients.inner_autograd import watch_autograd
@@ -51,6 +52,7 @@ class GradientPlan:
     inner: bool = field(default=False, kw_only=True)
 
 
+@full_precision()
 def plan_gradients(
     module: nn.Module,
     forward: Callable[[Any], Tensor],
@@ -214,9 +216,7 @@ class _Reference:
                         rows[name][i] = densely(row)
                 del found, row  # before the next are made
         eps = max(torch.finfo(p.dtype).eps for p in trainable.values())
-        return cls(
-            rows, {name: as_pairs(row).double().norm().item() for name, row in rows.items()}, eps, unused, inner.seen
-        )
+        return cls(rows, {name: as_pairs(row).norm().item() for name, row in rows.items()}, eps, unused, inner.seen)
 
     @property
     def total(self) -> float:

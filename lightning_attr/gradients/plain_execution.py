@@ -24,7 +24,8 @@ def plain_execution() -> Iterator[None]:
     """Run modules so that hooks see every layer and ``torch.autograd.grad`` reaches it.
 
     Compiled modules run uncompiled, for their code does not look for new hooks; transformer layers leave their fused
-    inference path, which calls no layers; reentrant checkpoints become non-reentrant ones.
+    inference path, which calls no layers; reentrant checkpoints become non-reentrant ones; recurrent layers leave
+    cuDNN, which has no backward pass for them in eval mode, and no second one.
 
     Yields:
         Nothing.
@@ -39,11 +40,42 @@ def plain_execution() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     names["CheckpointFunction"] = _CheckpointFunction
     try:
-        with _uncompiled():
+        with _uncompiled(), _recurrent_without_cudnn():
             yield
     finally:
         names["CheckpointFunction"] = reentrant
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+@contextmanager
+def _recurrent_without_cudnn() -> Iterator[None]:
+    """Let the layers of ``nn`` call recurrent networks without cuDNN, and convolutions with it."""
+    calls = vars(torch._VF)
+    before = {name: calls.get(name) for name in _RECURRENT}
+    calls.update({name: _without_cudnn(getattr(torch._VF, name)) for name in _RECURRENT})
+    try:
+        yield
+    finally:
+        for name, call in before.items():
+            if call is None:
+                del calls[name]
+            else:
+                calls[name] = call
+
+
+def _without_cudnn(call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        enabled = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False
+        try:
+            return call(*args)
+        finally:
+            torch.backends.cudnn.enabled = enabled
+
+    return run
 
 
 def _uncompiled() -> AbstractContextManager[object]:

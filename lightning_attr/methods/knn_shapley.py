@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_int
+from lightning_attr.batches.running_sum import running_sum
 from lightning_attr.features.snapshot_model import Batches, SnapshotModel
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.representation import representation
@@ -186,5 +187,5 @@ def shapley_values(distances: Tensor, correct: Tensor, k: int) -> Tensor:
     ranks = torch.arange(1, n + 1, dtype=torch.float64, device=e.device)
     weights = ranks.clamp(max=k) / (k * ranks)
     steps = torch.cat([e[:, :-1] - e[:, 1:], e[:, -1:]], 1) * weights
-    ordered = steps.flip(1).cumsum(1).flip(1)
+    ordered = running_sum(steps.flip(1)).flip(1)
     return torch.empty_like(ordered).scatter_(1, order, ordered)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.float64 import doubled
 from lightning_attr.gradients.functional import densely
 from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.objectives.modes import MeanNoise, check_mode, in_mode, seeded
@@ -167,4 +168,4 @@ def _measure(run: Callable[[], Tensor], module: Any) -> _Measured:
 
 
 def _norm(rows: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(row.abs().double().square().sum().item() for row in rows))
+    return math.sqrt(sum(doubled(row.abs()).square().sum().item() for row in rows))

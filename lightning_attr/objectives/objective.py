@@ -13,6 +13,7 @@ from lightning_attr.batches.nested import map_tensors
 from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.errors import NonFiniteGradientError
 from lightning_attr.gradients import check_batch_independence
+from lightning_attr.gradients.full_precision import full_precision
 from lightning_attr.objectives.mixin import AttributionMixin, attribution_outputs
 from lightning_attr.objectives.training_loss import TrainingLoss, checked_training_loss
 from lightning_attr.outputs import ModelOutput
@@ -166,6 +167,7 @@ def draws_of(module: Any) -> int:
     return count
 
 
+@full_precision()
 def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
     """Choose what of a module is attributed, and check it on a few samples.
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.float64 import has_float64
+from lightning_attr.batches.running_sum import running_sum
 from lightning_attr.randomness.streams import hashed_uniforms, row_words
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class SampleDraws:
         Returns:
             The draws.
         """
-        return cls(row_words(rows, *key).to(device))
+        return cls(row_words(rows, *key).to(device, non_blocking=True))
 
     def uniforms(self, *shape: int) -> Tensor:
         """Draw uniform numbers.
@@ -62,9 +64,11 @@ class SampleDraws:
             shape: of one sample's.
 
         Returns:
-            ``(b, *shape)``, float64, in the open interval (0, 1).
+            ``(b, *shape)``, float64 (float32 where the device has no wider), in the open interval (0, 1).
         """
-        return hashed_uniforms(self.words, torch.Size(shape).numel()).reshape(-1, *shape)
+        wide = has_float64(self.words.device)
+        drawn = hashed_uniforms(self.words if wide else self.words.cpu(), torch.Size(shape).numel()).reshape(-1, *shape)
+        return drawn if wide else drawn.float().clamp(max=1 - 2.0**-24).to(self.words.device)
 
     def signs(self, *shape: int) -> Tensor:
         """Draw signs.
@@ -122,5 +126,5 @@ def softmax_direction(logits: Tensor, draws: SampleDraws) -> Tensor:
 
 def _label(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw labels by the inverse of the distribution function, ``(b, *positions)``."""
-    below = probabilities.cumsum(-1) < uniforms.to(probabilities)[..., None] * probabilities.sum(-1, keepdim=True)
+    below = running_sum(probabilities) < uniforms.to(probabilities)[..., None] * probabilities.sum(-1, keepdim=True)
     return below.sum(-1).clamp(max=probabilities.shape[-1] - 1)

@@ -170,8 +170,8 @@ class LanguageModel(ModelOutput):
         """Log-probability or margin of each token, ``(b, s)``, and which of them are labelled."""
         logits, labels = self._places(outputs, targets)
         labelled = labels != self.ignore_index
-        index = labels.masked_fill(~labelled, 0).long().unsqueeze(2)
         logits = at_least_float32(logits)
+        index = labels.masked_fill(~labelled, 0).long().clamp(0, logits.shape[2] - 1).unsqueeze(2)
         if self.kind.endswith("loss"):
             return logits.log_softmax(2).gather(2, index).squeeze(2), labelled
         right = logits.gather(2, index).squeeze(2)

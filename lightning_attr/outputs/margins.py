@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution
 
 from lightning_attr.arguments.checks import check_float
+from lightning_attr.batches.late_checks import noted
 from lightning_attr.errors import InvalidLabelError
 from lightning_attr.outputs.base import ModelOutput, at_least_float32, bad_labels, one_column
 from lightning_attr.outputs.directions import SampleDraws, along, softmax_direction
@@ -85,6 +86,7 @@ class MulticlassMargin(_Margin):
             logits = logits / self.temperature
         labels = targets.long().unsqueeze(1)
         _check_labels(labels, logits.shape[1])
+        labels = labels.clamp(0, logits.shape[1] - 1)  # on a device, another one is noted and refused later
         right = logits.gather(1, labels).squeeze(1)
         return right - logits.scatter(1, labels, float("-inf")).logsumexp(1)
 
@@ -200,8 +202,11 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 def _check_binary(labels: Tensor) -> None:
     """Name the first sample whose label, ``(b,)``, is neither 0 nor 1."""
     outside = (labels != 0) & (labels != 1)
+    wrong = outside.any()
+    if noted(wrong):
+        return
     try:
-        found = bool(outside.any())
+        found = bool(wrong)
     except RuntimeError:  # under vmap, which allows no look at values: the same samples were checked outside of it
         return
     if found:

@@ -99,7 +99,7 @@ class PixelMargin(ModelOutput):
         labelled = labels != self.ignore_index
         classes = max(2, logits.shape[1])
         _check_labels(labels, labelled, classes)
-        index = labels.masked_fill(~labelled, 0)
+        index = labels.masked_fill(~labelled, 0).clamp(0, classes - 1)
         if logits.shape[1] == 1:
             return (2 * index - 1) * logits.squeeze(1), labelled
         index = index.unsqueeze(1)

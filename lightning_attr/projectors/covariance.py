@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.float64 import doubled, has_float64
 from lightning_attr.randomness.streams import rademacher
 
 _WHOLE = 1024
@@ -50,14 +51,16 @@ class Covariance:
             vectors: ``(n, size)``.
         """
         if self.size > _DIAGONAL:
-            self.add_diagonal(vectors.square().sum(0, dtype=torch.float64))
+            squares = vectors.square()
+            wide = has_float64(vectors.device)
+            self.add_diagonal(squares.sum(0, dtype=torch.float64) if wide else doubled(squares).sum(0))
             return
         if self.directions is None:
             more = vectors.mT @ vectors
         else:
-            self.directions = self.directions.to(vectors.device)
-            more = vectors.mT @ (vectors @ self.directions.to(vectors.dtype))
-        self.total = more.double() if self.total is None else self.total.add_(more)
+            self.directions = self.directions.to(vectors.device if has_float64(vectors.device) else "cpu")
+            more = vectors.mT @ (vectors @ self.directions.to(vectors))
+        self.total = doubled(more) if self.total is None else self.total.add_(more.to(self.total.device))
 
     def add_diagonal(self, squares: Tensor) -> None:
         """Add what is on the diagonal alone: of vectors with one entry each.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.float64 import doubled
 from lightning_attr.gradients.factored import ConvSum, FactoredGradient, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.projectors.covariance import Covariance
 from lightning_attr.projectors.kronecker import MatrixBlock
@@ -70,7 +71,7 @@ class BlockMoments:
 
     def _add_table(self, table: GatherSum) -> None:
         """Rows of a table are looked up one by one: their covariance is its diagonal."""
-        sizes = table.columns.square().sum(2).flatten().double()
+        sizes = doubled(table.columns.square().sum(2).flatten())
         rows = torch.zeros(self.block.rows, dtype=torch.float64, device=sizes.device)
         self.rows.add_diagonal(rows.index_add_(0, table.ids.flatten(), sizes))
         self.columns.add(table.columns.flatten(0, 1))

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from lightning_attr.files.writer_lock import beat
 from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.landing import Landing, Settle
 
 
 class ShardWriter:
@@ -49,21 +50,28 @@ class ShardWriter:
         self.features: Tensor | None = None  # of the shard that is being filled
         self.parts: list[Mapping[str, Tensor]] = []
         self.rows: list[int] = []
+        self._landing = Landing(self._add)
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
-    def add(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
+    def add(self, rows: Sequence[int], columns: Mapping[str, Tensor], settle: Settle | None = None) -> None:
         """Add a batch; the batches of a shard come one after the other, in order.
 
         Args:
             rows: its row numbers, all of one shard.
             columns: column name -> values ``(b, ...)``, on any device.
+            settle: looks at the columns on the CPU, and gives those to keep.
 
         Raises:
             AttributionError: if the shard before could not be written.
         """
         beat(self.store.path)
-        own = {name: values.detach().cpu() for name, values in columns.items()}
+        self._landing.add(rows, columns, settle)
+
+    def _add(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
+        own = dict(columns)
+        if self._landing.landed and "features" in own and not self.rows:  # the next batch was given its place
+            self.room(rows, own["features"].shape[1], own["features"].dtype)
         if self.features is not None:
             _put(own.pop("features"), self.features[len(self.rows) :][: len(rows)])
         self.parts.append(own)
@@ -109,6 +117,7 @@ class ShardWriter:
             AttributionError: if the last shard could not be written.
         """
         try:
+            self._landing.finish()
             self._wait()
         finally:
             thread, self._thread = self._thread, None
@@ -127,6 +136,7 @@ class ShardWriter:
         if kind is None:
             self.close()
             return
+        self._landing.drop()
         with suppress(Exception):  # what went wrong first is what matters
             self.close()
 
@@ -146,24 +156,34 @@ class RowTable:
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.columns: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        self._landing = Landing(self._add)
 
-    def add(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Column name -> values ``(num_rows, ...)`` of all rows that were added."""
+        self._landing.finish()
+        return self._columns
+
+    def add(self, rows: Sequence[int], columns: Mapping[str, Tensor], settle: Settle | None = None) -> None:
         """Add a batch.
 
         Args:
             rows: its row numbers.
             columns: column name -> values ``(b, ...)``, on any device.
+            settle: looks at the columns on the CPU, and gives those to keep.
         """
+        self._landing.add(rows, columns, settle)
+
+    def _add(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         ordered = _ordered(rows)
         for name, values in columns.items():
-            values = values.detach().cpu()
-            if name not in self.columns:
-                self.columns[name] = values.new_zeros(self.num_rows, *values.shape[1:])
+            if name not in self._columns:
+                self._columns[name] = values.new_zeros(self.num_rows, *values.shape[1:])
             if ordered:  # copied at once
-                _put(values, self.columns[name][rows[0] : rows[0] + len(rows)])
+                _put(values, self._columns[name][rows[0] : rows[0] + len(rows)])
             else:
-                self.columns[name][list(rows)] = values
+                self._columns[name][list(rows)] = values
 
     def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
         """Give the place of a batch's features, where :meth:`add` looks for them.
@@ -178,9 +198,9 @@ class RowTable:
         """
         if not _ordered(rows):
             return None
-        if "features" not in self.columns:
-            self.columns["features"] = torch.zeros(self.num_rows, dim, dtype=dtype)
-        return self.columns["features"][rows[0] : rows[0] + len(rows)]
+        if "features" not in self._columns:
+            self._columns["features"] = torch.zeros(self.num_rows, dim, dtype=dtype)
+        return self._columns["features"][rows[0] : rows[0] + len(rows)]
 
 
 def _ordered(rows: Sequence[int]) -> bool:

@@ -116,19 +116,47 @@ def remembered_rng() -> Callable[[], None]:
         True
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - the legacy stream
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    devices = [_device_streams(name) for name in _accelerators()]
 
     def restore() -> None:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        for restore_device in devices:
+            restore_device()
 
     return restore
+
+
+def _accelerators() -> list[str]:
+    """Kinds of devices with random streams of their own; to ask CUDA whether it is there is to start it."""
+    found = ["cuda", *(["mps"] if torch.backends.mps.is_available() else [])]
+    current = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None  # from torch 2.6 on
+    other = current is not None and current.type not in found and torch.accelerator.is_available()
+    return [*found, current.type] if current is not None and other else found
+
+
+def _device_streams(kind: str) -> Callable[[], None]:
+    """Remember the streams of a kind of device. One that nothing has run on yet is not started for that."""
+    module: Any = torch.get_device_module(kind)
+    if not getattr(module, "is_initialized", lambda: True)():
+        seeds = _seeds_to_come(module)
+
+        def seed_again() -> None:
+            if module.is_initialized():  # meanwhile: its streams began with these
+                for seed in seeds:
+                    seed()
+
+        return seed_again
+    if hasattr(module, "get_rng_state_all"):
+        return partial(module.set_rng_state_all, module.get_rng_state_all())
+    return partial(module.set_rng_state, module.get_rng_state())
+
+
+def _seeds_to_come(module: Any) -> list[Callable[[], None]]:
+    """What ``torch.manual_seed`` has left for a device to do when it starts."""
+    queued = getattr(module, "_lazy_seed_tracker", None)
+    return [] if queued is None else [call[0] for call in queued.get_calls() if call]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attr.batches.float64 import doubled
 from lightning_attr.batches.nested import select_rows
 from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.errors import BatchDependenceError
@@ -65,7 +66,7 @@ def check_features(featurizer: Featurizer, batch: Any, rows: Sequence[int], feat
     weights = torch.randn(len(chosen), generator=generator, dtype=torch.float64).to(features.device, features.dtype)
     expected, norm = _projected(featurizer, select_rows(batch, len(rows), chosen), [rows[i] for i in chosen], weights)
     found = features[chosen]
-    size = (weights.square() @ found.double().square().sum(1).to(weights.dtype)).sqrt()
+    size = (weights.square() @ doubled(found).square().sum(1).to(weights)).sqrt()
     difference = (expected - weights @ found).norm()
     # Where a projection takes next to all of a gradient away, what is left is its rounding.
     noise = 64 * torch.finfo(features.dtype).eps * norm
@@ -97,7 +98,7 @@ def _projected(featurizer: Featurizer, batch: Any, rows: Sequence[int], weights:
         gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
     room = torch.zeros(1, featurizer.projection.dim, dtype=featurizer.dtype, device=weights.device)
     known = [(name, densely(g)) for name, g in zip(params, gradients, strict=True) if g is not None]
-    norm = math.sqrt(sum(gradient.abs().double().square().sum().item() for _, gradient in known))
+    norm = math.sqrt(sum(doubled(gradient.abs()).square().sum().item() for _, gradient in known))
     with featurizer.projection.filling(room) as add:
         add({name: as_pairs(gradient.unsqueeze(0)).to(featurizer.dtype) for name, gradient in known})
     return room[0], norm

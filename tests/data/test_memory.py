@@ -232,3 +232,31 @@ def test_batches_of_small_samples_may_be_larger(width: int, batch_size: int, exp
     assert budget.comfortable(batch_size) == batch_size  # nothing is known yet
     budget.run(_doubled([]), _batch(2, width), range(2))  # 8 bytes a number
     assert budget.comfortable(batch_size) == expected
+
+
+def test_a_device_out_of_memory_gets_half_and_remembers_it(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[int] = []
+
+    def run(batch: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+        seen.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("of a device")
+        return {"x": 2 * batch}
+
+    budget, x = MemoryBudget(limit=10**9), torch.randn(8, 2)
+    for _ in range(2):
+        assert torch.equal(budget.run(run, x, range(8))["x"], 2 * x)
+    assert seen == [2, 8, 4, *8 * [2]]  # measured, tried, halved, kept
+    assert "The device ran out of memory with 8 samples: featurizing in parts of 4." in caplog.text
+
+
+def test_a_device_without_memory_for_one_sample_says_what_one_needs() -> None:
+    def run(batch: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+        if len(rows) == 1 and batch[0, 0] == 5:
+            raise torch.OutOfMemoryError("of a device")
+        return {"x": batch.clone()}
+
+    budget = MemoryBudget(limit=10**9)
+    budget.run(run, torch.ones(4, 1000), range(4))
+    with pytest.raises(MemoryBudgetError, match=r"no memory left for a single sample: one needs about 0\.00 MB"):
+        budget.run(run, torch.full((1, 1000), 5.0), range(1))

@@ -1,0 +1,44 @@
+"""Float64 on devices that may not have it, as Apple's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64.
+
+    Args:
+        device: any.
+
+    Returns:
+        False for Apple's, and for others that refuse.
+
+    Example:
+        >>> has_float64(torch.device("cpu"))
+        True
+    """
+    if device.type in {"cpu", "cuda"}:
+        return True
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+def doubled(values: Tensor) -> Tensor:
+    """Give values in float64, on the CPU where their device has none.
+
+    Args:
+        values: of any dtype.
+
+    Returns:
+        The values.
+
+    Example:
+        >>> doubled(torch.ones(1))
+        tensor([1.], dtype=torch.float64)
+    """
+    return values.double() if has_float64(values.device) else values.cpu().double()
