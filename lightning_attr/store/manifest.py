@@ -116,19 +116,16 @@ class Snapshot:
         key: its name in the store.
         epoch: epochs completed before this one, so 0 at the end of the first; -1 at the start of training.
         global_step: optimizer steps taken.
-        learning_rate: sum of the learning rate over the optimizer steps since the snapshot before; 0 if there is no
-            record of them.
+        learning_rate: its sum over the optimizer steps since the snapshot before; 0 if there is no record of them.
         folder: where it is, relative to the store.
         weights: digest of the weights.
         projection: key of its random projection; its name, unless it was merged from another store.
         shards: shard number -> digest, for the rows that have features.
         optimizer: digest of the optimizer's state, None if it was not recorded.
-        frozen: digest of those weights that lie in a file of their own, because training does not change them; None
-            without.
+        frozen: digest of the weights in a file of their own, because training does not change them; None without.
         origin: id of the store that its files were written in, if they were merged from another.
         trainable: names of the parameters that were not frozen; None for all.
-        rates: parameter name -> sum of its own learning rate, where those of the trainable parameters differ; None
-            where all are ``learning_rate``, which is their mean over all entries otherwise.
+        rates: parameter name -> sum of its own rate; None if all are ``learning_rate``, else the mean over all entries.
         basis: digest of what its projection learned from training samples; None where it learns nothing.
         pilot: number of the pilot that it is the end of; None for a snapshot of the recorded run.
         directions: second directions that its features have of a sample; None for none.
