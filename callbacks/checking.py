@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,10 +15,12 @@ from lightning_attr.attribution.arguments import check_datamodule
 from lightning_attr.attribution.rehearsal import heard, rehearse
 from lightning_attr.attribution.request import check_strategy
 from lightning_attr.attribution.run_check import RunCheck, checked_layers
-from lightning_attr.callbacks.early import EarlySnapshots
+from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.guard import describe
-from lightning_attr.callbacks.recording import snapshot_bytes
-from lightning_attr.callbacks.schedule import epoch_limit, steps_of_an_epoch
+from lightning_attr.callbacks.preparation import Preparation, RecordingRequest, prepare
+from lightning_attr.callbacks.recording import Recording, snapshot_bytes
+from lightning_attr.callbacks.run_hooks import RunHooks
+from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
 from lightning_attr.data.loader import OrderedLoader
 from lightning_attr.features.featurizer import AttributionPlan
 from lightning_attr.features.learned_projection import learn_from
@@ -37,12 +39,19 @@ _SECONDS = 2.0
 _BATCHES = 8
 
 
-class CheckedRun(EarlySnapshots):
+class CheckedRun(RunHooks):
     """Looks at a run before it starts, by what it does itself when a training starts.
 
     Args:
-        on_error: as in :class:`lightning_attr.callbacks.early.EarlySnapshots`.
+        on_error: as in :class:`RunHooks`.
+        dirpath: likewise.
+        log: likewise.
     """
+
+    schedule: SnapshotSchedule
+
+    def _request(self) -> RecordingRequest:
+        raise NotImplementedError  # what is to be recorded, its subclass knows
 
     def check(
         self, model: L.LightningModule, datamodule: Any = None, *, train_dataloaders: Any = None, trainer: Any = None
@@ -85,7 +94,9 @@ class CheckedRun(EarlySnapshots):
         check_datamodule("AttributionCallback.check", datamodule)
         if trainer is not None:
             check_instance("AttributionCallback.check", "trainer", trainer, both(L.Trainer), "a Trainer")
-        look = _Look(self._copy(trainer), model, RunCheck(type(model).__name__, type(self.method).__name__))
+        request, read = self._request(), self._reads_features(trainer)
+        found = RunCheck(type(model).__name__, type(request.method).__name__)
+        look = _Look(request, self.schedule, self.dirpath, read, model, found)
         try:
             check_module(model)
             if trainer is not None:
@@ -95,22 +106,21 @@ class CheckedRun(EarlySnapshots):
             look.note(refused=describe(error), error=error)
         return look.found
 
-    def _copy(self, trainer: Any) -> Any:
-        """A callback with the same settings, whose findings are its own."""
-        own: Any = copy.copy(self)
-        own._forget()
-        own._lock, own._spare, own._mode = None, [], "eval"
-        callbacks = [] if trainer is None else trainer.callbacks
-        own.listeners = [None] if any(getattr(one, "reads_features", False) for one in callbacks) else []
-        own._log = own._log and (trainer is None or bool(trainer.loggers))
-        return own
+    def _reads_features(self, trainer: Any) -> bool:
+        """Whether something will read features while training."""
+        callbacks, loggers = ([], []) if trainer is None else (trainer.callbacks, trainer.loggers)
+        return any(getattr(one, "reads_features", False) for one in callbacks) or (self._report.log and bool(loggers))
 
 
 @dataclass
 class _Look:
     """What is called in the world of a fit, and finds one thing after the other."""
 
-    callback: Any
+    request: RecordingRequest
+    schedule: SnapshotSchedule
+    dirpath: Path | None
+    read: bool
+    """Whether something reads features while training."""
     module: L.LightningModule
     found: RunCheck
     learning = 0.0
@@ -126,44 +136,43 @@ class _Look:
             self.note(notes=tuple(dict.fromkeys(said)))
 
     def _look(self, trainer: L.Trainer) -> None:
-        callback, module = self.callback, self.module
-        callback._check(trainer, module)
-        source, method = callback.source, callback.method
+        module = self.module
+        prepared = prepare(self.request, trainer, module, self.read)
         self.note(
-            num_samples=len(source),
-            mode=callback._mode,
+            num_samples=len(prepared.source),
+            mode=prepared.mode,
             device=str(trainer.strategy.root_device),
-            featurizes=callback.featurize,
-            weight_bytes=snapshot_bytes(module, callback.optimizer_state) + callback._basis_bytes,
-            snapshots=callback.schedule.count(epoch_limit(trainer), steps_of_an_epoch(trainer)) or None,
+            featurizes=prepared.featurize,
+            weight_bytes=snapshot_bytes(module, self.request.optimizer_state) + prepared.basis_bytes,
+            snapshots=self.schedule.count(epoch_limit(trainer), steps_of_an_epoch(trainer)) or None,
         )
-        with callback._beside_training(trainer, module):
-            plan, projection = self._projection(trainer)
+        with beside_training(trainer, module, prepared.source, prepared.mode, None, dict):
+            plan, projection = self._projection(trainer, prepared)
             self.note(layers=checked_layers(module, plan, projection))
-            if method.projector is not None:
-                self._time(trainer, plan, projection)
-        self._store(trainer)
+            if prepared.method.projector is not None:
+                self._time(trainer, prepared, plan, projection)
+        self._store(prepared)
 
     def note(self, **values: Any) -> None:
         self.found = replace(self.found, **values)
 
-    def _projection(self, trainer: L.Trainer) -> tuple[AttributionPlan, Projection]:
+    def _projection(self, trainer: L.Trainer, prepared: Preparation) -> tuple[AttributionPlan, Projection]:
         """Of the first snapshot, where it learns from samples as well."""
-        callback, module = self.callback, self.module
-        (layout, plan), state = callback._plans.current(), callback._optimizer_state(trainer, module)
-        projection = callback.method.projection_at(layout, "", lambda: state)
+        module = self.module
+        (layout, plan), state = prepared.plans.current(), self.request.state(trainer, module)
+        projection = prepared.method.projection_at(layout, "", lambda: state)
         if isinstance(projection, LearnedProjection):
-            samples = samples_on_device(trainer, module, getattr(trainer, "datamodule", None), callback.source)
+            samples = samples_on_device(trainer, module, getattr(trainer, "datamodule", None), prepared.source)
             begun = time.perf_counter()
             learn_from(projection, module, plan, samples, "", trainer.precision_plugin.forward_context)
             self.learning = time.perf_counter() - begun
         return plan, projection
 
-    def _time(self, trainer: L.Trainer, plan: AttributionPlan, projection: Projection) -> None:
+    def _time(self, trainer: L.Trainer, prepared: Preparation, plan: AttributionPlan, projection: Projection) -> None:
         """Featurize batches until some seconds are over; the first is none of them, as it warms up."""
-        callback, source = self.callback, self.callback.source
-        directions = callback.method.second_directions(module_curvature(self.module))
-        settings = (projection, callback.memory, "", directions, len(source))
+        source, feature_dtype = prepared.source, self.request.feature_dtype
+        directions = prepared.method.second_directions(module_curvature(self.module))
+        settings = (projection, prepared.memory, "", directions, len(source))
         featurizer = featurizer_with(self.module, plan, *settings)
         batches = source.batches(range(len(source)))
         batches = (batches * 2 if len(batches) == 1 else batches)[: _BATCHES + 1]
@@ -174,7 +183,7 @@ class _Look:
             on_device = placed(converted, rows, self.module, datamodule, device, source)
             with trainer.precision_plugin.forward_context():
                 columns = featurizer(on_device, rows)
-            per_row = row_bytes({name: values.cpu() for name, values in columns.items()}, callback.feature_dtype)
+            per_row = row_bytes({name: values.cpu() for name, values in columns.items()}, feature_dtype)
             ends.append((time.perf_counter(), len(rows)))
             if ends[-1][0] - begun > _SECONDS and len(ends) > 1:
                 break
@@ -182,14 +191,13 @@ class _Look:
         seconds = (ends[-1][0] - ends[0][0]) / rows_timed * len(source)
         self.note(seconds=self.learning + seconds, feature_bytes=per_row * len(source))
 
-    def _store(self, trainer: L.Trainer) -> None:
+    def _store(self, prepared: Preparation) -> None:
         """Compare the store that is there, and see what its disk has left."""
-        callback = self.callback
-        if callback.dirpath is None:
+        if self.dirpath is None:
             return
-        path = callback.dirpath.absolute()
+        path = self.dirpath.absolute()
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         self.note(store=path, free_bytes=shutil.disk_usage(there).free)
         if FeatureStore.exists(path):
             store, started = FeatureStore.open(path, writer=False), digest(weights_of(self.module))
-            callback._recorded.check(store, callback._fingerprint(self.module), started, callback.feature_dtype)
+            Recording().check(store, prepared.fingerprint(self.module), started, self.request.feature_dtype)

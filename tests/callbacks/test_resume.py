@@ -333,7 +333,7 @@ def test_a_checkpoint_of_an_earlier_version_has_one_learning_rate(tmp_path: Path
 
 def test_state_dict(tmp_path: Path) -> None:
     callback = run(tmp_path / "store", epochs=1)
-    callback._rates.common = 0.25
+    callback._run.rates.common = 0.25
     twin = AttributionCallback()
     twin.load_state_dict(callback.state_dict())
     assert twin.state_dict() == callback.state_dict()
