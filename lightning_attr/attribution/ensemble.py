@@ -10,7 +10,7 @@ import torch
 
 from lightning_attr.errors import AttributionError
 from lightning_attr.methods import AttributionMethod, ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.base import balanced_weights
+from lightning_attr.methods.over_snapshots import balanced_weights
 from lightning_attr.store.manifest import Snapshot
 
 _RUN_SHARE = 2.0

@@ -1,6 +1,7 @@
 """Attribution methods, one file each."""
 
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, in_step
+from lightning_attr.methods.cache import CacheKey, SnapshotCache
 from lightning_attr.methods.datamodel import Datamodel, EmpiricalInfluence
 from lightning_attr.methods.dropout import DropoutEnsemble
 from lightning_attr.methods.grad import GradCos, GradDot
@@ -28,6 +29,7 @@ __all__ = [
     "TRAK",
     "Arnoldi",
     "AttributionMethod",
+    "CacheKey",
     "ConjugateGradient",
     "DampedMethod",
     "DataInf",
@@ -46,6 +48,7 @@ __all__ = [
     "ProjectedInfluence",
     "RepresentationSimilarity",
     "ScoreBlock",
+    "SnapshotCache",
     "SnapshotFeatures",
     "SoftThreshold",
     "Solver",

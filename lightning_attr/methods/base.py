@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_attr.arguments.checks import check_instance
 from lightning_attr.features.snapshot_model import SnapshotModel
+from lightning_attr.methods.cache import CacheKey, SnapshotCache
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.parameters.optimizer_state import OptimizerState
 from lightning_attr.projectors import NoProjection, Projection, Projector
@@ -19,6 +20,8 @@ from lightning_attr.projectors.base import check_projector
 from lightning_attr.projectors.unchosen import UnchosenProjector
 
 T = TypeVar("T")
+
+_EVIDENCE: CacheKey[dict[str, Any]] = CacheKey("evidence")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,7 @@ class SnapshotFeatures:
         targets: the same columns for the targets, ``(m, ...)``.
         learning_rate: its sum over the optimizer steps that the snapshot stands for.
         reduce: sums a tensor over all processes, in place, and returns it.
-        memo: for what a method computes of the training rows alone, a kernel for instance. Many targets are scored some
-            at a time, and it is not to be computed again for the next.
+        cache: for what a method computes of the training rows alone, see :class:`lightning_attr.methods.SnapshotCache`.
         target_rows: which targets these are.
         model: the module at the snapshot; None where features are all there is.
         layers: columns of the features by layer; None where the projection mixes layers.
@@ -56,7 +58,7 @@ class SnapshotFeatures:
     targets: Mapping[str, Tensor]
     learning_rate: float = 1.0
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    memo: dict[str, Any] = field(default_factory=dict)
+    cache: SnapshotCache = field(default_factory=SnapshotCache)
     target_rows: range = range(0)
     model: SnapshotModel | None = None
     layers: Mapping[str, slice] | None = None
@@ -70,8 +72,7 @@ class SnapshotFeatures:
     @property
     def evidence(self) -> dict[str, Any]:
         """What the method found out at this snapshot, for the record of the result."""
-        found: dict[str, Any] = self.memo.setdefault("evidence", {})
-        return found
+        return self.cache.once(_EVIDENCE, dict)
 
     @property
     def numel(self) -> int:
@@ -189,25 +190,6 @@ def check_method(owner: object, value: Any, name: str = "method") -> None:
     """
     remedy = "Pass an object, such as `lightning_attr.methods.TRAK()`."
     check_instance(owner, name, value, AttributionMethod, "an AttributionMethod", remedy)
-
-
-def balanced_weights(sizes: Sequence[float]) -> list[float]:
-    """Weigh snapshots so that each has an equal part in the average of their scores.
-
-    Args:
-        sizes: how large the scores of each snapshot are.
-
-    Returns:
-        Weights inverse to the sizes, with the sum one. A snapshot without any scores counts as the smallest of the
-        others.
-
-    Example:
-        >>> balanced_weights([1.0, 3.0]), balanced_weights([0.0, 0.0])
-        ([0.75, 0.25], [0.5, 0.5])
-    """
-    least = min((abs(size) for size in sizes if size), default=1.0)
-    inverse = [1 / (abs(size) or least) for size in sizes]
-    return [value / sum(inverse) for value in inverse]
 
 
 def compute_precision(features: Tensor) -> Tensor:
@@ -353,7 +335,7 @@ class AttributionMethod(ABC):
         """Settle what all targets decide together, before they are scored some at a time.
 
         Args:
-            snapshots: in the order of training, with all targets; what is settled goes into their ``memo``.
+            snapshots: in the order of training, with all targets; what is settled goes into their ``cache``.
         """
 
     @abstractmethod

@@ -16,6 +16,7 @@ from lightning_attr.arguments.checks import check_flag, check_float, check_int, 
 from lightning_attr.features.dropout_masks import CHANNELWISE, ELEMENTWISE, dropout_ensemble
 from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, check_method
+from lightning_attr.methods.cache import CacheKey, SnapshotCache
 from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.trak import TRAK
 from lightning_attr.projectors import NoProjection, Projection, check_not_learned
@@ -111,7 +112,7 @@ class DropoutEnsemble(AttributionMethod):
         """
         members = [member for snapshot in snapshots for member in self._members(snapshot)]
         self.method.prepare(members)
-        snapshots[0].memo["members"] = members
+        snapshots[0].cache.keep(_MEMBERS, members)
 
     def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
         """Score the members with the method; see :meth:`AttributionMethod.score`.
@@ -125,9 +126,9 @@ class DropoutEnsemble(AttributionMethod):
         Raises:
             ValueError: if the module has no dropout layers.
         """
-        if "members" not in snapshots[0].memo:
+        if snapshots[0].cache.find(_MEMBERS) is None:
             self.prepare(snapshots)
-        members: list[SnapshotFeatures] = snapshots[0].memo["members"]
+        members = snapshots[0].cache.find(_MEMBERS) or []
         rows = snapshots[0].target_rows
         yield from self.method.score([_restricted(member, rows) for member in members])
         of_snapshot = len(members) // len(snapshots)
@@ -181,7 +182,7 @@ class DropoutEnsemble(AttributionMethod):
             snapshot,
             blocks=blocks,
             targets={name: values.cpu() for name, values in targets.items()},
-            memo={},
+            cache=SnapshotCache(),
             model=None,
             layers=projection.layers,
             directions=0,
@@ -218,6 +219,7 @@ class DropoutEnsemble(AttributionMethod):
             yield
 
 
+_MEMBERS: CacheKey[list[SnapshotFeatures]] = CacheKey("members")
 _COLUMNS = ("features", "output", "loss", "out_to_loss", "newton_weight")
 
 

@@ -14,16 +14,23 @@ F^\top + \lambda I)^{-1} F \Psi^\top`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_attr.methods.base import SnapshotFeatures
-from lightning_attr.methods.kernels.sample_kernel import KEPT_ROWS, DualKernel, SolvedSamples, gathered, newton_roots
+from lightning_attr.methods.cache import CacheKey
+from lightning_attr.methods.kernels.sample_kernel import (
+    DualKernel,
+    SolvedSamples,
+    gathered,
+    kept_where_small,
+    newton_roots,
+)
 from lightning_attr.methods.kernels.triangular import triangular_inverse
 from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.zero_gradients import tell_zero
+
+_KERNEL: CacheKey[GaussNewtonKernel] = CacheKey("Gauss-Newton kernel")
 
 
 class GaussNewtonKernel(DualKernel):
@@ -68,12 +75,7 @@ class GaussNewtonKernel(DualKernel):
         Returns:
             The kernel.
         """
-        memo: dict[str, Any] = snapshot.memo
-        key = f"Gauss-Newton kernel {directions}"
-        kernel: GaussNewtonKernel = memo.get(key) or cls(snapshot, directions, whole)
-        if len(kernel.kernel) <= KEPT_ROWS:
-            memo[key] = kernel
-        return kernel
+        return kept_where_small(snapshot, _KERNEL.at(directions, whole), lambda: cls(snapshot, directions, whole))
 
     def _rows(self, snapshot: SnapshotFeatures) -> Tensor:
         """Second directions first: what is wanted of the first ones is in the last block of the factor."""

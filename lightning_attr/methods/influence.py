@@ -12,7 +12,8 @@ from lightning_attr.arguments.checks import check_choice, check_float, check_see
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.curvature.groups import group_influence
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
-from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Inverse, Solver
+from lightning_attr.methods.cache import CacheKey
+from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Inverse, Prepared, Solver
 from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
 from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
 from lightning_attr.methods.solvers.training_curvature import Curvature, TrainingCurvature
@@ -23,6 +24,11 @@ from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import IdentityProjector, MatrixProjection, Projection
 
 T = TypeVar("T")
+
+_CURVATURE: CacheKey[TrainingCurvature] = CacheKey("curvature")
+_PREPARED: CacheKey[Prepared] = CacheKey("prepared solver")
+_INVERSE: CacheKey[Inverse] = CacheKey("inverse")
+_FORMS: CacheKey[Tensor] = CacheKey("quadratic forms")
 
 _SOLVERS: Mapping[str, Callable[[], Solver]] = {
     "ekfac": EKFAC,
@@ -157,7 +163,7 @@ class Influence(DampedMethod, ModelMethod):
             forms = self._forms(snapshot)
         else:
             projection = joint
-        snapshot.memo["curvature"].release()
+        self._curvature(snapshot).release()
         snapshot.evidence.update(inverse.found)
         for rows, columns in model.train(projection):
             products = columns["features"][:, :count]
@@ -211,7 +217,7 @@ class Influence(DampedMethod, ModelMethod):
                     f"Expected argument `groups` to hold different rows from 0 to {model.n_train - 1}, but got {group}."
                 )
         inverse = self._inverse(snapshot)
-        curvature: TrainingCurvature = snapshot.memo["curvature"]
+        curvature = self._curvature(snapshot)
         members = torch.zeros(len(groups), model.n_train, dtype=model.dtype, device=model.device)
         for number, group in enumerate(groups):
             members[number, list(group)] = 1
@@ -245,23 +251,21 @@ class Influence(DampedMethod, ModelMethod):
         return self._prepared(snapshot, self.solver, "inverse")
 
     def _forms(self, snapshot: SnapshotFeatures) -> Tensor:
-        key = f"forms {self.damping_at(snapshot)}"
-        if key not in snapshot.memo:
+        def forms() -> Tensor:
             inverse = self._inverse(snapshot)
             if self.self_influence == "ekfac":
                 inverse = self._prepared(snapshot, EKFAC(), "approximate inverse")
-            snapshot.memo[key] = torch.stack(inverse.quadratic_forms(squared=self.relative == "theta"))
-        forms: Tensor = snapshot.memo[key]
-        return forms
+            return torch.stack(inverse.quadratic_forms(squared=self.relative == "theta"))
+
+        return snapshot.cache.once(_FORMS.at(self.damping_at(snapshot)), forms)
 
     def _prepared(self, snapshot: SnapshotFeatures, solver: Solver, name: str) -> Inverse:
-        memo, damping = snapshot.memo, self.damping_at(snapshot)
-        if "curvature" not in memo:
-            memo["curvature"] = TrainingCurvature(model_of(snapshot), self.curvature, self.weight_decay)
-        if f"prepared {name}" not in memo:
-            model_of(snapshot)
-            memo[f"prepared {name}"] = solver.prepare(memo["curvature"], self.seed)
-        if f"{name} {damping}" not in memo:
-            memo[f"{name} {damping}"] = memo[f"prepared {name}"](damping)
-        inverse: Inverse = memo[f"{name} {damping}"]
-        return inverse
+        cache, damping = snapshot.cache, self.damping_at(snapshot)
+        prepared = cache.once(_PREPARED.at(name), lambda: solver.prepare(self._curvature(snapshot), self.seed))
+        return cache.once(_INVERSE.at(name, damping), lambda: prepared(damping))
+
+    def _curvature(self, snapshot: SnapshotFeatures) -> TrainingCurvature:
+        def curvature() -> TrainingCurvature:
+            return TrainingCurvature(model_of(snapshot), self.curvature, self.weight_decay)
+
+        return snapshot.cache.once(_CURVATURE, curvature)

@@ -14,6 +14,7 @@ from lightning_attr.arguments.checks import check_int
 from lightning_attr.batches.running_sum import running_sum
 from lightning_attr.features.snapshot_model import Batches, SnapshotModel
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.cache import CacheKey
 from lightning_attr.methods.representation import representation
 from lightning_attr.methods.support.layer_observation import (
     Observation,
@@ -27,6 +28,10 @@ from lightning_attr.results.score_matrix import zeros
 
 _DISTANCES = 2**22
 """Distances at once: 32 MiB."""
+
+
+_NEIGHBOURS: CacheKey[_Labelled] = CacheKey("neighbours")
+_OWN_VALUES: CacheKey[Tensor] = CacheKey("own values")
 
 
 class KNNShapley(ModelMethod):
@@ -85,12 +90,9 @@ class KNNShapley(ModelMethod):
         """
         model = model_of(snapshot)
         refuse_target_function(model, "KNNShapley")
-        if "neighbours" not in snapshot.memo:
-            snapshot.memo["neighbours"] = self._gather(model)
-        train: _Labelled = snapshot.memo["neighbours"]
-        if "own values" not in snapshot.memo:
-            snapshot.memo["own values"] = self._self_influence(model, train)
-        self_influence: Tensor = snapshot.memo["own values"].to(model.dtype)
+        train = snapshot.cache.once(_NEIGHBOURS, lambda: self._gather(model))
+        own_values = snapshot.cache.once(_OWN_VALUES, lambda: self._self_influence(model, train))
+        self_influence = own_values.to(model.dtype)
         own = [row for rows in train.blocks for row in rows]
         with tempfile.TemporaryDirectory(prefix="lightning_attr-") as folder:
             values = zeros(len(own), len(snapshot.target_rows), lambda: Path(folder), model.dtype)

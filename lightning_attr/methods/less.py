@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
+from torch import Tensor
+
+from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision
+from lightning_attr.methods.over_snapshots import sum_over_snapshots
 from lightning_attr.methods.tracin import learning_rates, unit_rows
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.parameters.optimizer_state import OptimizerState
@@ -98,10 +101,9 @@ class LESS(AttributionMethod):
             omega * unit_rows(compute_precision(snapshot.targets["features"]))
             for snapshot, omega in zip(snapshots, omegas, strict=True)
         ]
-        for rows, train in in_step(snapshots):
-            scores = targets[0].new_zeros(len(rows), len(targets[0]))
-            self_influence = targets[0].new_zeros(len(rows))
-            for columns, target, omega in zip(train, targets, omegas, strict=True):
-                scores.addmm_(unit_rows(columns["features"].to(target)), target.T)
-                self_influence += omega * columns["alignment"].to(target)
-            yield ScoreBlock(rows, scores, self_influence)
+
+        def term(number: int, rows: range, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            like = targets[number]
+            return unit_rows(columns["features"].to(like)), omegas[number] * columns["alignment"].to(like)
+
+        yield from sum_over_snapshots(snapshots, targets, term)

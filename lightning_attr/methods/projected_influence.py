@@ -8,8 +8,9 @@ from typing import Any, TypeVar, get_args
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_choice
-from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
+from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.kernels.feature_kernel import KernelMethod
+from lightning_attr.methods.over_snapshots import sum_over_snapshots
 from lightning_attr.methods.support.relatif import Relative, divisor
 from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import FactGraSSProjector, KroneckerProjector, Projector
@@ -119,18 +120,16 @@ class ProjectedInfluence(KernelMethod):
         """
         kernels = [self.solve(snapshot) for snapshot in snapshots]  # sums over samples: they hold the 1/n
         weights = self.balanced_weights(snapshots, kernels)
-        for rows, train in in_step(snapshots):
-            like = kernels[0].targets
-            scores = like.new_zeros(len(rows), like.shape[1])
-            self_influence = like.new_zeros(len(rows))
-            for columns, kernel, weight in zip(train, kernels, weights, strict=True):
-                features, q = columns["features"].to(like), columns["out_to_loss"].to(like)
-                leverage = kernel.leverage(features, rows)
-                change = kernel.solve(features).square().sum(1) if self.relative == "theta" else leverage
-                push = weight * q / divisor(self.relative, q.square() * leverage, q.square() * change)
-                scores.addmm_(push[:, None] * features, kernel.targets)
-                self_influence += push * leverage
-            yield ScoreBlock(rows, scores, self_influence)
+
+        def term(number: int, rows: range, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            kernel = kernels[number]
+            features, q = columns["features"].to(kernel.targets), columns["out_to_loss"].to(kernel.targets)
+            leverage = kernel.leverage(features, rows)
+            change = kernel.solve(features).square().sum(1) if self.relative == "theta" else leverage
+            q = weights[number] * q / divisor(self.relative, q.square() * leverage, q.square() * change)
+            return q[:, None] * features, q * leverage
+
+        yield from sum_over_snapshots(snapshots, [kernel.targets.T for kernel in kernels], term)
 
 
 class LoGra(ProjectedInfluence):

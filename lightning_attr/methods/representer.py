@@ -13,6 +13,7 @@ from lightning_attr.arguments.checks import check_choice, check_flag, check_floa
 from lightning_attr.errors import AttributionError
 from lightning_attr.features.snapshot_model import Batches, SnapshotModel
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.cache import CacheKey
 from lightning_attr.methods.support.layer_observation import (
     Observation,
     check_layer_name,
@@ -28,6 +29,9 @@ _TOLERANCE = 1e-8
 """Norm of the gradient at which the head counts as fitted."""
 _MOST_STEPS = 100
 _MOST_PRODUCTS = 500
+
+
+_HEAD_INPUTS: CacheKey[list[tuple[_HeadInput, Tensor]]] = CacheKey("head inputs")
 
 
 class RPS(ModelMethod):
@@ -104,12 +108,9 @@ class RPS(ModelMethod):
         """
         model = model_of(snapshot)
         refuse_target_function(model, "RPS")
-        if "head inputs" not in snapshot.memo:
-            blocks = list(self._inputs(model, model.train_batches()))
-            weight = self._fit(model, blocks)
-            snapshot.memo["head inputs"] = [(block, self._alpha(model, block, weight)) for block in blocks]
+        inputs = snapshot.cache.once(_HEAD_INPUTS, lambda: self._weighted(model))
         parts = list(self._inputs(model, model.target_batches(snapshot.target_rows)))
-        for block, alpha in snapshot.memo["head inputs"]:
+        for block, alpha in inputs:
             own = self._classes(block)
             own_influence = alpha.gather(1, own[:, None]).squeeze(1) * self._scaled(block.features).square().sum(1)
             scores = [
@@ -118,6 +119,12 @@ class RPS(ModelMethod):
             ]
             both = (torch.cat(scores, 1) if scores else alpha[:, :0]).to("cpu", model.dtype)
             yield ScoreBlock(range(block.rows[0], block.rows[-1] + 1), both, own_influence.to("cpu", model.dtype))
+
+    def _weighted(self, model: SnapshotModel) -> list[tuple[_HeadInput, Tensor]]:
+        """Training samples as the head sees them, each with its representer values."""
+        blocks = list(self._inputs(model, model.train_batches()))
+        weight = self._fit(model, blocks)
+        return [(block, self._alpha(model, block, weight)) for block in blocks]
 
     def _inputs(self, model: SnapshotModel, batches: Batches) -> Iterator[_HeadInput]:
         for rows, values in observed(model, batches, lambda seen: _head_input(model, seen), self.layer):

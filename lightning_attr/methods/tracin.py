@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_attr.arguments.checks import check_choice, check_flag, check_float
 from lightning_attr.errors import AttributionError
-from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision, in_step
+from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures, compute_precision
+from lightning_attr.methods.over_snapshots import sum_over_snapshots
 from lightning_attr.methods.support.rate_weights import column_scales, relative_rates
 from lightning_attr.methods.support.whole_gradients import exact_sum
 from lightning_attr.parameters.layout import ParameterLayout
@@ -146,16 +147,15 @@ class TracIn(AttributionMethod):
             omega * self._scaled(compute_precision(snapshot.targets["features"]), own, scale)
             for snapshot, omega, own, scale in zip(snapshots, omegas, layers, scales, strict=True)
         ]  # (m, k)
-        for rows, train in in_step(snapshots):
-            scores = targets[0].new_zeros(len(rows), len(targets[0]))
-            self_influence = targets[0].new_zeros(len(rows))
-            for columns, target, omega, own, scale in zip(train, targets, omegas, layers, scales, strict=True):
-                features = self._scaled(columns["features"].to(target), own, scale)  # (b, k)
-                push = columns["out_to_loss"].to(target)
-                push = push.sign() if self.normalize else push
-                self_influence += omega * push * features.square().sum(1)
-                scores.addmm_(push[:, None] * features, target.T)
-            yield ScoreBlock(rows, scores, self_influence)
+
+        def term(number: int, rows: range, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            features = columns["features"].to(targets[number])  # (b, k)
+            features = self._scaled(features, layers[number], scales[number])
+            q = columns["out_to_loss"].to(targets[number])
+            q = q.sign() if self.normalize else q
+            return q[:, None] * features, omegas[number] * q * features.square().sum(1)
+
+        yield from sum_over_snapshots(snapshots, targets, term)
 
     def _omegas(self, snapshots: Sequence[SnapshotFeatures]) -> list[float]:
         if isinstance(self.weights, list):

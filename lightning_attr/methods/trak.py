@@ -15,6 +15,7 @@ from lightning_attr.methods.choice import MOST_FEATURES, FeatureChoice, choose_f
 from lightning_attr.methods.dual_gauss_newton import GaussNewtonKernel
 from lightning_attr.methods.kernels.feature_kernel import KernelMethod
 from lightning_attr.methods.kernels.sample_kernel import DualKernel
+from lightning_attr.methods.over_snapshots import balanced_total
 from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projector
 from lightning_attr.projectors.eigen import DefaultProjector
@@ -282,7 +283,7 @@ class TRAK(KernelMethod):
 
     def _exact(self, snapshots: Sequence[SnapshotFeatures], plain: bool) -> Iterator[ScoreBlock]:
         scores = self_influence = push = torch.zeros(())
-        total = 0.0
+        sizes = []
         for snapshot in snapshots:
             kernel = self._dual(snapshot)
             ridge = self.damping_at(snapshot) * kernel.kernel.diagonal().sum().item() / self.proj_dim
@@ -295,12 +296,12 @@ class TRAK(KernelMethod):
                 leverage, terms = leverage / left, terms / left[:, None]
             if self.newton_weights:
                 leverage, terms = q * leverage, q[:, None] * terms
-            mean = leverage.abs().double().mean().item()
-            weight = 1.0 if plain or not mean else 1 / mean
-            total += weight
+            sizes.append(1.0 if plain else leverage.abs().double().mean().item())
+            weight = 1 / (sizes[-1] or 1.0)
             scores = scores + weight * terms
             self_influence = self_influence + weight * leverage
             push = push + weight * q
+        total = balanced_total(sizes)
         if not self.newton_weights:
             scores, self_influence = scores * push[:, None] / total, self_influence * push / total
         for rows in kernel.own:

@@ -100,7 +100,7 @@ def test_a_sample_that_alone_determines_its_output(newton_weights: bool, dtype: 
     method = TRAK(damping=0, newton_weights=newton_weights, loo_correction=True)
     with pytest.raises(ValueError, match=r"leverages below 1 .* but that of training sample 50 is"):
         _score(method, snapshot)
-    snapshot.memo.clear()
+    snapshot.cache.clear()
     scores, _ = _score(TRAK(damping=0.1, newton_weights=newton_weights, loo_correction=True), snapshot)
     assert scores.isfinite().all()
 

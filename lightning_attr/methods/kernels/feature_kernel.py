@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_flag
-from lightning_attr.methods.base import SnapshotFeatures, balanced_weights, compute_precision
+from lightning_attr.methods.base import SnapshotFeatures, compute_precision
+from lightning_attr.methods.cache import CacheKey
 from lightning_attr.methods.kernels.triangular import squared_norms, triangular_inverse
+from lightning_attr.methods.over_snapshots import balanced_weights
 from lightning_attr.methods.sampling import RowSample, leverage_error, leverage_sketch, sampled_rows
 from lightning_attr.methods.support.damping import DampedMethod, check_damping
 from lightning_attr.methods.support.subset_truth import SubsetTruth
@@ -29,6 +32,10 @@ _SOLVE = 4096
 
 Blocks: TypeAlias = "Sequence[tuple[slice, Tensor]]"
 """Columns, and a matrix of that side."""
+
+_KERNELS: CacheKey[Blocks] = CacheKey("kernels")
+_LEVERAGES: CacheKey[dict[range, Tensor]] = CacheKey("leverages")
+_MEAN: CacheKey[float] = CacheKey("mean size of self-influence")
 
 
 @dataclass(frozen=True)
@@ -166,10 +173,8 @@ class KernelMethod(DampedMethod):
         """
         damping = self.damping_at(snapshot)
         rows = self._sampled(snapshot, damping)
-        name = "kernels" if rows is None else f"kernels of {rows} rows"
-        if name not in snapshot.memo:  # not damped: one serves every damping
-            snapshot.memo[name] = self.kernels(snapshot, rows)
-        kernels: Blocks = snapshot.memo[name]
+        # Not damped: one serves every damping.
+        kernels = snapshot.cache.once(_KERNELS.at(rows), lambda: self.kernels(snapshot, rows))
         targets = compute_precision(snapshot.targets["features"])
         solved = targets.new_empty(targets.shape[1], len(targets))
         inverses, dimension = [], 0.0
@@ -189,7 +194,7 @@ class KernelMethod(DampedMethod):
             inverses.append((columns, inverse))
             dimension += (len(factor) - ridge * inverse.square().sum()).item()
         snapshot.evidence["effective_dimension"] = dimension
-        return SolvedKernel(solved, inverses, snapshot.memo.setdefault(f"leverages at {damping}", {}))
+        return SolvedKernel(solved, inverses, snapshot.cache.once(_LEVERAGES.at(damping), dict))
 
     def beside(self, snapshot: SnapshotFeatures, columns: Mapping[str, Tensor]) -> Tensor | None:
         """Give more rows of the kernel, beside those of the features.
@@ -286,16 +291,8 @@ class KernelMethod(DampedMethod):
             return [1.0]
         means = []
         for snapshot, kernel in zip(snapshots, kernels, strict=True):
-            key = f"mean self-influence at {self.damping_at(snapshot)}"
-            if key not in snapshot.memo:
-                sums = torch.zeros(2, dtype=torch.float64)
-                for rows, columns in snapshot.blocks():
-                    q = columns["out_to_loss"].to(kernel.targets)
-                    size = (q * kernel.leverage(columns["features"].to(q), rows)).abs().double().sum().item()
-                    sums += torch.tensor([size, len(rows)], dtype=torch.float64)
-                total, count = snapshot.reduce(sums).tolist()
-                snapshot.memo[key] = total / count
-            means.append(snapshot.memo[key])
+            key = _MEAN.at(self.damping_at(snapshot))
+            means.append(snapshot.cache.once(key, partial(_mean_self_influence, snapshot, kernel)))
         return balanced_weights(means)
 
     def _mixed(self) -> ValueError:
@@ -351,3 +348,14 @@ def _mirrored(kernel: Tensor) -> Tensor:
         corner.copy_(corner.triu() + corner.triu(1).T)
         kernel[stop:, start:stop] = kernel[start:stop, stop:].T
     return kernel
+
+
+def _mean_self_influence(snapshot: SnapshotFeatures, kernel: SolvedKernel) -> float:
+    """Mean size over the training samples of all processes."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows, columns in snapshot.blocks():
+        q = columns["out_to_loss"].to(kernel.targets)
+        size = (q * kernel.leverage(columns["features"].to(q), rows)).abs().double().sum().item()
+        sums += torch.tensor([size, len(rows)], dtype=torch.float64)
+    total, count = snapshot.reduce(sums).tolist()
+    return float(total / count)

@@ -11,23 +11,27 @@ so that a kernel of side ``n`` does what one of side ``p`` would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_attr.data.memory import free_bytes
 from lightning_attr.methods.base import SnapshotFeatures
+from lightning_attr.methods.cache import CacheKey
 from lightning_attr.methods.kernels.triangular import triangular_inverse
 from lightning_attr.methods.support.module_method import model_of
 from lightning_attr.methods.zero_gradients import tell_zero
 from lightning_attr.projectors import GradientFactors
 
+_Kernel = TypeVar("_Kernel", bound="DualKernel")
+
+_KERNEL: CacheKey[DualKernel] = CacheKey("kernel of samples")
 _MATRICES = 4
 """As large as the kernel, in float64, at one time."""
-KEPT_ROWS = 2**12
+_KEPT_ROWS = 2**12
 """Rows up to which a kernel is kept for the next targets: 128 MiB a snapshot."""
 _LEAST_WEIGHT = 1e-8
 """Of the mean weight: what is less counts as that, for its root is divided by."""
@@ -138,15 +142,7 @@ class DualKernel:
         Returns:
             The kernel.
         """
-        memo: dict[str, Any] = snapshot.memo
-        key = f"dual kernel {weighted}"
-        if key in memo:
-            kept: DualKernel = memo[key]
-            return kept
-        kernel = cls(snapshot, weighted)
-        if len(kernel.kernel) <= KEPT_ROWS:
-            memo[key] = kernel
-        return kernel
+        return kept_where_small(snapshot, _KERNEL.at(weighted), lambda: cls(snapshot, weighted))
 
     def solve(self, snapshot: SnapshotFeatures, ridge: float) -> SolvedSamples:
         """Solve for the targets of a snapshot.
@@ -232,3 +228,13 @@ def gathered(snapshot: SnapshotFeatures, found: Sequence[tuple[range, Tensor]], 
     for rows, values in found:
         whole[rows.start : rows.stop] = values
     return snapshot.reduce(whole)
+
+
+def kept_where_small(snapshot: SnapshotFeatures, key: CacheKey[_Kernel], make: Callable[[], _Kernel]) -> _Kernel:
+    """Give a kernel of a snapshot, kept for the next targets unless it is large."""
+    kernel = snapshot.cache.find(key)
+    if kernel is None:
+        kernel = make()
+        if len(kernel.kernel) <= _KEPT_ROWS:
+            snapshot.cache.keep(key, kernel)
+    return kernel

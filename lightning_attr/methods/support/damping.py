@@ -12,9 +12,11 @@ import torch
 
 from lightning_attr.arguments.checks import check_float
 from lightning_attr.methods.base import AttributionMethod, SnapshotFeatures, check_method
+from lightning_attr.methods.cache import CacheKey
 from lightning_attr.methods.support.subset_truth import SubsetTruth, check_subset_truth, mask_digests
 from lightning_attr.metrics.correlation import correlation_score
 
+_DAMPING: CacheKey[float] = CacheKey("damping")
 _GRID = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _SHARE, _FEWEST, _MOST = 0.1, 16, 1024
 """Targets to choose by: this share of them, but not fewer nor more."""
@@ -148,7 +150,7 @@ class DampedMethod(AttributionMethod):
     """A method with a damping, which may be "auto": then :meth:`prepare` chooses it.
 
     Its constructor sets ``damping`` and ``truth``, once :func:`check_damping` has seen them, and its ``score`` asks for
-    :meth:`damping_at`. What it keeps in a snapshot's ``memo`` serves every damping.
+    :meth:`damping_at`. What it keeps in a snapshot's ``cache`` serves every damping.
 
     Attributes:
         damping: a number, or "auto".
@@ -174,7 +176,7 @@ class DampedMethod(AttributionMethod):
         if self.truth is not None:
             choice = choose_damping(self, snapshots, self.truth)
             for snapshot in snapshots:
-                snapshot.memo["damping"] = choice.damping
+                snapshot.cache.keep(_DAMPING, choice.damping)
                 snapshot.evidence["damping_choice"] = choice.record
 
     def damping_at(self, snapshot: SnapshotFeatures) -> float:
@@ -191,8 +193,8 @@ class DampedMethod(AttributionMethod):
         """
         if not isinstance(self.damping, str):
             return self.damping
-        if "damping" in snapshot.memo:
-            chosen: float = snapshot.memo["damping"]
+        chosen = snapshot.cache.find(_DAMPING)
+        if chosen is not None:
             return chosen
         if len(snapshot.targets["features"]):
             raise ValueError('Expected a damping, but with `damping="auto"` it is still to be chosen: call `prepare`.')

@@ -11,6 +11,7 @@ import torch
 from lightning_attr.arguments.checks import check_choice
 from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods.base import AttributionMethod, ScoreBlock, SnapshotFeatures
+from lightning_attr.methods.over_snapshots import balanced_total
 
 T = TypeVar("T")
 
@@ -116,16 +117,16 @@ class ModelMethod(AttributionMethod):
             yield from self.score_snapshot(snapshots[0])
             return
         total: list[ScoreBlock] = []
-        weights = 0.0
+        sizes = []
         for snapshot in snapshots:
             blocks = list(self.score_snapshot(snapshot))
             size = sum(block.self_influence.double().abs().sum().item() for block in blocks)
             size = snapshot.reduce(torch.tensor([size], dtype=torch.float64)).item()
-            weight = 1 / size if size else 1.0
-            weights += weight
+            sizes.append(size)
             total = total or [ScoreBlock(b.rows, 0 * b.scores, 0 * b.self_influence) for b in blocks]
             for sum_, block in zip(total, blocks, strict=True):
-                sum_.scores.add_(block.scores, alpha=weight)
-                sum_.self_influence.add_(block.self_influence, alpha=weight)
+                sum_.scores.add_(block.scores, alpha=1 / (size or 1.0))
+                sum_.self_influence.add_(block.self_influence, alpha=1 / (size or 1.0))
+        divisor = balanced_total(sizes)
         for block in total:
-            yield ScoreBlock(block.rows, block.scores / weights, block.self_influence / weights)
+            yield ScoreBlock(block.rows, block.scores / divisor, block.self_influence / divisor)

@@ -139,7 +139,7 @@ def test_a_kernel_is_kept_for_the_next_targets(monkeypatch: pytest.MonkeyPatch) 
     snapshot = snapshot_of()
     assert DualKernel.at(snapshot, True) is DualKernel.at(snapshot, True)
     assert DualKernel.at(snapshot, True) is not DualKernel.at(snapshot, False)
-    monkeypatch.setattr("lightning_attr.methods.kernels.sample_kernel.KEPT_ROWS", 4)
+    monkeypatch.setattr("lightning_attr.methods.kernels.sample_kernel._KEPT_ROWS", 4)
     snapshot = snapshot_of()
     assert DualKernel.at(snapshot, True) is not DualKernel.at(snapshot, True)
 

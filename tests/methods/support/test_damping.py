@@ -144,7 +144,7 @@ def test_self_influence_alone_needs_no_choice() -> None:
     snapshot = _snapshot()
     nothing = SnapshotFeatures(snapshot.blocks, {"features": torch.zeros(0, K).double()})
     expected = score_self_influence(TRAK(damping=1.0), nothing, N)
-    nothing.memo.clear()
+    nothing.cache.clear()
     assert torch.equal(score_self_influence(method, nothing, N), expected)
 
 
