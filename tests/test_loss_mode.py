@@ -149,8 +149,8 @@ def test_a_loss_that_depends_on_the_index_of_its_batch_is_told(
 ) -> None:
     batch = torch.randn(B, 4)
     module = ByIndex(skips).eval()
-    subject = plan(module, batch, B).attributed
-    torch.testing.assert_close(subject.forward(module, batch, B)[0], -module.network(batch).square().squeeze(1))
+    subject = plan(module, batch, B).objective
+    torch.testing.assert_close(subject.forward(batch, B)[0], -module.network(batch).square().squeeze(1))
     assert re.search(
         rf"ByIndex: the loss of `training_step` depends on `batch_idx` \([\d.]+ with batch_idx=0, {found}", caplog.text
     )

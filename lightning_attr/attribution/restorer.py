@@ -114,13 +114,13 @@ class Restorer:
         """Try the user's target function, once."""
         if self.request.target_function is not None and not self._checked_targets:
             targets = self.samples(self.request.target_source)
-            check_target_function(plan.attributed, self.request.module, targets, stream, self.precision, plan.seeded)
+            check_target_function(plan.objective, targets, stream, self.precision, plan.seeded)
         self._checked_targets = True
 
     def target_plan(self, plan: AttributionPlan) -> AttributionPlan:
         """Say how targets are featurized where training samples are featurized by a plan."""
         if self.request.target_function is not None:
-            plan = replace(plan, attributed=MeasuredOutput(self.request.target_function))
+            plan = replace(plan, objective=MeasuredOutput(self.request.module, self.request.target_function))
         return apart_plan(plan) if self.request.target_source.form.apart else plan
 
     def set_up(self, stream: str) -> None:

@@ -156,7 +156,7 @@ def checked_layers(module: nn.Module, plan: AttributionPlan, projection: Project
 def _path(name: str, plan: AttributionPlan, projection: Projection) -> str:
     if projection.names is not None and name not in projection.names:
         return UNUSED
-    if isinstance(plan.attributed, OutputApart):
+    if isinstance(plan.objective, OutputApart):
         return ALONE
     if name in plan.hooked:
         return HOOKS

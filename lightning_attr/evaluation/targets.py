@@ -16,10 +16,10 @@ from lightning_attr.features.failing_samples import named_failures
 from lightning_attr.features.featurizer import PROBE_SIZE
 from lightning_attr.features.transfer import placed
 from lightning_attr.files.io import digest
-from lightning_attr.objectives.apart import subject_of
+from lightning_attr.objectives.apart import objective_of
 from lightning_attr.objectives.mode_choice import choose_mode
 from lightning_attr.objectives.modes import set_mode
-from lightning_attr.objectives.objective import Attributed, completed, draws_of, needs_setup
+from lightning_attr.objectives.objective import Objective, completed, draws_of, needs_setup
 from lightning_attr.randomness.draws import Draw
 from lightning_attr.user_code.reading_state import unchanged_data
 from lightning_attr.verification.probe import look_at
@@ -119,29 +119,30 @@ def outputs_at(
         ):
             first = completed(module, batch, Draw(rows, device=device))
             set_mode(module, choose_mode(module, first[0] if targets.form.apart else first), dropout=False)
-            what = subject_of(module, first, len(rows))
+            objective = objective_of(module, first, len(rows))
         found: list[list[Tensor]] = [[] for _ in loads]
         for rows, given in OrderedLoader(targets, targets.batches(range(len(targets)))):
             batch = prepared(given, rows)
             for load, own in zip(loads, found, strict=True):
                 load()
-                own.append(_mean_output(what, module, batch, rows, device))
+                own.append(_mean_output(objective, batch, rows, device))
                 beat()
     return torch.stack([torch.cat(own) for own in found])
 
 
 @torch.enable_grad()  # some steps differentiate
-def _mean_output(what: Attributed, module: Any, batch: Any, rows: Sequence[int], device: torch.device) -> Tensor:
+def _mean_output(objective: Objective, batch: Any, rows: Sequence[int], device: torch.device) -> Tensor:
     """Average the outputs over the module's draws, the same for every set of weights."""
+    module = objective.module
     count = draws_of(module)
     batches = (completed(module, batch, Draw(rows, number=number, device=device)) for number in range(count))
 
     def alone(position: int) -> None:
         one = select_rows(batch, len(rows), [position])
-        what.sample_outputs(module, completed(module, one, Draw([rows[position]], device=device)), 1)
+        objective.sample_outputs(completed(module, one, Draw([rows[position]], device=device)), 1)
 
     with named_samples(rows), named_failures(module, rows, alone):
-        outputs = [what.sample_outputs(module, given, len(rows)).detach() for given in batches]
+        outputs = [objective.sample_outputs(given, len(rows)).detach() for given in batches]
     return torch.stack(outputs).mean(0).cpu()
 
 

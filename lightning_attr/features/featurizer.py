@@ -32,10 +32,10 @@ from lightning_attr.gradients.mode_reads import watch_mode
 from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.gradients.rules import check_layers
 from lightning_attr.gradients.whole_gradients import whole_gradients
-from lightning_attr.objectives.apart import OutputApart, attributed_apart
+from lightning_attr.objectives.apart import OutputApart, apart_objective
 from lightning_attr.objectives.mode_choice import choose_mode, is_random
 from lightning_attr.objectives.modes import MeanNoise, check_mode, in_mode, seeded, set_mode
-from lightning_attr.objectives.objective import Attributed, attributed, check_module, completed, draws_of, measured
+from lightning_attr.objectives.objective import Objective, batch_objective, check_module, completed, draws_of, measured
 from lightning_attr.parameters.layout import as_pairs, real_dtype
 from lightning_attr.projectors import Projection
 from lightning_attr.randomness.draws import Draw
@@ -53,17 +53,17 @@ class AttributionPlan(GradientPlan):
     """What is attributed, and the gradient path of each parameter.
 
     Args:
-        attributed: the model output or the training loss.
+        objective: the model output or the training loss, of the module.
         mode: of the module, "eval" or "train".
         seeded: whether the module is random in that mode: each sample goes through on its own, with a seed of its own.
 
     Example:
         >>> from lightning_attr.objectives.objective import TrainingLoss
-        >>> AttributionPlan(("weight",), (), True, TrainingLoss("mean", captured=True)).attributed
+        >>> AttributionPlan(("weight",), (), True, TrainingLoss(None, "mean", captured=True)).objective
         TrainingLoss(reduction='mean', captured=True)
     """
 
-    attributed: Attributed
+    objective: Objective
     mode: str = field(default="eval", kw_only=True)
     seeded: bool = field(default=False, kw_only=True)
 
@@ -107,11 +107,11 @@ def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> A
     set_mode(module, "eval")
     check_layers(module)
     one = batch[0] if isinstance(batch, SamplesApart) else batch
-    subject = None
+    objective = None
     with watch_mode(module) as reads, torch.enable_grad():
         try:
             if one is batch:
-                subject = attributed(module, batch, batch_size)
+                objective = batch_objective(module, batch, batch_size)
             else:
                 measured(module, one)
         except Exception:  # what runs in train mode only is told from what does not run at all
@@ -123,10 +123,12 @@ def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> A
         except Exception as error:
             name, kind = type(module).__name__, type(error).__name__
             log.warning("%s cannot be attributed in train mode (%s: %s): eval mode is tried.", name, kind, error)
-    return _plan_in("eval", module, batch, batch_size, subject)
+    return _plan_in("eval", module, batch, batch_size, objective)
 
 
-def _plan_in(mode: str, module: Any, batch: Any, batch_size: int, subject: Attributed | None = None) -> AttributionPlan:
+def _plan_in(
+    mode: str, module: Any, batch: Any, batch_size: int, objective: Objective | None = None
+) -> AttributionPlan:
     one = batch[0] if isinstance(batch, SamplesApart) else batch
     set_mode(module, mode)
     check_layers(module)
@@ -135,16 +137,16 @@ def _plan_in(mode: str, module: Any, batch: Any, batch_size: int, subject: Attri
         return _plan_apart(module, batch, mode, noisy)
     if noisy:
         return _plan_of_one(module, batch, batch_size)
-    subject = subject or attributed(module, batch, batch_size)
+    objective = objective or batch_objective(module, batch, batch_size)
     gradients = plan_gradients(
         module,
-        lambda batch: subject.forward(module, batch, batch_size)[0],
-        lambda params, batch: subject.functional_output(module, params, batch),
+        lambda batch: objective.forward(batch, batch_size)[0],
+        lambda params, batch: objective.functional_output(params, batch),
         batch,
         batch_size,
-        lambda batch: subject.sample_outputs(module, batch, batch_size),
+        lambda batch: objective.sample_outputs(batch, batch_size),
     )
-    return AttributionPlan(**vars(gradients), attributed=subject, mode=mode)
+    return AttributionPlan(**vars(gradients), objective=objective, mode=mode)
 
 
 def apart_plan(plan: AttributionPlan) -> AttributionPlan:
@@ -158,22 +160,22 @@ def apart_plan(plan: AttributionPlan) -> AttributionPlan:
 
     Example:
         >>> from lightning_attr.objectives.objective import TrainingLoss
-        >>> apart_plan(AttributionPlan(("weight",), (), True, TrainingLoss("mean", captured=True))).fallback
+        >>> apart_plan(AttributionPlan(("weight",), (), True, TrainingLoss(None, "mean", captured=True))).fallback
         ('weight',)
     """
-    subject = plan.attributed if isinstance(plan.attributed, OutputApart) else OutputApart(plan.attributed)
+    objective = plan.objective if isinstance(plan.objective, OutputApart) else OutputApart(plan.objective)
     names = (*plan.hooked, *plan.fallback)
     return AttributionPlan(
-        (), names, vectorised=False, inner=True, attributed=subject, mode=plan.mode, seeded=plan.seeded
+        (), names, vectorised=False, inner=True, objective=objective, mode=plan.mode, seeded=plan.seeded
     )
 
 
 def _plan_apart(module: Any, batch: SamplesApart, mode: str, noisy: bool) -> AttributionPlan:
     """Plan for samples that are batches of their own: plain autograd, one after the other."""
     with preserved_rng(), in_mode(module, mode, dropout=not noisy), MeanNoise() if noisy else nullcontext():
-        subject = attributed_apart(module, batch)
+        objective = apart_objective(module, batch)
     names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
-    return AttributionPlan((), names, vectorised=False, inner=True, attributed=subject, mode=mode, seeded=noisy)
+    return AttributionPlan((), names, vectorised=False, inner=True, objective=objective, mode=mode, seeded=noisy)
 
 
 def _plan_of_one(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
@@ -184,7 +186,7 @@ def _plan_of_one(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
         type(module).__name__,
     )
     with preserved_rng(), in_mode(module, "train", dropout=False), MeanNoise():
-        subject = attributed(module, batch, batch_size)
+        objective = batch_objective(module, batch, batch_size)
     seed = hashed_seed("mode", "probe")
 
     def at_seed(run: Callable[[], Tensor]) -> Tensor:
@@ -193,12 +195,12 @@ def _plan_of_one(module: Any, batch: Any, batch_size: int) -> AttributionPlan:
 
     gradients = plan_gradients(
         module,
-        lambda one: at_seed(lambda: subject.forward(module, one, 1)[0]),
-        lambda params, one: at_seed(lambda: subject.functional_output(module, params, one)),
+        lambda one: at_seed(lambda: objective.forward(one, 1)[0]),
+        lambda params, one: at_seed(lambda: objective.functional_output(params, one)),
         select_rows(batch, batch_size, [0]),
         1,
     )
-    return AttributionPlan(**{**vars(gradients), "outer": ()}, attributed=subject, mode="train", seeded=True)
+    return AttributionPlan(**{**vars(gradients), "outer": ()}, objective=objective, mode="train", seeded=True)
 
 
 class Featurizer:
@@ -235,6 +237,7 @@ class Featurizer:
         snapshot: str = "",
         first_row: int = 0,
     ) -> None:
+        assert plan.objective.module is module, "a plan is of one module"
         self.module = module
         self.plan = plan
         self.projection = projection
@@ -338,7 +341,7 @@ class Featurizer:
         """Run a sample of a batch, to see whether it goes through."""
         one = self.given(select_rows(batch, len(rows), [position]), [rows[position] + self.first_row], 0)
         with torch.enable_grad(), plain_execution():  # some steps differentiate
-            self.plan.attributed.sample_outputs(self.module, one, 1)
+            self.plan.objective.sample_outputs(one, 1)
 
     def given(self, batch: Any, rows: Sequence[int], number: int) -> Any:
         """Complete a batch with what is drawn for its samples.
@@ -355,19 +358,19 @@ class Featurizer:
 
     def _draw(self, batch: Any, batch_size: int, add: LayerSink, seed: int | None) -> dict[str, Tensor]:
         """Add the features of one draw, and return the values beside them."""
-        subject = self.plan.attributed
+        objective = self.plan.objective
         seen: list[Any] = []
 
         def forward() -> Tensor:
             with seeded(seed):
-                output, behind = subject.forward(self.module, batch, batch_size)
+                output, behind = objective.forward(batch, batch_size)
             seen.append(behind)
             return output
 
         if self.projection.dim == 0:  # only the values beside the features are wanted
             with torch.set_grad_enabled(self.plan.inner):
                 output = forward().detach()
-        elif isinstance(subject, OutputApart):  # of one sample: its gradient is that of the batch
+        elif isinstance(objective, OutputApart):  # of one sample: its gradient is that of the batch
             output, gradients = whole_gradients(forward, self.fallback)
             add({name: as_pairs(gradient).to(self.dtype) for name, gradient in gradients.items()})
         else:
@@ -375,14 +378,14 @@ class Featurizer:
             with seeded(seed):
                 fallback = self._fallback_gradients(batch, batch_size)
             add({name: as_pairs(gradient).to(self.dtype) for name, gradient in fallback.items()})
-        return subject.columns(self.module, batch, output, seen[0])
+        return objective.columns(batch, output, seen[0])
 
     def _fallback_gradients(self, batch: Any, batch_size: int) -> dict[str, Tensor]:
         if not self.fallback:
             return {}
 
         def functional_output(params: Mapping[str, Tensor], batch: Any) -> Tensor:
-            return self.plan.attributed.functional_output(self.module, params, batch)
+            return self.plan.objective.functional_output(params, batch)
 
         per_sample = vmap_gradients if self.plan.vectorised else loop_gradients
         # The plan was checked outside autocast, and vmap cannot run all layers inside it (BatchNorm mixes dtypes).

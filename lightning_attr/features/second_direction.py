@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,46 +55,50 @@ class SecondOutput:
     Its batches are pairs of a batch and a word a sample, from which the signs are drawn.
 
     Args:
+        module: with the mixin.
         scale: of the direction; features need not be linear in it.
 
     Example:
         >>> from lightning_attr import AttributionMixin
         >>> class Classifier(AttributionMixin, torch.nn.Linear): ...
         >>> batch = (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])), torch.arange(4)
-        >>> SecondOutput().forward(Classifier(2, 3), batch, 4)[0].shape
+        >>> SecondOutput(Classifier(2, 3)).forward(batch, 4)[0].shape
         torch.Size([4])
     """
 
+    module: Any = field(repr=False, compare=False)
     scale: float = 1.0
 
-    def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+    def forward(self, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Value of each sample, ``(b,)``, and nothing."""
-        return self._called(module, batch), None
+        return self._called(batch), None
 
-    def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
+    def columns(self, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Nothing beside the features."""
         return {}
 
-    def sample_outputs(self, module: Any, batch: Any, batch_size: int) -> Tensor:
+    def sample_outputs(self, batch: Any, batch_size: int) -> Tensor:
         """Value of each sample, ``(b,)``."""
-        return self._called(module, batch)
+        return self._called(batch)
 
-    def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def functional_output(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Value at given parameters."""
-        value: Tensor = call_with(module, params, lambda batch: self._called(module, batch), batch)
+        value: Tensor = call_with(self.module, params, lambda batch: self._called(batch), batch)
         return value
 
-    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum of the values at given parameters, ``()``."""
-        return self.losses(module, params, batch, batch_size).sum()
+        return self.losses(params, batch, batch_size).sum()
 
-    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def losses(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Values at given parameters, ``(b,)``."""
-        return self.functional_output(module, params, batch)
+        return self.functional_output(params, batch)
 
-    def _called(self, module: Any, batch: Any) -> Tensor:
+    def _called(self, batch: Any) -> Tensor:
         inner, words = batch
-        value: Tensor = module.model_output.second_direction(*attribution_outputs(module, inner), SampleDraws(words))
+        value: Tensor = self.module.model_output.second_direction(
+            *attribution_outputs(self.module, inner), SampleDraws(words)
+        )
         return self.scale * value
 
 
@@ -141,9 +145,9 @@ class SecondFeaturizer:
         self.plan = plan
         # The mean over draws of a mean loss: E[g g'] of a mean of directions is over the draws' number once more.
         self.scale = (draws_of(module) / directions / share) ** 0.5
-        output = SecondOutput(self.scale)
-        apart = isinstance(plan.attributed, OutputApart)
-        second = replace(plan, attributed=OutputApart(output) if apart else output)
+        output = SecondOutput(module, self.scale)
+        apart = isinstance(plan.objective, OutputApart)
+        second = replace(plan, objective=OutputApart(output) if apart else output)
         self.each = [_OfDirection(module, second, projection, memory, snapshot, number) for number in range(directions)]
 
     def __call__(self, batch: Any, rows: Sequence[int], late: bool = False) -> Tensor:

@@ -76,20 +76,20 @@ class SharedForwardFeaturizer(Featurizer):
     def _draw(self, batch: Any, batch_size: int, add: LayerSink, seed: int | None) -> dict[str, Tensor]:
         if not self.directions:
             return super()._draw(batch, batch_size, add, seed)
-        subject, seen = self.plan.attributed, []
+        objective, seen = self.plan.objective, []
 
         def forward() -> list[Tensor]:
-            output, behind = subject.forward(self.module, batch, batch_size)
+            output, behind = objective.forward(batch, batch_size)
             seen.append(behind)
             second = self.module.model_output.second_direction
             return [output, *(self.scale * second(*behind, SampleDraws(words)) for words in self._words)]
 
         output, *_ = self.gradients.several(forward, batch_size, [add, *self._sinks])
-        return subject.columns(self.module, batch, output, seen[0])
+        return objective.columns(batch, output, seen[0])
 
 
 def shares_forward(featurizer: Featurizer) -> bool:
     """Say whether second directions can share the forward pass: all gradients come by hooks, nothing is random."""
     plan: AttributionPlan = featurizer.plan
     hooked = featurizer.gradients.shares and not featurizer.fallback
-    return hooked and not plan.seeded and isinstance(plan.attributed, MixinOutput) and featurizer.projection.dim > 0
+    return hooked and not plan.seeded and isinstance(plan.objective, MixinOutput) and featurizer.projection.dim > 0

@@ -264,7 +264,7 @@ class SnapshotModel:
         Returns:
             The sum, ``()``.
         """
-        return self.plan.attributed.total_loss(self.module, params, batch, batch_size)
+        return self.plan.objective.total_loss(params, batch, batch_size)
 
     def kept(
         self,

@@ -144,7 +144,7 @@ def position_products(
     probe = min(PROBE_SIZE, b)
     chosen = plan(module, select_rows(batch, b, range(probe)), probe, mode="eval")
     hooked = [name for name in chosen.hooked if name in directions]
-    HookedGradients(module, hooked, chosen.direct)(lambda: chosen.attributed.forward(module, batch, b)[0], b, add)
+    HookedGradients(module, hooked, chosen.direct)(lambda: chosen.objective.forward(batch, b)[0], b, add)
     fallback = {name: params[name] for name in chosen.fallback if name in directions}
     if fallback:
         add(loop_gradients(lambda p, one: module.functional_output(p, {}, one), fallback, batch, b))

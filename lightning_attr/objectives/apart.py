@@ -13,7 +13,7 @@ from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.objectives.mixin import attribution_outputs
-from lightning_attr.objectives.objective import Attributed, MixinOutput, TrainingLoss, attributed, has_mixin
+from lightning_attr.objectives.objective import MixinOutput, Objective, TrainingLoss, batch_objective, has_mixin
 from lightning_attr.outputs.check import check_model_output
 
 
@@ -26,42 +26,47 @@ class OutputApart:
 
     Example:
         >>> from lightning_attr.objectives.target_function import MeasuredOutput
-        >>> total = OutputApart(MeasuredOutput(lambda module, nodes: module(nodes).sum().reshape(1)))
         >>> layer = torch.nn.Linear(1, 1)
-        >>> total.forward(layer, SamplesApart([torch.ones(2, 1), torch.ones(3, 1)]), 2)[0].shape
+        >>> total = OutputApart(MeasuredOutput(layer, lambda module, nodes: module(nodes).sum().reshape(1)))
+        >>> total.forward(SamplesApart([torch.ones(2, 1), torch.ones(3, 1)]), 2)[0].shape
         torch.Size([2])
     """
 
-    inner: Attributed
+    inner: Objective
 
-    def forward(self, module: Any, batch: SamplesApart, batch_size: int) -> tuple[Tensor, Any]:
+    @property
+    def module(self) -> Any:
+        """Whose output it is."""
+        return self.inner.module
+
+    def forward(self, batch: SamplesApart, batch_size: int) -> tuple[Tensor, Any]:
         """Output of each sample, ``(b,)``, and what the inner one keeps of each."""
-        found = [self.inner.forward(module, one, 1) for one in batch]
+        found = [self.inner.forward(one, 1) for one in batch]
         return torch.cat([output for output, _ in found]), [(output.detach(), seen) for output, seen in found]
 
-    def columns(self, module: Any, batch: SamplesApart, output: Tensor, seen: Any) -> dict[str, Tensor]:
+    def columns(self, batch: SamplesApart, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Values of each sample, ``(b,)``."""
-        each = [self.inner.columns(module, one, out, kept) for one, (out, kept) in zip(batch, seen, strict=True)]
+        each = [self.inner.columns(one, out, kept) for one, (out, kept) in zip(batch, seen, strict=True)]
         return {name: torch.cat([columns[name] for columns in each]) for name in each[0]}
 
-    def sample_outputs(self, module: Any, batch: SamplesApart, batch_size: int) -> Tensor:
+    def sample_outputs(self, batch: SamplesApart, batch_size: int) -> Tensor:
         """Output of each sample, ``(b,)``, each with its own gradient."""
-        return self.forward(module, batch, batch_size)[0]
+        return self.forward(batch, batch_size)[0]
 
-    def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: SamplesApart) -> Tensor:
+    def functional_output(self, params: Mapping[str, Tensor], batch: SamplesApart) -> Tensor:
         """Output at given parameters, ``(b,)``."""
-        return torch.cat([self.inner.functional_output(module, params, one) for one in batch])
+        return torch.cat([self.inner.functional_output(params, one) for one in batch])
 
-    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: SamplesApart, batch_size: int) -> Tensor:
+    def total_loss(self, params: Mapping[str, Tensor], batch: SamplesApart, batch_size: int) -> Tensor:
         """Sum of the losses at given parameters, ``()``."""
-        return torch.stack([self.inner.total_loss(module, params, one, 1) for one in batch]).sum()
+        return torch.stack([self.inner.total_loss(params, one, 1) for one in batch]).sum()
 
-    def losses(self, module: Any, params: Mapping[str, Tensor], batch: SamplesApart, batch_size: int) -> Tensor:
+    def losses(self, params: Mapping[str, Tensor], batch: SamplesApart, batch_size: int) -> Tensor:
         """Losses at given parameters, ``(b,)``."""
-        return torch.cat([self.inner.losses(module, params, one, 1) for one in batch])
+        return torch.cat([self.inner.losses(params, one, 1) for one in batch])
 
 
-def subject_of(module: Any, batch: Any, batch_size: int) -> Attributed:
+def objective_of(module: Any, batch: Any, batch_size: int) -> Objective:
     """Choose what of a module is attributed, and check it: of samples in a batch, or apart.
 
     Args:
@@ -70,22 +75,22 @@ def subject_of(module: Any, batch: Any, batch_size: int) -> Attributed:
         batch_size: how many.
 
     Returns:
-        As :func:`lightning_attr.objectives.objective.attributed` and :func:`attributed_apart` do.
+        As :func:`lightning_attr.objectives.objective.batch_objective` and :func:`apart_objective` do.
 
     Example:
         >>> import lightning as L
         >>> class Nodes(L.LightningModule):
         ...     def training_step(self, batch):
         ...         return batch.square().mean()
-        >>> subject_of(Nodes(), torch.tensor([1.0, 2.0, 4.0]), 3)
+        >>> objective_of(Nodes(), torch.tensor([1.0, 2.0, 4.0]), 3)
         TrainingLoss(reduction='mean', captured=True)
     """
     if isinstance(batch, SamplesApart):
-        return attributed_apart(module, batch)
-    return attributed(module, batch, batch_size)
+        return apart_objective(module, batch)
+    return batch_objective(module, batch, batch_size)
 
 
-def attributed_apart(module: Any, batch: SamplesApart) -> OutputApart:
+def apart_objective(module: Any, batch: SamplesApart) -> OutputApart:
     """Choose what of a module is attributed, and check it on samples that are apart.
 
     Args:
@@ -104,13 +109,13 @@ def attributed_apart(module: Any, batch: SamplesApart) -> OutputApart:
         >>> class Nodes(L.LightningModule):
         ...     def training_step(self, batch):
         ...         return batch.square().mean()
-        >>> attributed_apart(Nodes(), SamplesApart([torch.ones(2), torch.ones(3)])).inner
+        >>> apart_objective(Nodes(), SamplesApart([torch.ones(2), torch.ones(3)])).inner
         TrainingLoss(reduction='mean', captured=False)
     """
     mixin = has_mixin(module)
-    subject = OutputApart(MixinOutput() if mixin else TrainingLoss("mean", captured=False))
+    objective = OutputApart(MixinOutput(module) if mixin else TrainingLoss(module, "mean", captured=False))
     with torch.enable_grad(), plain_execution():  # a step may differentiate inside
-        values, again = (subject.forward(module, batch, len(batch))[0].detach() for _ in range(2))
+        values, again = (objective.forward(batch, len(batch))[0].detach() for _ in range(2))
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise NonFiniteGradientError(
@@ -129,4 +134,4 @@ def attributed_apart(module: Any, batch: SamplesApart) -> OutputApart:
             with torch.no_grad():
                 outputs, targets = attribution_outputs(module, one)
             check_model_output(module.model_output, outputs, targets, dtype=None)
-    return subject
+    return objective

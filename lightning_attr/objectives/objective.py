@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +23,10 @@ from lightning_attr.user_code.calls import called, lasting_call
 from lightning_attr.user_code.training_step import check_training_step, has_training_step, training_loss
 
 __all__ = [
-    "Attributed",
     "MixinOutput",
+    "Objective",
     "TrainingLoss",
-    "attributed",
+    "batch_objective",
     "check_module",
     "completed",
     "describe_output",
@@ -39,25 +39,29 @@ __all__ = [
 ]
 
 
-class Attributed(Protocol):
-    """The output ``f`` of a module that is attributed, in the forms that featurizing needs."""
+class Objective(Protocol):
+    """The output ``f`` of one module that is attributed, in the forms that featurizing needs."""
 
-    def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+    @property
+    def module(self) -> Any:
+        """Whose output it is."""
+
+    def forward(self, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Run a batch once; the sum of the first, ``(b,)``, has the gradient of the sum of all outputs."""
 
-    def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
+    def columns(self, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Give the values of each sample, ``(b,)``, from both results of :meth:`forward`, detached."""
 
-    def sample_outputs(self, module: Any, batch: Any, batch_size: int) -> Tensor:
+    def sample_outputs(self, batch: Any, batch_size: int) -> Tensor:
         """Compute the outputs so that each has its own gradient, ``(b,)``, however slowly."""
 
-    def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def functional_output(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Compute the output of one sample at given parameters, ``(1,)``."""
 
-    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum the training loss over the samples of a batch at given parameters, ``()``."""
 
-    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def losses(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Compute the training loss of each sample at given parameters, ``(b,)``, each with its own gradient."""
 
 
@@ -168,7 +172,7 @@ def draws_of(module: Any) -> int:
 
 
 @full_precision()
-def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
+def batch_objective(module: Any, batch: Any, batch_size: int) -> Objective:
     """Choose what of a module is attributed, and check it on a few samples.
 
     Args:
@@ -194,7 +198,7 @@ def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
         ...         self.slope = nn.Parameter(torch.tensor(2.0))
         ...     def training_step(self, batch):
         ...         return (self.slope * batch).square().mean()
-        >>> attributed(Line(), torch.tensor([1.0, 2.0, 3.0]), 3)
+        >>> batch_objective(Line(), torch.tensor([1.0, 2.0, 3.0]), 3)
         TrainingLoss(reduction='mean', captured=True)
     """
     check_module(module)
@@ -205,7 +209,7 @@ def attributed(module: Any, batch: Any, batch_size: int) -> Attributed:
         outputs, targets = map_tensors(attribution_outputs(module, batch), Tensor.detach)
     _check_losses(module, outputs, targets, batch_size)
     check_model_output(module.model_output, outputs, targets, dtype=None)
-    return MixinOutput()
+    return MixinOutput(module)
 
 
 def _check_losses(module: Any, outputs: Any, targets: Any, batch_size: int) -> None:
@@ -299,7 +303,7 @@ def sample_values(module: Any, batch: Any, batch_size: int) -> Tensor:
     """
     if has_mixin(module):
         return _mixin_output(module, batch)[0]
-    return TrainingLoss("mean", captured=False).sample_outputs(module, batch, batch_size)
+    return TrainingLoss(module, "mean", captured=False).sample_outputs(batch, batch_size)
 
 
 # The mixin's model output ---------------------------------------------------------------------------------------
@@ -312,18 +316,20 @@ class MixinOutput:
     Example:
         >>> from lightning_attr import AttributionMixin
         >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> MixinOutput().sample_outputs(Classifier(2, 3), (torch.ones(4, 2), torch.tensor([0, 1, 2, 0])), 4).shape
+        >>> MixinOutput(Classifier(2, 3)).sample_outputs((torch.ones(4, 2), torch.tensor([0, 1, 2, 0])), 4).shape
         torch.Size([4])
     """
 
-    def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
-        """Output of each sample, ``(b,)``, and what it was computed from."""
-        return _mixin_output(module, batch)
+    module: Any = field(repr=False, compare=False)
 
-    def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
+    def forward(self, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+        """Output of each sample, ``(b,)``, and what it was computed from."""
+        return _mixin_output(self.module, batch)
+
+    def columns(self, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Output, loss, its derivatives, and the label if the targets are class labels."""
         outputs, targets = seen
-        model_output: ModelOutput = module.model_output
+        model_output: ModelOutput = self.module.model_output
         with torch.no_grad():
             values = {"output": output, **model_output.values(outputs, targets, output)}
         integral = isinstance(targets, Tensor) and not (targets.dtype.is_floating_point or targets.dtype.is_complex)
@@ -331,22 +337,22 @@ class MixinOutput:
             values["label"] = targets.long()
         return values
 
-    def sample_outputs(self, module: Any, batch: Any, batch_size: int) -> Tensor:
+    def sample_outputs(self, batch: Any, batch_size: int) -> Tensor:
         """Output of each sample, ``(b,)``; each is its own already."""
-        return _mixin_output(module, batch)[0]
+        return _mixin_output(self.module, batch)[0]
 
-    def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def functional_output(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Output at given parameters."""
-        output: Tensor = module.functional_output(params, {}, batch)
+        output: Tensor = self.module.functional_output(params, {}, batch)
         return output
 
-    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum of the losses at given parameters, ``()``."""
-        return self.losses(module, params, batch, batch_size).sum()
+        return self.losses(params, batch, batch_size).sum()
 
-    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def losses(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Losses at given parameters, ``(b,)``."""
-        losses: Tensor = module.functional_loss(params, {}, batch)
+        losses: Tensor = self.module.functional_loss(params, {}, batch)
         return losses
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,20 +23,22 @@ class MeasuredOutput:
     """What a function measures of each target, in place of the model output.
 
     Args:
+        module: that it measures.
         function: ``(module, batch) -> (b,)``, differentiable, each sample on its own.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
-        >>> size = MeasuredOutput(lambda module, batch: module(batch).square().sum(1))
-        >>> sorted(size.columns(layer, torch.ones(3, 2), *size.forward(layer, torch.ones(3, 2), 3)))
+        >>> size = MeasuredOutput(layer, lambda module, batch: module(batch).square().sum(1))
+        >>> sorted(size.columns(torch.ones(3, 2), *size.forward(torch.ones(3, 2), 3)))
         ['loss', 'newton_weight', 'out_to_loss', 'output']
     """
 
+    module: Any = field(repr=False, compare=False)
     function: TargetFunction
 
-    def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+    def forward(self, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Value of each target, ``(b,)``, and nothing."""
-        values = self._called(module, batch)
+        values = self._called(batch)
         if not isinstance(values, Tensor) or values.shape != (batch_size,):
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
@@ -50,8 +52,9 @@ class MeasuredOutput:
             )
         if torch.is_grad_enabled() and not values.requires_grad:
             raise ValueError(
-                f"Expected argument `target_function` to be differentiable in what {type(module).__name__} trains, "
-                "but its result has no gradient: all scores would be zero. Look for `detach()`, `item()`, `no_grad()`."
+                f"Expected argument `target_function` to be differentiable in what {type(self.module).__name__} "
+                "trains, but its result has no gradient: all scores would be zero. Look for `detach()`, `item()`, "
+                "`no_grad()`."
             )
         if not values.isfinite().all():
             bad = (~values.isfinite()).nonzero().flatten().tolist()
@@ -63,27 +66,27 @@ class MeasuredOutput:
             )
         return values, None
 
-    def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
+    def columns(self, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Value of each target; as a loss, it is its negative."""
         ones = torch.ones_like(output)
         return {"output": output, "loss": -output, "out_to_loss": ones, "newton_weight": ones}
 
-    def sample_outputs(self, module: Any, batch: Any, batch_size: int) -> Tensor:
+    def sample_outputs(self, batch: Any, batch_size: int) -> Tensor:
         """Value of each target, ``(b,)``."""
-        return self.forward(module, batch, batch_size)[0]
+        return self.forward(batch, batch_size)[0]
 
-    def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def functional_output(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Value at given parameters."""
-        value: Tensor = call_with(module, params, lambda batch: self._called(module, batch), batch)
+        value: Tensor = call_with(self.module, params, lambda batch: self._called(batch), batch)
         return value
 
-    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Negative sum of the values at given parameters, ``()``."""
-        return self.losses(module, params, batch, batch_size).sum()
+        return self.losses(params, batch, batch_size).sum()
 
-    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def losses(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Negative values at given parameters, ``(b,)``."""
-        return -self.functional_output(module, params, batch)
+        return -self.functional_output(params, batch)
 
-    def _called(self, module: Any, batch: Any) -> Any:
-        return called(module, "target_function", partial(self.function, module), batch)
+    def _called(self, batch: Any) -> Any:
+        return called(self.module, "target_function", partial(self.function, self.module), batch)

@@ -36,6 +36,7 @@ class TrainingLoss:
     sample runs once more, on its own.
 
     Args:
+        module: whose loss it is.
         reduction: "mean" or "sum", over the samples of a batch.
         captured: whether the reduction behind the loss gives each sample's value.
         weights: of the terms in that reduction, as :func:`lightning_attr.objectives.reductions.weighted_shares` gives
@@ -46,18 +47,19 @@ class TrainingLoss:
         >>> class Line(L.LightningModule):
         ...     def training_step(self, batch):
         ...         return batch.square().mean()
-        >>> TrainingLoss("mean", captured=True).forward(Line(), torch.tensor([1.0, 3.0]), 2)[0]
+        >>> TrainingLoss(Line(), "mean", captured=True).forward(torch.tensor([1.0, 3.0]), 2)[0]
         tensor([-1., -9.])
     """
 
+    module: Any = field(repr=False, compare=False)
     reduction: str
     captured: bool
     weights: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
-    def forward(self, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+    def forward(self, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
         """Negative losses, ``(b,)``; if only their gradient is right, the loss of the batch beside them, else None."""
         with Reductions() if self.captured else nullcontext() as reductions:
-            loss = training_loss(module, batch)
+            loss = training_loss(self.module, batch)
         size = batch_size if self.reduction == "mean" else 1
         if batch_size == 1:
             return -loss.reshape(1), None
@@ -65,7 +67,7 @@ class TrainingLoss:
             terms, weights = weighted_shares(loss, reductions.calls, batch_size)
             if terms is not None and self._as_ever(weights, batch_size):
                 split = terms.detach()
-                apart = _apart(module, split.sum(), loss.detach(), split.abs().sum())
+                apart = _apart(self.module, split.sum(), loss.detach(), split.abs().sum())
                 if noted(apart) or not apart:
                     return -size * terms, None
         return (-size / batch_size * loss).expand(batch_size), loss.detach()
@@ -83,39 +85,39 @@ class TrainingLoss:
                 return False
         return True
 
-    def columns(self, module: Any, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
+    def columns(self, batch: Any, output: Tensor, seen: Any) -> dict[str, Tensor]:
         """Loss and its negative; the derivatives of a loss that is itself the output."""
         losses = -output
         if seen is not None:
             with torch.enable_grad():  # the step may differentiate inside
-                losses = _values_apart(module, batch, len(output))
-            if not _reduces_to(module, self.reduction, losses, seen):
-                raise _not_of_terms(module, batch, losses, [(list(range(len(losses))), seen)])
+                losses = _values_apart(self.module, batch, len(output))
+            if not _reduces_to(self.module, self.reduction, losses, seen):
+                raise _not_of_terms(self.module, batch, losses, [(list(range(len(losses))), seen)])
         ones = torch.ones_like(losses)
         return {"output": -losses, "loss": losses, "out_to_loss": ones, "newton_weight": ones}
 
-    def sample_outputs(self, module: Any, batch: Any, batch_size: int) -> Tensor:
+    def sample_outputs(self, batch: Any, batch_size: int) -> Tensor:
         """Negative loss of each sample, ``(b,)``, one after the other."""
-        return -_losses_apart(module, batch, batch_size)
+        return -_losses_apart(self.module, batch, batch_size)
 
-    def functional_output(self, module: Any, params: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def functional_output(self, params: Mapping[str, Tensor], batch: Any) -> Tensor:
         """Negative loss at given parameters."""
-        loss: Tensor = call_with(module, params, lambda batch: training_loss(module, batch), batch)
+        loss: Tensor = call_with(self.module, params, lambda batch: training_loss(self.module, batch), batch)
         return -loss.reshape(1)
 
-    def total_loss(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Sum of the losses at given parameters, ``()``."""
-        loss: Tensor = call_with(module, params, lambda batch: training_loss(module, batch), batch)
+        loss: Tensor = call_with(self.module, params, lambda batch: training_loss(self.module, batch), batch)
         total: Tensor = batch_size * loss if self.reduction == "mean" else loss
         return total
 
-    def losses(self, module: Any, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
+    def losses(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
         """Losses at given parameters, ``(b,)``; one sample after the other where they can not be captured."""
         output: Tensor
-        output, seen = call_with(module, params, lambda batch: self.forward(module, batch, batch_size), batch)
+        output, seen = call_with(self.module, params, lambda batch: self.forward(batch, batch_size), batch)
         if seen is not None:
             parts = [select_rows(batch, batch_size, [i]) for i in range(batch_size)]
-            output = torch.cat([self.functional_output(module, params, part) for part in parts])
+            output = torch.cat([self.functional_output(params, part) for part in parts])
         return -output
 
 
@@ -189,7 +191,7 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
             batch_size,
         )
     if batch_size == 1:
-        return TrainingLoss("mean", captured=False)  # in a data set of one sample, mean and sum are the same
+        return TrainingLoss(module, "mean", captured=False)  # in a data set of one sample, mean and sum are the same
     everything = list(range(batch_size))
     # Parts of unequal size: of equal halves, a mean weighted by class or by length may be the mean of means.
     parts = [everything, everything[:1], everything[1:], everything[: batch_size // 2], everything[batch_size // 2 :]]
@@ -200,9 +202,9 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
             break
     else:
         raise _not_of_terms(module, batch, losses, list(zip(parts, found, strict=True)))
-    captured = TrainingLoss(reduction, captured=True, weights=_weights(module, batch, batch_size, reduction))
+    captured = TrainingLoss(module, reduction, captured=True, weights=_weights(module, batch, batch_size, reduction))
     with torch.enable_grad(), plain_execution():
-        runs = [_detached(captured, module, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
+        runs = [_detached(captured, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
     if all(
         seen is None
         and all(_close(module, -out, loss, loss.abs()) for out, loss in zip(output, losses[rows], strict=True))
@@ -214,7 +216,7 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
         "own, for its value. With lightning_attr.AttributionMixin and its `attribution_step` this is not needed.",
         name,
     )
-    return TrainingLoss(reduction, captured=False)
+    return TrainingLoss(module, reduction, captured=False)
 
 
 def _weights(module: Any, batch: Any, batch_size: int, reduction: str) -> tuple[float, ...]:
@@ -225,8 +227,8 @@ def _weights(module: Any, batch: Any, batch_size: int, reduction: str) -> tuple[
     return tuple(float(weight) / (1 if reduction == "mean" else batch_size) for weight in found)
 
 
-def _detached(subject: TrainingLoss, module: Any, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
-    output, seen = subject.forward(module, batch, batch_size)
+def _detached(objective: TrainingLoss, batch: Any, batch_size: int) -> tuple[Tensor, Any]:
+    output, seen = objective.forward(batch, batch_size)
     return output.detach(), seen
 
 

@@ -83,7 +83,7 @@ def check_features(featurizer: Featurizer, batch: Any, rows: Sequence[int], feat
 
 def _projected(featurizer: Featurizer, batch: Any, rows: Sequence[int], weights: Tensor) -> tuple[Tensor, float]:
     """Project the gradient of a weighted sum of outputs, ``(dim,)``; beside it, the norm of that gradient."""
-    module, subject = featurizer.module, featurizer.plan.attributed
+    module, objective = featurizer.module, featurizer.plan.objective
     names = {*featurizer.plan.hooked, *featurizer.plan.fallback}
     wanted = featurizer.projection.names
     params = {n: p for n, p in module.named_parameters() if n in names and (wanted is None or n in wanted)}
@@ -92,7 +92,7 @@ def _projected(featurizer: Featurizer, batch: Any, rows: Sequence[int], weights:
         for number in range(count):
             drawn = Draw([row + featurizer.first_row for row in rows], featurizer.snapshot, number, weights.device)
             given = completed(module, batch, drawn)
-            total = total + (weights * subject.sample_outputs(module, given, len(rows))).sum() / count
+            total = total + (weights * objective.sample_outputs(given, len(rows))).sum() / count
         if not total.requires_grad:
             return weights.new_zeros(featurizer.projection.dim), 0.0
         gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)

@@ -14,7 +14,7 @@ from lightning_attr.batches.nested import select_rows
 from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.errors import BatchDependenceError, named_samples
 from lightning_attr.gradients.plain_execution import plain_execution
-from lightning_attr.objectives.objective import Attributed, completed
+from lightning_attr.objectives.objective import Objective, completed
 from lightning_attr.randomness.draws import Draw, Samples
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,7 @@ _SAMPLES = 4
 
 
 def check_target_function(
-    measured: Attributed,
-    module: Any,
+    measured: Objective,
     samples: Samples,
     snapshot: str,
     precision: Callable[[], AbstractContextManager[Any]],
@@ -33,8 +32,7 @@ def check_target_function(
     """Try what is measured of targets on some of them.
 
     Args:
-        measured: the user's function.
-        module: the user's module, at a snapshot.
+        measured: the user's function, of the module at a snapshot.
         samples: the targets, on its device.
         snapshot: key of the snapshot.
         precision: the context that forward passes run in.
@@ -51,22 +49,22 @@ def check_target_function(
         >>> samples = Samples(2, lambda rows: iter([(rows, data[list(rows)])]))
         >>> def lost(module, batch):
         ...     return module(batch).detach().requires_grad_().sum(1)
-        >>> check_target_function(MeasuredOutput(lost), layer, samples, "final", torch.enable_grad)
+        >>> check_target_function(MeasuredOutput(layer, lost), samples, "final", torch.enable_grad)
         Traceback (most recent call last):
         ...
         ValueError: Expected argument `target_function` to be differentiable in what Linear trains, but none of its ...
     """
-    count = min(_SAMPLES, len(samples))
+    module, count = measured.module, min(_SAMPLES, len(samples))
     rows = sorted({number * (len(samples) - 1) // max(1, count - 1) for number in range(count)})
     parameters = [p for p in module.parameters() if p.requires_grad]
     found = False
     for numbers, batch in samples.batches(rows):
         given = completed(module, batch, Draw(numbers, snapshot, device=parameters[0].device))
         with torch.enable_grad(), plain_execution(), precision(), named_samples(numbers):
-            values = measured.sample_outputs(module, given, len(numbers))
+            values = measured.sample_outputs(given, len(numbers))
             gradients = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
             if not (seeded or isinstance(given, SamplesApart)):
-                _check_alone(measured, module, given, values.detach())
+                _check_alone(measured, given, values.detach())
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 f"Expected argument `target_function` to be differentiable in what {type(module).__name__} trains, but "
@@ -85,12 +83,12 @@ def check_target_function(
         )
 
 
-def _check_alone(measured: Attributed, module: Any, batch: Any, values: Tensor) -> None:
+def _check_alone(measured: Objective, batch: Any, values: Tensor) -> None:
     """Compare the values of targets in a batch with those of each on its own."""
     count = len(values)
     if count == 1:
         return
-    alone = [measured.sample_outputs(module, select_rows(batch, count, [i]), 1).detach() for i in range(count)]
+    alone = [measured.sample_outputs(select_rows(batch, count, [i]), 1).detach() for i in range(count)]
     difference = (torch.cat(alone) - values).abs().max()
     low = values.dtype.itemsize < 4 or torch.is_autocast_enabled(values.device.type)
     if difference > (0.05 if low else 1e-3) * (1e-2 + values.abs().max()):

@@ -21,7 +21,7 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.features.featurizer import Featurizer, plan
 from lightning_attr.methods import TRAK, GradDot
-from lightning_attr.objectives.objective import MixinOutput, TrainingLoss, attributed, check_module
+from lightning_attr.objectives.objective import MixinOutput, TrainingLoss, batch_objective, check_module
 from lightning_attr.outputs import NegativeLoss
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import IdentityProjector
@@ -153,7 +153,7 @@ def test_features_and_values_are_those_of_the_loss_of_each_sample(
 ) -> None:
     reduction, loss_of = {**CAPTURED, **APART}[name]
     featurize = check_against_the_loop(plain(loss_of, scale=scale), data())
-    assert featurize.plan.attributed == TrainingLoss(reduction, name in CAPTURED)
+    assert featurize.plan.objective == TrainingLoss(None, reduction, name in CAPTURED)
     told = "Plain: the terms of its training loss cannot be seen from outside" in caplog.text
     assert told == (name in APART)
 
@@ -212,7 +212,7 @@ def test_signatures(kind: type[Plain]) -> None:
 def test_one_sample_alone() -> None:
     module, (x, y) = plain(cross_entropy), data(1)
     featurize = featurizer(module, (x, y), 1)
-    assert featurize.plan.attributed == TrainingLoss("mean", captured=False)
+    assert featurize.plan.objective == TrainingLoss(None, "mean", captured=False)
     columns = featurize((x, y), [0])
     torch.testing.assert_close(columns["loss"], cross_entropy(module, (x, y)).detach().reshape(1))
 
@@ -222,7 +222,7 @@ def test_a_mixin_is_preferred() -> None:
         pass
 
     x, y = data(4)
-    assert attributed(Both(cross_entropy).double().eval(), (x, y), 4) == MixinOutput()
+    assert batch_objective(Both(cross_entropy).double().eval(), (x, y), 4) == MixinOutput(None)
 
 
 def test_the_loss_in_low_precision() -> None:
@@ -234,7 +234,7 @@ def test_the_loss_in_low_precision() -> None:
     torch.testing.assert_close(rough["loss"], exact["loss"], rtol=0.05, atol=0.05)
     assert F.cosine_similarity(rough["features"], exact["features"]).min() > 0.99
     half = plain(lambda m, b: torch.einsum("bi->", m(b[0]).float().square()) / len(b[0])).bfloat16()
-    assert featurizer(half, (x.bfloat16(), y)).plan.attributed == TrainingLoss("mean", captured=False)
+    assert featurizer(half, (x.bfloat16(), y)).plan.objective == TrainingLoss(None, "mean", captured=False)
 
 
 class Uncertain(Plain):

@@ -178,10 +178,10 @@ class _Streams:
 
     def outputs(self, batch: Any, size: int) -> GradientStream:
         """Gradients of what is attributed."""
-        subject, module = self.model.plan.attributed, self.model.module
+        objective = self.model.plan.objective
         return partial(
             self._precisely,
-            lambda sink: self.gradients(lambda: subject.forward(module, batch, size)[0], size, sink),
+            lambda sink: self.gradients(lambda: objective.forward(batch, size)[0], size, sink),
         )
 
     def _precisely(self, stream: GradientStream, sink: LayerSink) -> object:

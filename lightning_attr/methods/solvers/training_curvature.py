@@ -41,7 +41,7 @@ def check_outputs(model: SnapshotModel) -> None:
     Raises:
         TypeError: if there is only the loss of its training step.
     """
-    if not isinstance(model.plan.attributed, MixinOutput):
+    if not isinstance(model.plan.objective, MixinOutput):
         name = type(model.module).__name__
         raise TypeError(
             f"Expected {name} to have lightning_attr.AttributionMixin among its bases for `curvature='ggn'`, which "
@@ -58,7 +58,7 @@ def _check_derivatives(model: SnapshotModel) -> None:
             "is a complex parameter. Take a method on gradients, which treats it as pairs of real numbers (TRAK, "
             "TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS), or freeze it."
         )
-    if isinstance(model.plan.attributed, OutputApart):
+    if isinstance(model.plan.objective, OutputApart):
         raise AttributionError(
             f"{model.said_apart} Take one without a curvature of the module: TRAK, TracIn, GradDot, GradCos, LESS, "
             "GAS, ProjectedInfluence, LoGra, FactGraSS."
@@ -274,15 +274,15 @@ class TrainingCurvature:
 
     def _product(self, batch: Any, size: int) -> Product:
         """Prepare the product with the sum of the curvatures of a batch."""
-        attributed, module = self.model.plan.attributed, self.model.module
+        objective = self.model.plan.objective
         batch = map_tensors(batch, lambda tensor: tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor)
 
         def losses(params: Mapping[str, Tensor]) -> Tensor:
-            return attributed.losses(module, {**self._beside, **params}, batch, size)
+            return objective.losses({**self._beside, **params}, batch, size)
 
         if self.curvature == "hessian":
             return hessian_product(
-                lambda params: attributed.total_loss(module, {**self._beside, **params}, batch, size), self.point
+                lambda params: objective.total_loss({**self._beside, **params}, batch, size), self.point
             )
         if self.curvature == "empirical_fisher":  # the GGN of half the squares of the losses
             return ggn_product(losses, lambda values: values.square().sum() / 2, self.point)

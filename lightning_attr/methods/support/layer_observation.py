@@ -84,7 +84,7 @@ def observe(model: SnapshotModel, batch: Any, batch_size: int, layer: str | None
         stack.enter_context(plain_execution())
         stack.enter_context(torch.set_grad_enabled(model.plan.inner))
         outputs, targets = None, None
-        if isinstance(model.plan.attributed, MixinOutput):
+        if isinstance(model.plan.objective, MixinOutput):
             outputs, targets = map_tensors(attribution_outputs(model.module, batch), Tensor.detach)
         else:
             training_loss(model.module, batch)  # type: ignore[arg-type]  # a LightningModule: its plan says so
@@ -186,7 +186,7 @@ def refuse_target_function(model: SnapshotModel, method: str) -> None:
         >>> batch = (torch.eye(2), torch.tensor([0, 1]))
         >>> refuse_target_function(SnapshotModel.of(Classifier(2, 3).eval(), [batch], [batch]), "RPS")
     """
-    if model.target_plan is not None and isinstance(model.target_plan.attributed, MeasuredOutput):
+    if model.target_plan is not None and isinstance(model.target_plan.objective, MeasuredOutput):
         raise AttributionError(
             f"{method} does not measure an output of the targets, so that a `target_function` would change nothing. "
             "Leave it out, or use a method of gradients."
