@@ -325,10 +325,10 @@ def test_a_checkpoint_of_an_earlier_version_has_one_learning_rate(tmp_path: Path
     model = BlobClassifier()
     for _ in range(2):
         model(torch.randn(2, 4)).sum().backward()
-        twin._rates.add(torch.optim.SGD(model.parameters(), lr=0.5), model, _)
-    assert twin._rates.of(ParameterLayout.of(model)) == (1.25, None)
-    twin._rates.clear()
-    assert twin._rates.of(ParameterLayout.of(model)) == (0.0, None)
+        twin._run.rates.add(torch.optim.SGD(model.parameters(), lr=0.5), model, _)
+    assert twin._run.rates.of(ParameterLayout.of(model)) == (1.25, None)
+    twin._run.rates.clear()
+    assert twin._run.rates.of(ParameterLayout.of(model)) == (0.0, None)
 
 
 def test_state_dict(tmp_path: Path) -> None:
