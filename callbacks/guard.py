@@ -59,6 +59,9 @@ class Guard:
     def together(step: Callable[[], T]) -> T:
         """Run a step that each process does by itself; no process goes on before all have come through.
 
+        Unlike :meth:`lightning_attr.attribution.processes.Processes.together`, all meet after a failure, too, and can
+        meet again: the training goes on.
+
         Args:
             step: what to do; it waits for no other process.
 

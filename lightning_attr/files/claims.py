@@ -3,6 +3,8 @@
 A claim ``name`` is a file ``name.0``, created whole and only if it is not there. Whoever finds it left by a dead
 process creates ``name.1``, and so on: nothing is ever deleted but by its owner, when the work is done, so that two who
 find the same dead claim cannot both have it.
+
+By hand: the locks of ``filelock`` are those of one machine, and tell nobody that their owner is dead.
 """
 
 from __future__ import annotations

@@ -208,7 +208,10 @@ def _statistics(first: Tensor, second: Tensor, k: int) -> Tensor:
 
 
 def _kendall(a: Tensor, b: Tensor) -> Tensor:
-    """Return tau-b of each row of two `(q, n)` matrices, `(q,)`, float64; NaN where a row is constant."""
+    """Return tau-b of each row of two `(q, n)` matrices, `(q,)`, float64; NaN where a row is constant.
+
+    By hand: scipy, which is no dependency, takes a row at a time on the CPU, and torchmetrics compares all pairs.
+    """
     n = a.shape[1]
     a, b = _dense_ranks(a), _dense_ranks(b)
     pairs = n * (n - 1) // 2
