@@ -38,7 +38,7 @@ def waits_of(model: str, n: int, folder: Path, monkeypatch: pytest.MonkeyPatch) 
             featurize(*arguments)
         found.update(waits)
 
-    monkeypatch.setattr("lightning_attr.callbacks.attribution.featurize", counted)
+    monkeypatch.setattr("lightning_attr.callbacks.snapshot_recorder.featurize", counted)
     callback = AttributionCallback(
         folder, TRAK(projector=KroneckerProjector(64)), snapshots=[0], batch_size=8, featurize=True
     )

@@ -139,8 +139,8 @@ def test_a_loss_that_cannot_be_noted_stops_nothing(tmp_path: Path, monkeypatch: 
         raise ValueError("no disk")
 
     told: list[str] = []
-    monkeypatch.setattr("lightning_attr.callbacks.attribution.note_first_losses", fails)
-    monkeypatch.setattr("lightning_attr.callbacks.attribution.rank_zero_warn", told.append)
+    monkeypatch.setattr("lightning_attr.callbacks.snapshot_recorder.note_first_losses", fails)
+    monkeypatch.setattr("lightning_attr.callbacks.snapshot_recorder.rank_zero_warn", told.append)
     callback = AttributionCallback(tmp_path, method=GradDot(exact=True))
     quiet_trainer(max_epochs=1, callbacks=[callback]).fit(Annealed(), loader_of(blobs(20)))
     assert callback.stopped is None
