@@ -55,6 +55,22 @@ class Patients(Dataset):
         return {"measurements": self.x[i], "progression": self.y[i]}
 
 
+class Diabetes(L.LightningDataModule):
+    """342 patients to train on, and 100 whose predictions are explained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        data = Patients()
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        self.train_set, self.test_set = Subset(data, order[:342]), Subset(data, order[342:])
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_set, batch_size=32, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test_set, batch_size=len(self.test_set))
+
+
 class LitRegression(AttributionMixin, L.LightningModule):
     model_output = HuberRegression()
 
@@ -91,16 +107,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     check_model_output(HuberRegression(), outputs=torch.tensor([0.0, 3.0]), targets=torch.tensor([0.5, 0.0]))
-    data = Patients()
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    train, target = Subset(data, order[:342]), Subset(data, order[342:])
-    targets = DataLoader(target, batch_size=len(target))
+    data = Diabetes()
+    train, targets = data.train_set, data.test_dataloader()
 
     L.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         trainer = AttributionTrainer(max_epochs=20, accelerator="cpu", callbacks=[AttributionCallback(folder)], **QUIET)
-        trainer.fit(LitRegression(), DataLoader(train, batch_size=32, shuffle=True))
-        result = trainer.attribute(target_dataloaders=targets)
+        trainer.fit(LitRegression(), datamodule=data)
+        result = trainer.attribute(data)
 
     proponents, scores = result.scores.topk(REMOVED)
     complete = predictions_without(torch.tensor([]), train, targets)

@@ -1,18 +1,23 @@
 """A LightningCLI with two more subcommands: ``python main.py attribute --config config.yaml --ckpt_path best``.
 
-The other is ``python main.py check --config config.yaml``, before the run.
+The other is ``python main.py check --config config.yaml``, before the run. Where the config names the classes of model
+and data, ``python -m lightning_attr.cli`` is as good as a ``main.py``.
 
 It needs ``jsonargparse``, as Lightning's own does: ``pip install "lightning_attr[cli]"``.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]  # re-exported
 
+from lightning_attr import methods
 from lightning_attr.attribution.run_check import RunCheck
 from lightning_attr.attribution.trainer import AttributionTrainer, attribute
 from lightning_attr.files.io import write_bytes
@@ -56,6 +61,24 @@ class AttributionCLI(LightningCLI):
         """Name the subcommands, and the arguments that a command line cannot give."""
         objects = {"model", "datamodule", "train_dataloaders", "target_dataloaders", "noise_mask", "target_function"}
         return {**LightningCLI.subcommands(), "attribute": objects, "check": objects}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser that names the nearest method where it does not know one.
+
+        Args:
+            **kwargs: of the parser.
+
+        Returns:
+            The parser.
+        """
+        parser = super().init_parser(**kwargs)
+        refuse = parser.error
+
+        def error(message: str, ex: Exception | None = None) -> NoReturn:
+            refuse(message + _nearest(message), ex)
+
+        parser.error = error  # type: ignore[method-assign]
+        return parser
 
     def check(self, model: Any, datamodule: Any = None) -> None:
         """Say what the AttributionCallback of the config would do in a run, and what it would cost, without training.
@@ -102,3 +125,27 @@ class AttributionCLI(LightningCLI):
         result.report(folder / "report.html")
         write_bytes(folder / "config.yaml", self.parser.dump(self.config).encode())
         print(f"{result}\nin {folder}")
+
+
+def _nearest(message: str) -> str:
+    """What to say after the message of a parser, if it is of a method that there is not."""
+    given = re.search(r"Given value: .*?([\w.]+)'?[)}]?\s*$", message)
+    if 'key "method"' not in message or given is None:
+        return ""
+    wrong = given[1].rpartition(".")[2]
+    found = {name: getattr(methods, name) for name in methods.__all__}
+    known = [name for name, kind in found.items() if _is_method(kind)]
+    if wrong in known:
+        return ""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(wrong.lower(), by_lower, n=1)
+    hint = f"did you mean {by_lower[near[0]]}? " if near else ""
+    return f"\nThere is no method {wrong}: {hint}There are {', '.join(sorted(known))}."
+
+
+def _is_method(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, methods.AttributionMethod) and not inspect.isabstract(kind)
+
+
+if __name__ == "__main__":
+    AttributionCLI(save_config_kwargs={"overwrite": True})

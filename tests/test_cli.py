@@ -106,7 +106,14 @@ def test_the_other_subcommands_stay(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--method=TRAC"], "TRAC"), (["--topk=many"], "topk"), (["--print_configs"], "print_configs")],
+    [
+        (["--method=TRAC"], "There is no method TRAC: did you mean TracIn? There are "),
+        (["--method=lightning_attr.methods.gradDot"], "did you mean GradDot?"),
+        (["--method.class_path=tracin"], "did you mean TracIn?"),
+        (["--method=Unheard"], "There is no method Unheard: There are "),
+        (["--topk=many"], "topk"),
+        (["--print_configs"], "print_configs"),
+    ],
 )
 def test_what_is_wrong_is_named(
     checkpoint: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]

@@ -46,7 +46,7 @@ class Blobs(L.LightningDataModule):
 
 def test_your_module(repository: Path) -> None:
     text = (repository / "examples" / "guides" / "your_module.md").read_text()
-    two_lines, mixin, mode, rehearsal = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    two_lines, mixin, mode, rehearsal, look = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     data = [{"x": torch.randn(3), "y": torch.randn(2)} for _ in range(8)]
     names: dict[str, Any] = {
         "Trainer": lambda **settings: L.Trainer(**{**QUIET, **settings}),
@@ -66,13 +66,15 @@ def test_your_module(repository: Path) -> None:
     exec(f"callback = {mode}", names)
     assert names["callback"].mode == "train"
     exec(rehearsal, names)
+    exec(look, names)
+    assert names["check"].ok
     assert len(text.splitlines()) < 200
 
 
 def test_your_checkpoints(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (repository / "examples" / "guides" / "your_checkpoints.md").read_text()
-    attribute, report = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    attribute, store, report = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     commands = text.split("# The command")[1].split("```")[1]
     kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     settings = {**QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": [kept]}
@@ -82,6 +84,8 @@ def test_your_checkpoints(repository: Path, tmp_path: Path, monkeypatch: pytest.
     exec(attribute, names)
     assert len(names["result"].scores.provenance["snapshots"]) == 3
     assert names["indices"].shape[1] == 5
+    exec(store, names)
+    assert names["again"].scores.shape == names["result"].scores.shape
     exec(report, names)
     assert names["page"].is_file()
 
