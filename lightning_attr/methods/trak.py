@@ -65,8 +65,9 @@ class TRAK(KernelMethod):
             only, unless something reads features while training: ``trainer.attribute`` computes them.
         projector: the projection; by default :class:`lightning_attr.projectors.EigenProjector` with ``proj_dim`` and
             ``seed``.
-        damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry. Zero is allowed for a regular
-            kernel. "auto" chooses by the ``truth``, see :func:`lightning_attr.methods.support.damping.choose_damping`.
+        damping: :math:`\lambda_t` as a multiple of the kernel's mean diagonal entry; where the number of features is
+            chosen, too, of its trace over 2,048, whatever that number is. Zero is allowed for a regular kernel. "auto"
+            chooses by the ``truth``, see :func:`lightning_attr.methods.support.damping.choose_damping`.
         newton_weights: weigh the kernel by the curvature of the loss; ``tests/benchmarks/lds.py`` compares both.
         seed: of the default projector.
         per_layer: one kernel per layer, each damped on its own, whose features do not interact; for projectors that
@@ -194,6 +195,19 @@ class TRAK(KernelMethod):
         own = copy.copy(self)
         own._open, own.projector = False, projector
         return own
+
+    def damping_at(self, snapshot: SnapshotFeatures) -> float:
+        """Give the damping as a multiple of the mean diagonal entry; see :meth:`DampedMethod.damping_at`.
+
+        Args:
+            snapshot: that is scored.
+
+        Returns:
+            The one given or chosen. Where the number of features is chosen, too, the scores do not hang on it: the
+            ridge is that of 2,048.
+        """
+        damping = super().damping_at(snapshot)
+        return damping if self.choice is None else damping * snapshot.targets["features"].shape[1] / MOST_FEATURES
 
     @property
     def config(self) -> dict[str, Any]:

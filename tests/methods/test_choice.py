@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.methods import TRAK, GradDot
+from lightning_attr.methods import TRAK, GradDot, SnapshotFeatures
 from lightning_attr.methods.choice import choice_of, choose_features, settled
 from lightning_attr.projectors import KroneckerProjector
 
@@ -25,6 +25,7 @@ TARGETS = blobs(6, seed=1)
     [
         (1437, 10_090, 1024, True),
         (1437, 17_226, 1024, True),
+        (5000, 7_850, 1024, True),
         (5000, 109_386, 2048, True),
         (5000, 4_800_000, 2048, False),
         (100, 10**9, 512, False),  # no more than a few features per sample
@@ -123,3 +124,19 @@ def test_a_run_that_is_resumed_chooses_the_same(tmp_path: Path) -> None:
     trainer, callback = recorded(tmp_path, featurize=True)  # the same run again
     assert callback.featurize
     assert len(trainer.attribute(target_dataloaders=loader_of(TARGETS)).scores.provenance["snapshots"]) == 3
+
+
+def test_the_ridge_is_that_of_all_features_however_many_were_chosen() -> None:
+    torch.manual_seed(0)
+    train = {"features": torch.randn(300, 8), "out_to_loss": torch.rand(300), "newton_weight": torch.rand(300)}
+    given = SnapshotFeatures.of(train, {"features": torch.randn(4, 8)})
+    chosen = settled(TRAK(sampling=False), 300, 10_000)
+    assert chosen.damping_at(given) == 8 / 2048  # type: ignore[attr-defined]
+    (block,) = chosen.score([given])
+    phi, weights = train["features"].double(), train["newton_weight"].double()
+    kernel = phi.T @ (weights[:, None] * phi)
+    ridge = kernel.trace() / 2048 * torch.eye(8).double()
+    solved = torch.linalg.solve(kernel + ridge, given.targets["features"].T.double())
+    expected = train["out_to_loss"][:, None] * (phi @ solved)
+    torch.testing.assert_close(block.scores, expected.float(), rtol=1e-4, atol=1e-6)
+    assert TRAK(8).damping_at(given) == 1.0
