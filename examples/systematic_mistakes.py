@@ -183,7 +183,7 @@ def demo(seed: int, folder: Path) -> None:
     print_corrections(data, result, behind)
 
     x, train = data.test_x[wrong], TensorDataset(data.x, data.y)
-    figure, _ = result.plot_proponents(data.x, x, targets=[int(group.nonzero()[0]) for group in groups.values()])
+    figure, _ = result.plot_proponents(data.x, x, targets=[int(group.int().argmax()) for group in groups.values()])
     figure.savefig(folder / "proponents.png")
     outputs = [f"read as {read_as}, is {label}" for read_as, label in zip(said, true, strict=True)]
     page = result.report(

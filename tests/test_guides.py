@@ -11,11 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from cases import QUIET, BlobClassifier, blobs, loader_of, quiet_trainer
-from lightning_attr import AttributionMixin, FeatureStore
+from lightning_attr import AttributionMixin, AttributionResult, FeatureStore, ScoreMatrix
 from lightning_attr.__main__ import main
-from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.callbacks import AttributionCallback, DataCuration
 from lightning_attr.methods import TRAK, GradDot
 
 
@@ -172,6 +173,20 @@ def code(repository: Path, guide: str) -> list[str]:
     """The blocks of a guide that are Python."""
     text = (repository / "examples" / "guides" / f"{guide}.md").read_text("utf-8")
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_selecting_data(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    choose, curate = code(repository, "selecting_data")
+    generator = torch.Generator().manual_seed(0)
+    scores = ScoreMatrix(torch.randn(30, 5, generator=generator))
+    result = AttributionResult(scores, torch.rand(30), torch.rand(30), torch.arange(30) % 3)
+    names: dict[str, Any] = {"result": result, "train_set": blobs(30), "Subset": Subset}
+    exec(choose, names)
+    assert (len(names["keep"]), len(names["smaller"])) == (27, 6)
+    names |= {"Trainer": lambda **settings: L.Trainer(**{**QUIET, **settings}), "model": BlobClassifier()}
+    names |= {"AttributionCallback": AttributionCallback, "DataCuration": DataCuration}
+    exec(curate, {**names, "train_loader": loader_of(blobs(20), shuffle=True)})
 
 
 def test_pilots(repository: Path, tmp_path: Path) -> None:
