@@ -21,8 +21,8 @@ from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.objectives.reductions import Reductions, weighted_shares
 from lightning_attr.objectives.remedies import mixin_lines
 from lightning_attr.user_code.batch_start import look_anew
-from lightning_attr.user_code.calls import failed_metrics
-from lightning_attr.user_code.training_step import training_loss
+from lightning_attr.user_code.calls import changed_state, failed_metrics
+from lightning_attr.user_code.training_step import training_loss, training_losses
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +313,21 @@ def _tolerance(module: Any, loss: Tensor) -> float:
     return max(4 * eps, min(1e-4, 1e6 * eps))
 
 
+def _own_state(module: Any, batch: Any, part: Any) -> str:
+    """Say so if the loss depends on state that the step itself changes: observers, running scales, counters."""
+    with plain_execution():
+        alone = training_losses(module, [batch])[0].detach()
+        after = training_losses(module, [part, batch])[1].detach()
+    names = changed_state(module)
+    if not names or torch.equal(alone, after):
+        return ""
+    return (
+        f" The step also changes {', '.join(f'`{name}`' for name in names[:4])}, and its loss depends on that "
+        f"({alone.item():.6g}, and {after.item():.6g} after another batch). If that is the cause, change such state in "
+        "`on_train_batch_end`, or only `if self.training`: attribution runs the step in eval mode."
+    )
+
+
 def _not_of_terms(
     module: Any, batch: Any, losses: Tensor, parts: Sequence[tuple[Sequence[int], Tensor]]
 ) -> BatchDependenceError:
@@ -320,10 +335,10 @@ def _not_of_terms(
     rows, loss = max(parts, key=lambda part: (losses[list(part[0])].mean() - part[1]).abs().item())
     apart = losses[list(rows)]
     shown = ", ".join(f"{value:.6g}" for value in apart[:4].tolist()) + (", ..." if len(apart) > 4 else "")
-    name = type(module).__name__
+    name, own_state = type(module).__name__, _own_state(module, batch, select_rows(batch, len(losses), [0]))
     return BatchDependenceError(
         f"The loss that `training_step` of {name} returns is neither the mean nor the sum of one term a sample: "
         f"{len(rows)} samples have the losses {shown} one by one (mean {apart.mean().item():.6g}, sum "
         f"{apart.sum().item():.6g}), but {loss.item():.6g} together. Such are means weighted by class, means over the "
-        f"tokens of padded sequences, and losses that compare samples. {mixin_lines(module, batch)}"
+        f"tokens of padded sequences, and losses that compare samples.{own_state} {mixin_lines(module, batch)}"
     )

@@ -327,6 +327,23 @@ def failed_metrics(module: nn.Module) -> str:
     return "" if known is None else ", ".join(f"`{name}` ({error})" for name, error in known.failed_metrics.items())
 
 
+def changed_state(module: nn.Module) -> list[str]:
+    """Name all that functions of a module change, of its tensors first.
+
+    Args:
+        module: the user's module.
+
+    Returns:
+        The names.
+
+    Example:
+        >>> changed_state(nn.Linear(1, 1))
+        []
+    """
+    known = _known.get(module)
+    return [] if known is None else [*sorted(known.changing), *sorted(known.told - known.changing)]
+
+
 def known_changes(module: nn.Module) -> list[str]:
     """Name what functions of a module change, as far as it is none of its parameters and buffers.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_attr.user_code.batch_copies import OwnBatch
 from lightning_attr.user_code.batch_start import with_batch_start
 from lightning_attr.user_code.calls import called, surroundings_of
 from lightning_attr.user_code.lightning_names import both, overrides
@@ -90,12 +91,46 @@ def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
         >>> training_loss(Line(), torch.tensor([1.0, 3.0]))
         tensor(5.)
     """
+    return training_losses(module, [batch], batch_idx)[0]
+
+
+def training_losses(module: L.LightningModule, batches: Sequence[Any], batch_idx: int = 0) -> list[Tensor]:
+    """Compute the training losses of some batches, each from the state that the one before has left.
+
+    Args:
+        module: as in :func:`training_loss`.
+        batches: at least one.
+        batch_idx: as there.
+
+    Returns:
+        The losses; afterwards all state is put back.
+
+    Example:
+        >>> import torch
+        >>> class Counts(L.LightningModule):
+        ...     count = 0.0
+        ...     def training_step(self, batch, batch_idx):
+        ...         self.count += 1
+        ...         return self.count * batch.sum()
+        >>> training_losses(Counts(), [torch.ones(2), torch.ones(2)])
+        [tensor(2.), tensor(4.)]
+    """
     silent = silent_loggers(module._trainer) if surroundings_of(module) is None else nullcontext()
     step: Callable[..., Any] = module.training_step
     index = (batch_idx,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
     with silent:
-        run = with_batch_start(module, lambda: training_loss(module, batch, batch_idx), step)
-        returned = called(module, "training_step", lambda own: run(own, batch_idx, *index), batch)
+        run = with_batch_start(module, lambda: training_loss(module, batches[0], batch_idx), step)
+
+        def runs(own: Any) -> list[Any]:
+            copies = [own, *(OwnBatch(batch, copied=True).batch for batch in batches[1:])]
+            return [run(one, batch_idx, *index) for one in copies]
+
+        returned = called(module, "training_step", runs, batches[0])
+    return [_loss_of(module, one) for one in returned]
+
+
+def _loss_of(module: L.LightningModule, returned: Any) -> Tensor:
+    """The loss among what a step returns, a scalar."""
     loss = returned.get("loss") if isinstance(returned, Mapping) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

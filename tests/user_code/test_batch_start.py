@@ -94,3 +94,36 @@ def test_a_hook_that_the_loss_does_not_need_is_not_called() -> None:
     trainer.fit(Counts(), loader_of(blobs(16)))
     trainer.attribute(targets="train", method=GradDot(exact=True))
     assert seen == list(range(trainer.num_training_batches))
+
+
+class Observed(Plain):
+    """Scales a batch by what it has seen of the largest input, itself included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.tensor(0.1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.largest.lerp_(batch[0].abs().max(), 0.1)
+        return super().training_step((batch[0] / self.largest, batch[1]), batch_idx)
+
+
+def test_a_loss_that_reads_state_which_the_step_writes_is_told_of(tmp_path: Any) -> None:
+    trainer = quiet_trainer(max_epochs=1, callbacks=[AttributionCallback(tmp_path)])
+    told = r"The step also changes `largest`, and its loss depends on that \(.* after another batch\)"
+    with pytest.raises(BatchDependenceError, match=told):
+        trainer.fit(Observed(), loader_of(blobs(16)))
+
+
+def test_a_counter_is_not_blamed_for_a_loss_that_compares_samples(tmp_path: Any) -> None:
+    class Compares(Plain):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            return F.cross_entropy(self.layer(batch[0]), batch[1], weight=torch.tensor([1.0, 2.0, 9.0]))
+
+    trainer = quiet_trainer(max_epochs=1, callbacks=[AttributionCallback(tmp_path)])
+    with pytest.raises(BatchDependenceError, match="neither the mean nor the sum") as caught:
+        trainer.fit(Compares(), loader_of(blobs(16)))
+    assert "The step also changes" not in str(caught.value)
