@@ -25,6 +25,8 @@ from lightning_attr.store.manifest import Snapshot
 from lightning_attr.store.shard_writer import ShardWriter
 from lightning_attr.verification.feature_check import check_features
 
+_OF_TARGETS = ("features", "output", "loss", "out_to_loss", "newton_weight", "label")
+
 
 def learn(
     trainer: L.Trainer,
@@ -127,15 +129,38 @@ def self_influence_at(
     Returns:
         Self-influence ``(n_train,)``, float32.
     """
-    n_train = store.fingerprint.length
-    features = SnapshotFeatures(
+    return score_self_influence(method, _features(store, snapshot, layers, []), store.fingerprint.length)
+
+
+def scores_at(
+    store: FeatureStore,
+    snapshot: Snapshot,
+    method: AttributionMethod,
+    layers: Mapping[str, slice] | None,
+    targets: Sequence[int],
+) -> Tensor:
+    """Score every training sample for some training samples at one snapshot, ``(n_train, targets)``, float32."""
+    scores = torch.zeros(store.fingerprint.length, len(targets))
+    for block in method.score([_features(store, snapshot, layers, targets)]):
+        scores[block.rows.start : block.rows.stop] = block.scores
+    return scores
+
+
+def _features(
+    store: FeatureStore, snapshot: Snapshot, layers: Mapping[str, slice] | None, targets: Sequence[int]
+) -> SnapshotFeatures:
+    """What a method sees of a snapshot, with training samples as targets."""
+    first = store.shard(snapshot.key, 0)
+    names = [name for name in first if name in _OF_TARGETS] if len(targets) else []
+    columns = {name: store.column(snapshot.key, name)[targets] for name in names}
+    return SnapshotFeatures(
         lambda: store.blocks(snapshot.key),
-        {"features": torch.zeros(0, store.shard(snapshot.key, 0)["features"].shape[1])},
+        columns or {"features": torch.zeros(0, first["features"].shape[1])},
         snapshot.learning_rate,
+        target_rows=range(len(targets)),
         layers=layers,
-        n_train=n_train,
+        n_train=store.fingerprint.length,
         key=snapshot.key,
         rates=snapshot.rates,
         **directions_of(store, snapshot.key),
     )
-    return score_self_influence(method, features, n_train)

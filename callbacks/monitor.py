@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
@@ -16,9 +17,13 @@ from typing_extensions import override
 from lightning_attr.arguments.checks import check_flag, check_int
 from lightning_attr.batches.nested import float_tensors
 from lightning_attr.callbacks.attribution import AttributionCallback
+from lightning_attr.callbacks.featurizing import scores_at
 from lightning_attr.data.sample_errors import read_sample
 from lightning_attr.files.io import write_bytes
+from lightning_attr.methods import AttributionMethod
 from lightning_attr.metrics import figures, plotting
+from lightning_attr.results.result import AttributionResult
+from lightning_attr.results.score_matrix import ScoreMatrix
 from lightning_attr.store.manifest import Snapshot
 from lightning_attr.user_code.lightning_names import AnyCallback, both
 
@@ -37,9 +42,13 @@ class AttributionMonitor(AnyCallback):
     Args:
         k: how many samples.
         figure: draw the figure, which needs matplotlib.
+        report: write the page of :meth:`lightning_attr.AttributionResult.report` at every snapshot, beside the metrics
+            as ``attribution/report-<snapshot>.html``: all training samples, and behind the ``k`` most suspicious their
+            proponents and opponents at this snapshot.
 
     Raises:
-        ValueError: if ``k`` is not a positive integer.
+        ValueError: if ``k`` is not a positive integer, or a report is wanted of a method whose targets have features of
+            their own, such as LESS.
 
     Example:
         >>> from lightning_attr.callbacks import AttributionCallback
@@ -49,9 +58,10 @@ class AttributionMonitor(AnyCallback):
     reads_features = True
     """So that :meth:`AttributionCallback.check` knows that features are wanted while training."""
 
-    def __init__(self, k: int = 12, figure: bool = True) -> None:
+    def __init__(self, k: int = 12, figure: bool = True, report: bool = False) -> None:
         self.k = check_int(self, "k", k, minimum=1)
         self.figure = check_flag(self, "figure", figure)
+        self.report = check_flag(self, "report", report)
         self._recorder: AttributionCallback | None = None
 
     @override
@@ -70,6 +80,12 @@ class AttributionMonitor(AnyCallback):
             )
         if self.figure:
             figures.new_figure()  # without matplotlib fail here, not after the first epoch
+        if self.report and type(recorder.method).bind_targets is not AttributionMethod.bind_targets:
+            raise ValueError(
+                "Expected a method whose features of targets are those of training samples for "
+                f"AttributionMonitor(report=True), but {type(recorder.method).__name__} has others. Write the report "
+                "after training: `trainer.attribute(...).report(path)`."
+            )
         self._recorder = recorder
         if self._show not in recorder.listeners:
             recorder.listeners.append(self._show)
@@ -83,6 +99,27 @@ class AttributionMonitor(AnyCallback):
             _log_table(logger, list(rows[0]), [list(row.values()) for row in rows], snapshot)
             if self.figure:
                 _log_figure(logger, self._figure(self_influence, top, rows), snapshot)
+        if self.report:
+            folder = Path(trainer.log_dir or trainer.default_root_dir) / "attribution"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_report(folder / f"report-{snapshot.key}.html", snapshot, self_influence, top)
+
+    def _write_report(self, path: Path, snapshot: Snapshot, self_influence: Tensor, top: Sequence[int]) -> None:
+        recorder = self._recorder
+        assert recorder is not None  # set before any snapshot
+        store, key = recorder.store, snapshot.key
+        scores = scores_at(store, snapshot, recorder.method, recorder.layers, top)
+        labels = store.column(key, "label") if "label" in store.shard(key, 0) else None
+        provenance = {**recorder.method.config, "snapshots": [key]}
+        result = AttributionResult(
+            ScoreMatrix(scores, target_indices=torch.tensor(top), provenance=provenance),
+            self_influence,
+            loss=store.column(key, "loss").float(),
+            labels=labels,
+            noise_mask=recorder.noise_mask,
+        )
+        data = recorder.source.dataset
+        result.report(path, train=data, targets=data, title=f"Suspicious training samples at {key}")
 
     def _table(self, snapshot: Snapshot, self_influence: Tensor, top: Sequence[int]) -> list[dict[str, Any]]:
         """One row a sample: its index, self-influence and loss, and its label and whether it is flipped where known."""

@@ -30,6 +30,7 @@ class SelfInfluenceReport:
         self.log = log
         self.listeners: list[SnapshotListener] = []
         self.latest: Tensor | None = None
+        self.layers: Mapping[str, slice] | None = None  # of the features that it was computed from
         self._ended = False
 
     def begin(self, forget: bool) -> None:
@@ -54,6 +55,7 @@ class SelfInfluenceReport:
             return
         with self.run.guard.training(self._end):
             previous, found = self.latest, self.run.found
+            self.layers = layers
             self.latest = self_influence_at(self.run.store, snapshot, found.method, layers)
             if self.log:
                 metrics = self_influence_statistics(self.latest, previous, found.noise_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class RunHooks(AnyCallback):
     def listeners(self) -> list[SnapshotListener]:
         """Called with trainer, module, snapshot and self-influence at each snapshot."""
         return self._report.listeners
+
+    @property
+    def layers(self) -> Mapping[str, slice] | None:
+        """Columns by layer of the features of :attr:`self_influence`; None where the projection mixes layers."""
+        return self._report.layers
 
     @property
     def self_influence(self) -> Tensor | None:

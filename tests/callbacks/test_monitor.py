@@ -15,7 +15,10 @@ from torch.utils.data import TensorDataset
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
+from lightning_attr.callbacks.featurizing import scores_at
 from lightning_attr.errors import MissingDependencyError
+from lightning_attr.methods import LESS, TRAK, GradDot
+from lightning_attr.projectors import KroneckerProjector
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard.*"),  # tensorboard's own use of numpy
@@ -147,6 +150,30 @@ def test_without_matplotlib_it_says_which_extra(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "lightning_attr\[plot\]"'):
         fit(tmp_path, CSVLogger(tmp_path))
+
+
+@pytest.mark.parametrize("method", [TRAK(projector=KroneckerProjector(16)), GradDot(projector=KroneckerProjector(16))])
+def test_the_page_of_a_report_is_written_while_training(tmp_path: Path, method: Any) -> None:
+    recorder = AttributionCallback(tmp_path / "store", method, feature_dtype="float32")
+    monitor = AttributionMonitor(k=3, figure=False, report=True)
+    trainer = quiet_trainer(max_epochs=2, default_root_dir=tmp_path, callbacks=[recorder, monitor])
+    data = blobs(16)
+    trainer.fit(BlobClassifier(), loader_of(data, shuffle=True))
+    pages = sorted((tmp_path / "attribution").glob("report-*.html"))
+    assert [page.name for page in pages] == [f"report-{s.key}.html" for s in recorder.store.snapshots]
+    assert "Suspicious training samples at epoch=0001" in pages[-1].read_text("utf-8")
+    top = recorder.self_influence.topk(3).indices.tolist()
+    last = recorder.store.snapshots[-1]
+    shown = scores_at(recorder.store, last, recorder.method, recorder.layers, top)
+    recorder.store.set_aside([recorder.store.snapshots[0].key])
+    by_attribute = trainer.attribute(targets="train").scores.values
+    torch.testing.assert_close(shown, by_attribute[:, top], rtol=1e-3, atol=1e-6)
+
+
+def test_a_report_of_other_target_features_is_refused(tmp_path: Path) -> None:
+    callbacks = [AttributionCallback(tmp_path, LESS()), AttributionMonitor(figure=False, report=True)]
+    with pytest.raises(ValueError, match=r"AttributionMonitor\(report=True\), but LESS has others"):
+        quiet_trainer(max_epochs=1, callbacks=callbacks).fit(BlobClassifier(), loader_of(blobs(8)))
 
 
 def test_k_must_be_positive() -> None:
