@@ -310,3 +310,8 @@ def float_tensors(batch: Any) -> list[Tensor]:
 
     map_tensors(batch, collect)
     return found
+
+
+def plain_tensors(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give columns as plain tensors: a library's subclass, as of its batches, goes no further."""
+    return {name: v if type(v) is Tensor else v.as_subclass(Tensor) for name, v in columns.items()}

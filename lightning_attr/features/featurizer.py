@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.batches.late_checks import late_checks
-from lightning_attr.batches.nested import select_rows
+from lightning_attr.batches.nested import plain_tensors, select_rows
 from lightning_attr.batches.samples_apart import SamplesApart
 from lightning_attr.data.memory import MemoryBudget
 from lightning_attr.errors import named_samples
@@ -294,10 +294,10 @@ class Featurizer:
         featurize = self._one_by_one if apart else self._featurize
         with named_failures(self.module, rows, partial(self._run_alone, batch, rows)):
             if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
-                return featurize(batch, rows, room, late)
+                return plain_tensors(featurize(batch, rows, room, late))
             kind = f"{type(self.projection).__name__} {self.projection.dim} x {self.rows_a_sample}"
             numbers = self.projection.dim * self.rows_a_sample + self.numel
-            return self.memory.run(partial(featurize, room=room, late=late), batch, rows, kind, numbers)
+            return plain_tensors(self.memory.run(partial(featurize, room=room, late=late), batch, rows, kind, numbers))
 
     def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
         """Featurize samples apart, where they come so, or so that the random numbers of each are its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -306,3 +307,25 @@ def test_features_are_computed_in_the_room_that_they_are_given(limit: int | None
     features = featurizer((x, y), range(N), room)["features"]
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
     assert (features.data_ptr() == room.data_ptr()) == (limit is None)
+
+
+class LibraryTensor(Tensor):
+    """A library's own tensors, whose methods take other arguments than those of torch."""
+
+    def new_empty(self, *size: int) -> Any:  # type: ignore[override]
+        return Tensor.new_empty(self.as_subclass(Tensor), size)
+
+
+def test_a_librarys_tensors_end_at_the_columns() -> None:
+    class Squares(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.layer(batch[0]).square().mean()
+
+    module, batch = Squares().eval(), (torch.randn(4, 3).as_subclass(LibraryTensor),)
+    identity = IdentityProjector().bind(ParameterLayout.of(module), "final")
+    columns = Featurizer(module, plan(module, batch, 4), identity)(batch, [0, 1, 2, 3])
+    assert {type(values) for values in columns.values()} == {Tensor}
