@@ -21,7 +21,7 @@ INSTALL_TORCH = $(if $(TORCH),install $(foreach word,$(TORCH),'$(word)'))
 # Tests start many processes: each would compile the package, and pytest every test file, anew.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help demo test test-slow test-all test-device test-oldest test-packages setup lint types typing doctest docs examples bench wheel-check clean
+.PHONY: help demo test test-slow test-all test-device gpu-check test-oldest test-packages setup lint types typing doctest docs examples bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +42,9 @@ test-all: $(DEV)  ## every test
 # The device is built with g++ and ninja when it is first wanted; without them its tests skip themselves.
 test-device: $(DEV)  ## the tests on a simulated accelerator
 	$(BIN)/pytest -m "not slow" tests/simulated_device $(ARGS)
+
+gpu-check: $(DEV)  ## correctness, waits and costs on this machine's accelerator (ARGS="--device sim --small": dry run)
+	PYTHONPATH=tests:tests/simulated_device $(BIN)/python tests/benchmarks/gpu_check.py $(ARGS)
 
 test-oldest:  ## the quick tests on the oldest versions that pyproject.toml admits
 	.ci/oldest $(ARGS)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_attr.attribution.device_limits import named_float64
 from lightning_attr.attribution.ensemble import Ensemble
 from lightning_attr.attribution.featurized_rows import FeaturizedRows
 from lightning_attr.attribution.provenance import provenance_of
@@ -47,16 +48,17 @@ class Assembly:
         train = Replay(lambda: self.restorer.samples(self.request.train).batches(own))
         snapshots = [self._features(snapshot, train) for snapshot in work.snapshots]
         ensemble = Ensemble(method, [(part.share, len(part.snapshots)) for part in work.parts])
-        scores, self_influence = score(
-            ensemble,
-            snapshots,
-            len(work.train),
-            self.request.topk,
-            lambda: self.folder,
-            (work.rank, work.world_size),
-            self.trained_on,
-            slopes=snapshots[-1].targets["out_to_loss"].float().cpu(),
-        )
+        with named_float64(method, self.rows.processes.device):
+            scores, self_influence = score(
+                ensemble,
+                snapshots,
+                len(work.train),
+                self.request.topk,
+                lambda: self.folder,
+                (work.rank, work.world_size),
+                self.trained_on,
+                slopes=snapshots[-1].targets["out_to_loss"].float().cpu(),
+            )
         loss, labels = self.rows.loss_and_labels(work.snapshots[-1].key)
         return AttributionResult(
             replace(scores, provenance=self._provenance(snapshots, ensemble)),

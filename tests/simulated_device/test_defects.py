@@ -19,9 +19,9 @@ from lightning_attr import attribute
 from lightning_attr.attribution.processes import Processes
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.data.memory import MemoryBudget, free_bytes
-from lightning_attr.errors import InvalidLabelError, MemoryBudgetError
+from lightning_attr.errors import AttributionError, InvalidLabelError, MemoryBudgetError
 from lightning_attr.features.featurizer import plan
-from lightning_attr.methods import TRAK, GradDot, Influence, KNNShapley
+from lightning_attr.methods import RPS, TRAK, GradDot, Influence, KNNShapley
 from lightning_attr.projectors import IdentityProjector, KroneckerProjector
 from lightning_attr.testing import check_gradient_rule
 from lightning_attr.user_code.generators import preserved_rng
@@ -81,6 +81,13 @@ def test_a_device_without_float64_trains_and_scores_stored_features(model: str, 
         found = scored(model, module, TRAK(proj_dim=16), sim_trainer(), store=tmp_path / "store")
     expected = scored(model, module, TRAK(proj_dim=16), quiet_trainer(L.Trainer), store=tmp_path / "store")
     torch.testing.assert_close(found.scores.values, expected.scores.values, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [TRAK(exact=True), Influence(), KNNShapley(3), RPS()])
+def test_a_method_that_needs_float64_is_refused_by_name_where_there_is_none(method: Any) -> None:
+    message = rf'{type(method).__name__} runs the module and computes in float64, which devices of type "sim" do not'
+    with sim.without_float64(), pytest.raises(AttributionError, match=message):
+        scored("mlp", MODELS["mlp"].make(), method, sim_trainer())
 
 
 def test_the_check_of_a_gradient_rule_takes_a_layer_on_the_device() -> None:
