@@ -14,7 +14,7 @@ EXAMPLES := $(VENV)/.installed-examples
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 BENCHMARKS := $(VENV)/.installed-benchmarks
-BENCHMARK_SCRIPTS ?= $(shell grep -ls __main__ tests/benchmarks/*.py)
+BENCHMARK_SCRIPTS ?= $(filter-out %/gpu_check.py,$(shell grep -ls __main__ tests/benchmarks/*.py))  # that has a target
 # Quoted word by word: the shell must not read `torch>=2.4` as a redirection.
 INSTALL_TORCH = $(if $(TORCH),install $(foreach word,$(TORCH),'$(word)'))
 
