@@ -221,7 +221,7 @@ def run_two(folder: Path) -> None:
 def test_two_processes_leave_out_the_same_rows(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"process-{rank}.pt") for rank in range(2))
     assert one["history"].keys() == {1, 2, 3}
