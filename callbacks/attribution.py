@@ -182,7 +182,9 @@ class AttributionCallback(CheckedRun):
         self._recorder = SnapshotRecorder(self._run, self._report)
         weight_bytes = snapshot_bytes(pl_module, self.optimizer_state) + (found.basis_bytes if found.featurize else 0)
         snapshots = self.schedule.count(epoch_limit(trainer), steps_of_an_epoch(trainer))
-        announce(self.store, bytes_a_row=found.bytes_per_row, weight_bytes=weight_bytes, snapshots=snapshots)
+        rows = found.bytes_per_row
+        said = partial(announce, self.store, bytes_a_row=rows, weight_bytes=weight_bytes, snapshots=snapshots)
+        self._run.guard.together(said)
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if self._recorder is not None:

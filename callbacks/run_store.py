@@ -64,10 +64,10 @@ class RunStore:
     def open(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, found: Preparation) -> None:
         """Make the store, or continue that of this run; one process writes its manifest."""
         self.found, self.path = found, trainer.strategy.broadcast(path)
-        fingerprint = found.fingerprint(pl_module)
+        fingerprint = self.guard.together(partial(found.fingerprint, pl_module))
         self.guard.together(partial(self._begin, trainer, pl_module, self.path, fingerprint))
-        self.store = FeatureStore.open(self.path, writer=trainer.is_global_zero)
-        self.store.check(fingerprint)
+        self.store = self.guard.together(partial(FeatureStore.open, self.path, writer=trainer.is_global_zero))
+        self.guard.together(partial(self.store.check, fingerprint))
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, path: Path, fingerprint: Fingerprint) -> None:
         if not trainer.is_global_zero:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import lightning as L
@@ -51,8 +52,9 @@ class SnapshotRecorder:
         key = "start" if epoch < 0 else f"epoch={epoch:04d}-step={trainer.global_step:06d}"
         run.incomplete, self._stored, self._set_up_for = key, None, None
         together, source = run.guard.together, found.source
-        beside = beside_training(trainer, pl_module, source, found.mode, max(0, epoch), self._recorded_weights)
-        with beside:
+        beside = partial(beside_training, trainer, pl_module, source, found.mode, max(0, epoch), self._recorded_weights)
+        with ExitStack() as stack:
+            together(lambda: stack.enter_context(beside()))
             together(partial(self._snapshot, trainer, pl_module, epoch, key))
             self._stored = key
             if not found.featurize and trainer.is_global_zero:
@@ -65,6 +67,7 @@ class SnapshotRecorder:
             snapshot = run.added(trainer, epoch, key)
             if found.featurize and trainer.is_global_zero:
                 self.report(trainer, pl_module, snapshot, self._layers)
+            together(stack.close)
 
     def _snapshot(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, key: str) -> None:
         self.run.check(trainer, pl_module, epoch, data=self.found.featurize)

@@ -37,26 +37,35 @@ def predicted(
     Yields:
         The step at its end, while what it has written into its folder is still there.
     """
-    module, datamodule, train = request.module, request.datamodule, request.train
     with ExitStack() as stack:
-        stack.enter_context(preserved_rng())
-        stack.enter_context(attached(trainer, module, datamodule))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
-        if request.pilots is not None:
-            moments = request.method.needs_optimizer_state
-            train_pilots(request.store, request.pilots, trainer, module, datamodule, train, moments)
-        world = StepWorld(trainer, module, datamodule, train.loader)
-        step = as_lightning_module(kind, trainer)(request, folder, world)
-        stack.callback(set_surroundings, module, surroundings_of(module))
-        stack.enter_context(lent(trainer, module))
-        sources = [source for source in (train, request.targets) if source is not None]
-        data = [item for source in sources for item in (source.dataset, source.loader.collate_fn, source.loader)]
-        stack.enter_context(undisturbed(module, *data, beside=world.beside))
-        stack.enter_context(same_tensors(module))  # left first: gradients go back where their parameters are again
-        stack.enter_context(loaded(module))
+        with processes_of(trainer).together():  # what fails in one of them before its step can tell the others
+            step = _borrowed(stack, trainer, request, kind)
         stack.push(step.end)
         trainer.predict(step, dataloaders=None, return_predictions=False)  # type: ignore[arg-type]  # made one just above
         yield step
+
+
+def _borrowed(
+    stack: ExitStack, trainer: L.Trainer, request: AttributionRequest, kind: type[AttributionStep]
+) -> AttributionStep:
+    """Make a step, and lend it the trainer and the module until the stack ends."""
+    module, datamodule, train = request.module, request.datamodule, request.train
+    stack.enter_context(preserved_rng())
+    stack.enter_context(attached(trainer, module, datamodule))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lightning_attr-")))
+    if request.pilots is not None:
+        moments = request.method.needs_optimizer_state
+        train_pilots(request.store, request.pilots, trainer, module, datamodule, train, moments)
+    world = StepWorld(trainer, module, datamodule, train.loader)
+    step: AttributionStep = as_lightning_module(kind, trainer)(request, folder, world)
+    stack.callback(set_surroundings, module, surroundings_of(module))
+    stack.enter_context(lent(trainer, module))
+    sources = [source for source in (train, request.targets) if source is not None]
+    data = [item for source in sources for item in (source.dataset, source.loader.collate_fn, source.loader)]
+    stack.enter_context(undisturbed(module, *data, beside=world.beside))
+    stack.enter_context(same_tensors(module))  # left first: gradients go back where their parameters are again
+    stack.enter_context(loaded(module))
+    return step
 
 
 def processes_of(trainer: Any) -> Processes:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from method_cases import N_TRAIN, scored, target_data, training_data
+from process_cases import connect, run
 from torch.utils.data import Dataset, Subset
 
-from cases import child, quiet_trainer
+from cases import quiet_trainer
 from lightning_attr import AttributionResult
 from lightning_attr.attribution import processes
 from lightning_attr.attribution.processes import Processes
@@ -34,28 +33,6 @@ METHODS: dict[str, Callable[[], Any]] = {
     "representations": lambda: RepresentationSimilarity(),
     "dropout ensemble": lambda: DropoutEnsemble(TRAK(proj_dim=16), masks=2),
 }
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def run(count: int, function: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """Run a function of this file in so many processes, which get their rank, and tell how they ended."""
-    group = {"WORLD_SIZE": str(count), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with ExitStack() as stack:
-        started = [stack.enter_context(child(function, rank, count, group, *arguments)) for rank in range(count)]
-        for process in started:
-            process.join(120)
-        return [process.exitcode for process in started]
-
-
-def connect(rank: int, count: int, group: dict[str, str]) -> None:
-    """What a launcher does before Lightning starts."""
-    torch.set_num_threads(1)
-    os.environ.update(group, LOCAL_RANK=str(rank), RANK=str(rank))
 
 
 # What processes say to each other -------------------------------------------------------------------------------------

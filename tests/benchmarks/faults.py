@@ -13,6 +13,8 @@ Each table comes from a file ``faults_*.py`` beside this one, with a function ``
   that nothing outside changed or was read, and that no raw error came.
 - wrong calls: every public argument with values that cannot be right, of the tests. "named" is an error of this package
   that names the argument; "raw" is any other error, "accepted" none.
+- processes: every method on several processes with one shard of rows, beside one process; and a rank that fails in each
+  phase of attribution and training. "waiting" counts processes that had to be ended.
 - kills: runs ended by SIGKILL at a random moment, then started again. "lost" counts stores that differ in any bit from
   that of a run that was not.
 """
@@ -73,5 +75,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     main()

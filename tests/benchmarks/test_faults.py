@@ -9,6 +9,7 @@ import faults
 import faults_damages
 import faults_hostile
 import faults_kills
+import faults_processes
 import pytest
 
 
@@ -35,6 +36,28 @@ def test_no_kill_loses_anything() -> None:
     assert total(rows, "lost") == 0
 
 
+QUICK = ("making a folder", "leaving training alone")
+PHASES = [
+    pytest.param(number, id=f"{phase.run}, {phase.what}", marks=[] if phase.what in QUICK else pytest.mark.slow)
+    for number, phase in enumerate(faults_processes.PHASES)
+]
+
+
+@pytest.mark.parametrize("number", PHASES)
+def test_where_one_rank_fails_none_waits_for_it(number: int) -> None:
+    tried, as_it_must, waiting = faults_processes.failing(number)
+    assert (as_it_must, waiting) == (tried, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_method_on_more_processes_than_shards(count: int) -> None:
+    (row,) = faults_processes.methods((count,))
+    assert row["equal"] == row["tried"] == len(faults_processes.METHODS)
+
+
 def test_every_table_is_found() -> None:
-    assert {"faults_arguments", "faults_damages", "faults_hostile", "faults_kills"} <= set(faults.parts())
+    assert {"faults_arguments", "faults_damages", "faults_hostile", "faults_kills", "faults_processes"} <= set(
+        faults.parts()
+    )
     assert "faults_subject" not in faults.parts()
