@@ -165,7 +165,31 @@ def checked_training_loss(module: Any, batch: Any, batch_size: int) -> TrainingL
         whole = _value(module, batch)
     scripted = any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules())  # cannot be watched
     with torch.set_grad_enabled(inner.seen or scripted):
-        return _checked(module, batch, batch_size, whole)
+        objective = _checked(module, batch, batch_size, whole)
+        _tell_carried_state(module, batch)
+    return objective
+
+
+def _tell_carried_state(module: Any, batch: Any) -> None:
+    """Warn of a loss that depends on what the step keeps from the batch before, such as a hidden state.
+
+    In train mode random numbers would differ as well.
+    """
+    names = changed_state(module)
+    if not names or module.training:
+        return
+    with plain_execution():
+        first, second = (loss.detach() for loss in training_losses(module, [batch, batch]))
+    if not _close(module, second, first, first.abs()):
+        log.warning(
+            "%s: the loss of `training_step` depends on what it keeps from the batch before, in %s: the same samples "
+            "have the loss %.6g, and %.6g right after themselves. Each sample is attributed with this state as it is "
+            "at a snapshot, as if it came next; what samples do to those of later batches is left out.",
+            type(module).__name__,
+            ", ".join(f"`{name}`" for name in names[:4]),
+            first.item(),
+            second.item(),
+        )
 
 
 def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> TrainingLoss:
