@@ -23,19 +23,7 @@ def beside_training(
     epoch: int | None,
     values: Callable[[], Mapping[str, Tensor]],
 ) -> Iterator[None]:
-    """Leave training untouched, and tell hooks that ask the trainer that this is no training; its step sees one.
-
-    Args:
-        trainer: the trainer.
-        pl_module: the module in training.
-        source: the training data.
-        mode: that the module is attributed in.
-        epoch: that the step sees; the trainer's by default.
-        values: gives the weights that training is at, where they are stored.
-
-    Yields:
-        Nothing.
-    """
+    """Leave training untouched, and tell hooks that ask the trainer that this is no training; its step sees one."""
     world = StepWorld(trainer, pl_module, getattr(trainer, "datamodule", None))
     at = world.at(trainer.current_epoch if epoch is None else epoch, trainer.global_step)
     data = (source.dataset, source.loader.collate_fn, source.loader)

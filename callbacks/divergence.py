@@ -14,14 +14,6 @@ from lightning_attr.errors import NonFiniteGradientError
 def check_weights(pl_module: L.LightningModule, source: DataSource, epoch: int) -> None:
     """Refuse weights that are not finite, before they get into the store.
 
-    Args:
-        pl_module: the module in training.
-        source: the training data, in which the cause is looked for.
-        epoch: index of the epoch; -1 before training.
-
-    Raises:
-        NonFiniteGradientError: naming a parameter, and the first sample that holds NaN or Inf if there is one.
-
     Example:
         >>> from torch.utils.data import DataLoader
         >>> check_weights(L.LightningModule(), DataSource.of(DataLoader([1.0]), "training"), epoch=0)

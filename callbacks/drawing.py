@@ -15,14 +15,7 @@ from lightning_attr.store.feature_store import FeatureStore
 def note_drawable_rows(
     trainer: L.Trainer, pl_module: L.LightningModule, source: DataSource, store: FeatureStore
 ) -> None:
-    """Note in the store which rows training can draw, if some are left out.
-
-    Args:
-        trainer: in its fit.
-        pl_module: the module in training.
-        source: the training data.
-        store: of the run; one that it goes on from keeps what was drawn before.
-    """
+    """Note in the store which rows training can draw, if some are left out."""
     batches = trainer.num_training_batches
     if trainer.max_steps != -1 and pl_module.automatic_optimization:
         batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)

@@ -37,17 +37,7 @@ def learn(
     store: FeatureStore,
     key: str,
 ) -> None:
-    """Learn the projection of a snapshot, in the process that writes the store.
-
-    Args:
-        trainer: in its fit.
-        pl_module: the module in training, set up for the snapshot.
-        source: the training data.
-        projection: of the snapshot.
-        plan: what is attributed.
-        store: keeps what is learned.
-        key: the snapshot.
-    """
+    """Learn the projection of a snapshot, in the process that writes the store."""
     samples = samples_on_device(trainer, pl_module, getattr(trainer, "datamodule", None), source)
     learn_projection(projection, store, key, pl_module, plan, samples, trainer.precision_plugin.forward_context)
 
@@ -57,15 +47,7 @@ def settle(
 ) -> tuple[AttributionMethod, bool]:
     """Choose what was left open before a training, and say so.
 
-    Args:
-        method: how to score.
-        featurize: whether features are computed while training; None where nobody said.
-        n_train: training samples.
-        numel: parameters of the model, frozen or not.
-        read: whether something reads features while training.
-
-    Returns:
-        The method, with nothing left to choose, and whether features are computed while training.
+    Returns the method, with nothing left to choose, and whether features are computed while training.
 
     Example:
         >>> from lightning_attr.methods import TRAK
@@ -88,16 +70,7 @@ def featurize(
     featurizer: Featurizer,
     writer: ShardWriter,
 ) -> None:
-    """Featurize batches of the training set into a store.
-
-    Args:
-        trainer: in its fit.
-        pl_module: the module in training.
-        source: the training data.
-        batches: rows of each batch.
-        featurizer: of the snapshot.
-        writer: of the snapshot's shards.
-    """
+    """Featurize batches of the training set into a store."""
     epoch, datamodule = writer.store.snapshot(writer.key).epoch, getattr(trainer, "datamodule", None)
     title = f"Featurizing epoch {epoch}" if epoch >= 0 else "Featurizing the start"
     first = True
@@ -120,14 +93,7 @@ def self_influence_at(
 ) -> Tensor:
     """Score every training sample for its own model output at one snapshot.
 
-    Args:
-        store: with the features of all rows.
-        snapshot: which.
-        method: what scores.
-        layers: columns of the features by layer; None where the projection mixes layers.
-
-    Returns:
-        Self-influence ``(n_train,)``, float32.
+    Returns self-influence ``(n_train,)``, float32.
     """
     return score_self_influence(method, _features(store, snapshot, layers, []), store.fingerprint.length)
 

@@ -20,16 +20,7 @@ def note_first_losses(
     store: FeatureStore,
     key: str,
 ) -> None:
-    """Note the losses of the first samples, beside training; in the process that writes the store.
-
-    Args:
-        trainer: in its fit.
-        pl_module: the module in training, at the snapshot.
-        source: the training data.
-        plan: what is attributed; None if the parameters that are trained now were not looked at yet.
-        store: of the run.
-        key: the snapshot.
-    """
+    """Note the losses of the first samples, beside training; in the process that writes the store."""
     if plan is None or source.form.random or needs_setup(pl_module):
         return
     samples = samples_on_device(trainer, pl_module, getattr(trainer, "datamodule", None), source)

@@ -37,17 +37,7 @@ class Guard:
 
     @contextmanager
     def training(self, stand_down: Callable[[Exception], None]) -> Iterator[None]:
-        """Keep errors away from the training; an interruption by the user is none.
-
-        Args:
-            stand_down: called with the error; recording is over.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            Exception: whatever is raised inside, with ``on_error="raise"``.
-        """
+        """Keep errors away from the training; an interruption by the user is none."""
         try:
             yield
         except Exception as error:
@@ -62,15 +52,7 @@ class Guard:
         Unlike :meth:`lightning_attr.attribution.processes.Processes.together`, all meet after a failure, too, and can
         meet again: the training goes on.
 
-        Args:
-            step: what to do; it waits for no other process.
-
-        Returns:
-            What the step returns.
-
-        Raises:
-            AttributionError: if the step failed in another process.
-            Exception: if it failed in this one.
+        Returns what the step returns.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return step()
@@ -92,11 +74,7 @@ class Guard:
 def describe(error: Exception) -> str:
     """Put an error into words.
 
-    Args:
-        error: any.
-
-    Returns:
-        Its message as a sentence, with its class if it is none of this package.
+    Returns its message as a sentence, with its class if it is none of this package.
 
     Example:
         >>> describe(AttributionError("No label.")), describe(KeyError("x"))

@@ -109,14 +109,7 @@ class Preparation:
 def prepare(request: RecordingRequest, trainer: L.Trainer, pl_module: L.LightningModule, read: bool) -> Preparation:
     """Find the data, and go the whole way with a few samples.
 
-    Args:
-        request: what is to be recorded.
-        trainer: at the start of its fit.
-        pl_module: the module to be trained.
-        read: whether something reads features while training.
-
-    Returns:
-        What is known of the run.
+    Returns what is known of the run.
     """
     datamodule = getattr(trainer, "datamodule", None)
     source = train_source(trainer, pl_module, datamodule, batch_size=request.batch_size)

@@ -17,19 +17,7 @@ from lightning_attr.user_code.lightning_names import both
 def progress(trainer: L.Trainer, description: str, total: int) -> Iterator[Callable[[], None]]:
     """Show progress through ``total`` steps.
 
-    Args:
-        trainer: its progress bar, Rich or tqdm, gives the style; without one nothing is shown.
-        description: what is going on.
-        total: steps.
-
-    Yields:
-        A function to call after each step.
-
-    Example:
-        >>> import lightning as L
-        >>> trainer = L.Trainer(enable_progress_bar=False, logger=False, accelerator="cpu")
-        >>> with progress(trainer, "Featurizing", 2) as step:
-        ...     step()
+    Yields a function to call after each step.
     """
     bar = trainer.progress_bar_callback
     if isinstance(bar, both(RichProgressBar)) and not bar.is_disabled and bar.progress is not None:

@@ -59,18 +59,7 @@ class Recording:
         started: str | None,
         feature_dtype: str,
     ) -> None:
-        """Make the store, or see to it that the one that is there is of this run.
-
-        Args:
-            path: its directory.
-            fingerprint: what is attributed.
-            batch_size: samples per batch while featurizing.
-            started: digest of the weights that the run starts from; None if it goes on from a checkpoint.
-            feature_dtype: how features are stored.
-
-        Raises:
-            StoreMismatchError: if the store there is of another run, or keeps features in another dtype.
-        """
+        """Make the store, or see to it that the one that is there is of this run."""
         if FeatureStore.exists(path):
             store = FeatureStore.open(path)
             self.check(store, fingerprint, started, feature_dtype)
@@ -110,11 +99,7 @@ class Recording:
     def ahead(self, store: FeatureStore) -> list[Snapshot]:
         """List the snapshots of an earlier run through here that this one has not come to.
 
-        Args:
-            store: the run's.
-
-        Returns:
-            Those after the last recorded one; pilots are no part of the run.
+        Returns those after the last recorded one; pilots are no part of the run.
         """
         return [s for s in store.snapshots if s.pilot is None and s.global_step > self.global_step]
 
@@ -131,22 +116,7 @@ class Recording:
         trainable: tuple[str, ...] | None = None,
         rates: Mapping[str, float] | None = None,
     ) -> None:
-        """Store the next snapshot, unless an earlier run through here did; see :meth:`FeatureStore.add_snapshot`.
-
-        Args:
-            store: the run's; what this run does not come to again is set aside.
-            key: name of the snapshot.
-            weights: parameter or buffer name -> tensor.
-            epoch: index of the epoch.
-            global_step: optimizer steps taken.
-            learning_rate: its sum over the steps since the snapshot before.
-            optimizer: the optimizer's state as tensors; None if it is not wanted.
-            trainable: names of the parameters that are not frozen; None for all.
-            rates: that sum for each trainable parameter, where they differ.
-
-        Raises:
-            AttributionError: if the store is gone.
-        """
+        """Store the next snapshot, unless an earlier run through here did; see :meth:`FeatureStore.add_snapshot`."""
         if not FeatureStore.exists(store.path):
             raise AttributionError(f"{store.path} is gone: something moved or deleted it while the run was recorded.")
         ahead = self.ahead(store)
@@ -179,15 +149,7 @@ class Recording:
     ) -> bool:
         """Store the weights that a run ends with, if something changed them after the last snapshot: averages do.
 
-        Args:
-            store: the run's.
-            weights: parameter or buffer name -> tensor.
-            epoch: index of the last epoch.
-            optimizer: the optimizer's state as tensors; None if it is not wanted.
-            trainable: names of the parameters that are not frozen; None for all.
-
-        Returns:
-            Whether there is such a snapshot. No optimizer step led to it, so that its learning rate is zero.
+        Returns whether there is such a snapshot. No optimizer step led to it, so that its learning rate is zero.
         """
         content = digest(weights)
         before = [snapshot for snapshot in store.snapshots if snapshot.key == FINAL]
@@ -209,12 +171,7 @@ class Recording:
 
 
 def give_up(store: FeatureStore, gone: Sequence[Snapshot]) -> None:
-    """Set snapshots aside: here the run takes a course of its own.
-
-    Args:
-        store: the run's.
-        gone: snapshots of another course.
-    """
+    """Set snapshots aside: here the run takes a course of its own."""
     if gone:
         rank_zero_warn(
             f"{store.path} is written anew from step {gone[0].global_step} on; moved "
@@ -224,28 +181,13 @@ def give_up(store: FeatureStore, gone: Sequence[Snapshot]) -> None:
 
 
 def snapshot_bytes(module: nn.Module, optimizer_state: bool) -> int:
-    """Count what a snapshot keeps beside features.
-
-    Args:
-        module: the module.
-        optimizer_state: whether the optimizer's two moments are kept as well.
-
-    Returns:
-        Bytes.
-    """
+    """Count what a snapshot keeps beside features."""
     moments = sum(p.nbytes for p in module.parameters() if p.requires_grad) if optimizer_state else 0
     return sum(tensor.nbytes for tensor in weights_of(module).values()) + 2 * moments
 
 
 def announce(store: FeatureStore, *, bytes_a_row: int, weight_bytes: int, snapshots: int | None) -> None:
-    """Say what will be written, before anything is.
-
-    Args:
-        store: the run's.
-        bytes_a_row: bytes of the features of a sample, 0 if none are stored.
-        weight_bytes: bytes of the weights.
-        snapshots: how many there will be, None if nobody knows.
-    """
+    """Say what will be written, before anything is."""
     rows = store.fingerprint.length
     total = (rows * bytes_a_row + weight_bytes) * (snapshots or 1)
     free = shutil.disk_usage(store.path).free
@@ -262,15 +204,7 @@ def announce(store: FeatureStore, *, bytes_a_row: int, weight_bytes: int, snapsh
 
 
 def stopped_warning(store: FeatureStore, stopped: Stopped) -> str:
-    """Say that recording is over while training goes on, and why.
-
-    Args:
-        store: the run's.
-        stopped: when and why.
-
-    Returns:
-        The text.
-    """
+    """Say that recording is over while training goes on, and why."""
     if not FeatureStore.exists(store.path):
         kept = f"{store.path} is gone, and with it the snapshots before."
     else:

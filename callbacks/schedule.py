@@ -48,11 +48,7 @@ class SnapshotSchedule:
     def due(self, epoch: int) -> bool:
         """Whether an epoch has a snapshot, be it the last or not.
 
-        Args:
-            epoch: its index, from 0; -1 for the weights that training starts from.
-
-        Returns:
-            True if it has.
+        Returns True if it has.
         """
         if epoch < 0:
             return self.snapshots in {"start+geometric", "early+geometric"} or (
@@ -69,12 +65,7 @@ class SnapshotSchedule:
     def due_between(self, before: int, step: int) -> bool:
         """Whether a step of the first epoch has a snapshot.
 
-        Args:
-            before: optimizer steps taken before the batch at hand; several optimizers take several.
-            step: after it.
-
-        Returns:
-            True if a power of two from 4 on lies in between.
+        Returns True if a power of two from 4 on lies in between.
 
         Example:
             >>> schedule = SnapshotSchedule("early+geometric")
@@ -87,12 +78,7 @@ class SnapshotSchedule:
     def count(self, epochs: int, steps: int = 0) -> int:
         """Count the snapshots of a run.
 
-        Args:
-            epochs: how many it has.
-            steps: optimizer steps of the first.
-
-        Returns:
-            Snapshots, that of the last epoch included.
+        Returns snapshots, that of the last epoch included.
         """
         early = sum(self.due_between(step - 1, step) for step in range(1, steps))
         return self.due(-1) + early + sum(self.due(epoch) or epoch == epochs - 1 for epoch in range(epochs))
@@ -101,11 +87,7 @@ class SnapshotSchedule:
 def steps_of_an_epoch(trainer: L.Trainer) -> int:
     """Find how many optimizer steps an epoch has.
 
-    Args:
-        trainer: in its fit.
-
-    Returns:
-        Steps of one optimizer; 0 where nobody knows.
+    Returns steps of one optimizer; 0 where nobody knows.
 
     Example:
         >>> trainer = L.Trainer(logger=False, barebones=True)
@@ -120,15 +102,7 @@ def steps_of_an_epoch(trainer: L.Trainer) -> int:
 def epoch_limit(trainer: L.Trainer) -> int:
     """Find how many epochs a run has at most.
 
-    Args:
-        trainer: in its fit.
-
-    Returns:
-        Epochs, a last one cut short by ``max_steps`` included; 0 if there is no limit.
-
-    Example:
-        >>> epoch_limit(L.Trainer(max_epochs=3, logger=False, barebones=True))
-        3
+    Returns epochs, a last one cut short by ``max_steps`` included; 0 if there is no limit.
     """
     limits = [] if trainer.max_epochs in {None, -1} else [int(trainer.max_epochs or 0)]
     if trainer.max_steps != -1:

@@ -13,20 +13,8 @@ def self_influence_statistics(
 ) -> dict[str, float]:
     """Summarise the self-influence at one snapshot.
 
-    Args:
-        self_influence: ``(n_train,)``, float, in units of the model output.
-        previous: the same at the snapshot before, for the rank stability (Spearman).
-        noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, for AUROC and recall.
-
-    Returns:
-        Name -> figure, for a logger: mean, 95th percentile, share of the top decile in the sum of absolute values, and
-        what the optional arguments add.
-
-    Example:
-        >>> import torch
-        >>> statistics = self_influence_statistics(torch.tensor([1.0, 1.0, 2.0, 4.0]))
-        >>> statistics["attribution/self_influence_mean"], statistics["attribution/self_influence_top_decile_share"]
-        (2.0, 0.5)
+    Shapes: self_influence (n_train,), noise_mask (n_train,). Returns name -> figure, for a logger: mean, 95th
+    percentile, share of the top decile in the sum of absolute values, and what the optional arguments add.
     """
     decile = max(1, round(0.1 * len(self_influence)))
     magnitude = self_influence.abs()

@@ -15,15 +15,7 @@ from lightning_attr.store.inspection import damages, described
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    Args:
-        arguments: of the command line; those of the process by default.
-
-    Returns:
-        0, or 1 if something is wrong, which is said on the error stream.
-
-    Example:
-        >>> main(["show", "nowhere"])
-        1
+    Returns 0, or 1 if something is wrong, which is said on the error stream.
     """
     read = _parser().parse_args(arguments)
     act: Callable[[argparse.Namespace], int] = read.act

@@ -86,8 +86,14 @@ TENSOR = ("scores", 1.0, None)
 LAYER = (3, ["head"])
 
 
-def wrong_calls() -> Iterator[WrongCall]:
-    """Go through all of them."""
+def wrong_calls() -> list[WrongCall]:
+    """All of them, the same in every process: their names are those of tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [*_wrong_calls()]
+
+
+def _wrong_calls() -> Iterator[WrongCall]:
     yield from _of_classes()
     yield from _of_functions()
     yield from _of_attribute()

@@ -35,28 +35,7 @@ def check_int(
 ) -> int:
     """Check a whole number.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        minimum: the least that is allowed.
-        maximum: the most.
-        also: what the caller allows besides, for the message.
-        remedy: what to do, in whole sentences.
-
-    Returns:
-        The number as Python's int.
-
-    Raises:
-        ValueError: if it is no whole number, or out of bounds.
-
-    Example:
-        >>> check_int("recall_at_k", "k", np.int64(3), minimum=1)
-        3
-        >>> check_int("recall_at_k", "k", 2.5, minimum=1)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected argument `k` of recall_at_k to be an integer >= 1, but got 2.5.
+    Returns the number as Python's int.
     """
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if integral and (minimum is None or value >= minimum) and (maximum is None or value <= maximum):
@@ -74,16 +53,7 @@ def check_int(
 def check_seed(owner: object, value: Any, name: str = "seed") -> int:
     """Check a seed of random numbers.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        value: what was passed.
-        name: of the argument.
-
-    Returns:
-        The seed as Python's int.
-
-    Raises:
-        ValueError: if it is no whole number from 0 to below 2**63.
+    Returns the seed as Python's int.
 
     Example:
         >>> check_seed("TRAK", 7)
@@ -107,30 +77,7 @@ def check_float(
 ) -> float:
     """Check a finite number.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        minimum: the least that is allowed.
-        maximum: the most.
-        above: a bound that is not allowed itself, instead of ``minimum``.
-        below: likewise instead of ``maximum``.
-        also: what the caller allows besides, for the message.
-        remedy: what to do, in whole sentences.
-
-    Returns:
-        The number as Python's int or float.
-
-    Raises:
-        ValueError: if it is no number, NaN, infinite, or out of bounds.
-
-    Example:
-        >>> check_float("TRAK", "damping", np.float32(0.5), minimum=0)
-        0.5
-        >>> check_float("retrain_lds", "alpha", float("nan"), above=0, below=1)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected argument `alpha` of retrain_lds to be a number in (0, 1), but got nan.
+    Returns the number as Python's int or float.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if (
@@ -155,16 +102,7 @@ def check_float(
 def check_flag(owner: object, name: str, value: Any) -> bool:
     """Check a switch.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-
-    Returns:
-        The value as Python's bool.
-
-    Raises:
-        ValueError: if it is neither True nor False.
+    Returns the value as Python's bool.
 
     Example:
         >>> check_flag("AttributionCallback", "featurize", "no")
@@ -180,26 +118,7 @@ def check_flag(owner: object, name: str, value: Any) -> bool:
 def check_choice(
     owner: object, name: str, value: Any, choices: Iterable[str | bool | None], also: str = "", remedy: str = ""
 ) -> None:
-    """Check that a value is one of a few; a misspelt name is told the nearest.
-
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        choices: what is allowed: names, True, False, None.
-        also: what the caller allows besides, for the message.
-        remedy: what to do, in whole sentences.
-
-    Raises:
-        ValueError: if it is none of them.
-
-    Example:
-        >>> check_choice("Influence", "relative", "teta", ("theta", "loss", None))
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected argument `relative` of Influence to be 'theta', 'loss' or None, but got 'teta'. Did you
-        mean 'theta'?
-    """
+    """Check that a value is one of a few; a misspelt name is told the nearest."""
     allowed = list(choices)
     if any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         return
@@ -222,17 +141,6 @@ def check_instance(
 ) -> None:
     """Check that a value is an object of some class; the class itself in its place is told so.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        kind: the class, or several.
-        expected: what that is, in words.
-        remedy: what to do, in whole sentences.
-
-    Raises:
-        TypeError: if it is none.
-
     Example:
         >>> check_instance("attribute", "store", dict, dict, "a dict")
         Traceback (most recent call last):
@@ -250,16 +158,6 @@ def check_instance(
 def check_callable(owner: object, name: str, value: Any, expected: str, remedy: str = "") -> None:
     """Check that a value can be called.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        expected: what it is called with and gives, in words.
-        remedy: what to do, in whole sentences.
-
-    Raises:
-        TypeError: if it cannot.
-
     Example:
         >>> check_callable("hvp", "func", len, "a function")
     """
@@ -268,25 +166,7 @@ def check_callable(owner: object, name: str, value: Any, expected: str, remedy: 
 
 
 def check_path(owner: object, name: str, value: Any, also: str = "") -> Path:
-    """Check the path of a file or directory.
-
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        also: what the caller allows besides, for the message.
-
-    Returns:
-        The path.
-
-    Raises:
-        TypeError: if it is neither a string nor a path.
-        ValueError: if it is empty.
-
-    Example:
-        >>> check_path("ScoreMatrix.save", "path", "scores.safetensors").name
-        'scores.safetensors'
-    """
+    """Check the path of a file or directory."""
     expected = "a path, as a string or pathlib.Path" + (f", or {also}" if also else "")
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(argument_message(owner, name, expected, value))
@@ -297,18 +177,6 @@ def check_path(owner: object, name: str, value: Any, also: str = "") -> Path:
 
 def check_numbers(owner: object, name: str, value: Any, expected: str) -> Tensor:
     """Check that a value holds numbers, and make a tensor of it.
-
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed: a tensor, an array or a list.
-        expected: what it should be, in words.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        TypeError: if there are no numbers in it, or lists of different lengths.
 
     Example:
         >>> check_numbers("attribute", "noise_mask", [True, False], "a mask")
@@ -325,23 +193,7 @@ def check_numbers(owner: object, name: str, value: Any, expected: str) -> Tensor
 def check_tensor(owner: object, name: str, value: Any, shape: str = "", ndim: Sequence[int] = ()) -> None:
     """Check that a value is a tensor of numbers, and how many dimensions it has.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        name: of the argument.
-        value: what was passed.
-        shape: what it should be, as ``(n, k)``; empty for any.
-        ndim: numbers of dimensions that are allowed; empty for any.
-
-    Raises:
-        TypeError: if it is no tensor of real numbers.
-        ValueError: if it has another number of dimensions.
-
-    Example:
-        >>> check_tensor("overlap", "data_value", [1.0, 2.0], "(n_train,)", [1])
-        Traceback (most recent call last):
-        ...
-        TypeError: Expected argument `data_value` of overlap to be a tensor of shape (n_train,), but got [1.0, 2.0].
-        `torch.as_tensor` makes one.
+    Shapes: shape (n, k).
     """
     expected = f"a tensor of shape {shape}" if shape else "a tensor"
     if not isinstance(value, Tensor):

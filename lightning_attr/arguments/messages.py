@@ -17,16 +17,6 @@ _SHORT.maxstring = _SHORT.maxother = 60
 def argument_message(owner: object, name: str, expected: str, value: object, remedy: str = "") -> str:
     """Say what is wrong with an argument.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function; None where many share one check.
-        name: of the argument.
-        expected: what it should be, after "to be".
-        value: what it is.
-        remedy: what to do, in whole sentences.
-
-    Returns:
-        The message.
-
     Example:
         >>> argument_message("retrain_lds", "alpha", "a number in (0, 1)", 1.5)
         'Expected argument `alpha` of retrain_lds to be a number in (0, 1), but got 1.5.'
@@ -39,15 +29,7 @@ def argument_message(owner: object, name: str, expected: str, value: object, rem
 def shown(value: object) -> str:
     """Describe a value in a few words.
 
-    Args:
-        value: anything.
-
-    Returns:
-        What it is: plain values as Python writes them, tensors by dtype and shape, other objects by their class.
-
-    Example:
-        >>> shown([1, 2]), shown(int), shown(np.zeros((2, 3))), shown(object())
-        ('[1, 2]', 'the class int', 'an array of float64 and shape (2, 3)', 'an object of class object')
+    Returns what it is: plain values as Python writes them, tensors by dtype and shape, other objects by their class.
     """
     if inspect.isclass(value):
         return f"the class {value.__name__}"

@@ -25,22 +25,7 @@ log = logging.getLogger(__name__)
 def take(path: Path) -> tuple[WriterLock | None, str | None]:
     """Take the right to write a store, if it is to be had.
 
-    Args:
-        path: of the store, which need not be there yet.
-
-    Returns:
-        The right, or None and why the store can only be read.
-
-    Raises:
-        AttributionError: if there is no store to read, either.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     lock, reason = take(Path(folder))
-        ...     lock.release()
-        >>> reason is None
-        True
+    Returns the right, or None and why the store can only be read.
     """
     try:
         return WriterLock(path, patience=False), None
@@ -70,18 +55,7 @@ def ready_store(
     global_step: int,
     checkpoints: CheckpointSnapshots | None = None,
 ) -> None:
-    """Make a store of a module's current weights where there is none; else enter what a killed run left.
-
-    Args:
-        path: of the store.
-        fingerprint: of data, module and method, for a new one.
-        module: the module.
-        batch_size: samples per batch, for a new one.
-        feature_dtype: how features are stored, for a new one.
-        epoch: that the module was trained to.
-        global_step: optimizer steps that it has taken.
-        checkpoints: of the module, to be the snapshots in place of its current weights.
-    """
+    """Make a store of a module's current weights where there is none; else enter what a killed run left."""
     new = not FeatureStore.exists(path)
     if new:
         FeatureStore.create(path, fingerprint, batch_size=batch_size, feature_dtype=feature_dtype)
@@ -115,13 +89,8 @@ def _undo(path: Path) -> None:
 def open_store(path: Path, writer: bool, only_read: str | None) -> FeatureStore:
     """Open a store as one of the processes of an attribution.
 
-    Args:
-        path: of the store.
-        writer: whether this process writes the manifest, if any does.
-        only_read: why none does; None if one does.
-
-    Returns:
-        The store; what is complete but not on record counts, in this process's memory, where nothing can be written.
+    Returns the store; what is complete but not on record counts, in this process's memory, where nothing can be
+    written.
     """
     store = FeatureStore.open(path, writer and only_read is None)
     if only_read is not None:
@@ -133,16 +102,7 @@ def open_store(path: Path, writer: bool, only_read: str | None) -> FeatureStore:
 def usable_snapshots(store: FeatureStore, only_read: str | None, featurized: bool) -> Sequence[Snapshot]:
     """List the snapshots that can be attributed at.
 
-    Args:
-        store: the store.
-        only_read: why nothing can be added to it; None if something can.
-        featurized: whether features of all training rows are needed.
-
-    Returns:
-        All that are usable; where features are needed and none can be added, those that are complete.
-
-    Raises:
-        IncompleteFeaturesError: if there is none of these.
+    Returns all that are usable; where features are needed and none can be added, those that are complete.
     """
     snapshots = store.manifest.usable
     if only_read is None or not featurized:

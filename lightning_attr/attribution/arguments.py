@@ -32,20 +32,6 @@ def check_attribute_arguments(
 ) -> None:
     """Check what can be told before anything is looked up.
 
-    Args:
-        trainer: a Trainer.
-        datamodule: a datamodule, or None, as all that follow.
-        model: a module.
-        train_dataloaders: a loader.
-        target_dataloaders: a loader.
-        method: an attribution method.
-        memory_budget: a number of bytes.
-        target_function: a function.
-
-    Raises:
-        TypeError: if one is of another class than its own.
-        ValueError: if ``memory_budget`` is no whole number above zero.
-
     Example:
         >>> check_attribute_arguments(L.Trainer(barebones=True), None, None, None, None, None, 2**30, None)
     """
@@ -74,13 +60,6 @@ def check_loaders(owner: object, name: str, loaders: Any) -> None:
 def check_datamodule(owner: object, datamodule: Any) -> None:
     """Check that what stands in the datamodule's place is one.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        datamodule: what was passed; None passes.
-
-    Raises:
-        TypeError: if it is a class, a loader, a data set, a module or anything else.
-
     Example:
         >>> check_datamodule("attribute", [1, 2])
         Traceback (most recent call last):
@@ -106,21 +85,7 @@ def check_datamodule(owner: object, datamodule: Any) -> None:
 def check_noise_mask(noise_mask: Any, num_rows: int, owner: object = "attribute") -> Tensor | None:
     """Check that a noise mask fits the training data.
 
-    Args:
-        noise_mask: anything that ``torch.as_tensor`` takes, or None.
-        num_rows: training samples.
-        owner: whose argument it is: an object, or the name of a function.
-
-    Returns:
-        Bool ``(num_rows,)``, or None.
-
-    Raises:
-        TypeError: if it holds no numbers.
-        ValueError: if its length or its values do not fit.
-
-    Example:
-        >>> check_noise_mask([0, 1], 2)
-        tensor([False,  True])
+    Returns bool ``(num_rows,)``, or None.
     """
     if noise_mask is None:
         return None

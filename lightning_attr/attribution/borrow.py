@@ -17,16 +17,7 @@ from lightning_attr.user_code.lightning_names import both
 
 @contextmanager
 def attached(trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None) -> Iterator[None]:
-    """Give the hooks of module and datamodule their trainer.
-
-    Args:
-        trainer: the trainer.
-        module: the user's module.
-        datamodule: the user's datamodule, if any.
-
-    Yields:
-        Nothing.
-    """
+    """Give the hooks of module and datamodule their trainer."""
     modules = [(m, m._trainer) for m in module.modules() if isinstance(m, both(L.LightningModule))]
     own = None if datamodule is None else datamodule.trainer
     module.trainer = trainer
@@ -43,15 +34,7 @@ def attached(trainer: L.Trainer, module: L.LightningModule, datamodule: L.Lightn
 
 @contextmanager
 def lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Lend the trainer to the predict run: progress bars stay, other callbacks, loggers and datamodule sit it out.
-
-    Args:
-        trainer: the trainer, as it was before in the end.
-        module: the user's module.
-
-    Yields:
-        Nothing.
-    """
+    """Lend the trainer to the predict run: progress bars stay, other callbacks, loggers and datamodule sit it out."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop
     loops: list[Any] = [trainer.fit_loop, val_loop, trainer.validate_loop, trainer.test_loop]
     kept: list[tuple[Any, tuple[str, ...]]] = [
@@ -80,14 +63,7 @@ def lent(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
 
 @contextmanager
 def same_tensors(module: nn.Module) -> Iterator[None]:
-    """Put parameters and buffers back on their device and into their dtype: the trainer moves and converts them.
-
-    Args:
-        module: any module.
-
-    Yields:
-        Nothing.
-    """
+    """Put parameters and buffers back on their device and into their dtype: the trainer moves and converts them."""
     parameters = [(p, p.data) for p in module.parameters()]
     holders: list[dict[str, Any]] = [m._buffers for m in module.modules()]
     buffers = [(own, name, buffer) for own in holders for name, buffer in own.items() if buffer is not None]

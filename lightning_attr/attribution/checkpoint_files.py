@@ -28,17 +28,7 @@ _PARTS = ("state_dict", "epoch", "global_step")
 def checkpoint_paths(trainer: L.Trainer, ckpt_path: Any) -> list[str]:
     """Say which files a ``ckpt_path`` means.
 
-    Args:
-        trainer: whose ModelCheckpoint knows the best and the last.
-        ckpt_path: "best", "last", a path, a URL that fsspec reads, or a list of these.
-
-    Returns:
-        Paths or URLs, in the order given.
-
-    Raises:
-        TypeError: if it is something else.
-        ValueError: if it is empty, or names none.
-        AttributionError: if there is no best or last checkpoint.
+    Returns paths or URLs, in the order given.
     """
     several = isinstance(ckpt_path, Sequence) and not isinstance(ckpt_path, (str, bytes))
     wanted = list(ckpt_path) if several else [ckpt_path]
@@ -58,17 +48,7 @@ def read_checkpoints(paths: Sequence[str], folder: Path) -> list[dict[str, Any]]
 
     Tensors are mapped, so that files of many gigabytes stay on the disk until their weights are used.
 
-    Args:
-        paths: of the files, or URLs.
-        folder: where files that are elsewhere are copied to; tensors are good for as long as it is there.
-
-    Returns:
-        The parts of each, in the form of the installed Lightning.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        CorruptedStoreError: if one is damaged.
-        AttributionError: if one is of a sharded strategy, holds objects of other classes, or is no checkpoint.
+    Returns the parts of each, in the form of the installed Lightning.
     """
     return [_read(path, folder / str(number)) for number, path in enumerate(paths)]
 

@@ -47,14 +47,7 @@ class CheckpointSnapshots:
     moments: bool
 
     def enter(self, store: FeatureStore) -> None:
-        """Add each checkpoint as a snapshot; those that a killed run has added already are compared.
-
-        Args:
-            store: of these checkpoints, or empty.
-
-        Raises:
-            StoreMismatchError: if two are of the same step, one is not of this module, or the store holds others.
-        """
+        """Add each checkpoint as a snapshot; those that a killed run has added already are compared."""
         with tempfile.TemporaryDirectory(prefix="lightning_attr-") as folder:
             parts = read_checkpoints(self.paths, Path(folder))
             found = sorted(map(_Checkpoint, self.paths, parts), key=lambda one: one.global_step)

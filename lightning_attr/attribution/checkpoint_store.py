@@ -44,54 +44,6 @@ def from_checkpoints(
     ``trainer.attribute(..., store=dirpath)`` scores by it, as often as wanted and without the checkpoints. Each file is
     one snapshot; learning rates and moments come from the optimizer states in them. The module's own weights, the data
     and random streams stay as they are. Where it was killed, the same call goes on.
-
-    Args:
-        ckpt_path: the path of a file that a Trainer wrote, a URL that fsspec reads, or a list of these; "best" and
-            "last" are those of ``trainer``.
-        model: the module of the run, with any weights.
-        datamodule: gives the training data.
-        dirpath: directory of the store; made if it is not there.
-        train_dataloaders: the training loader, in place of the datamodule's.
-        method: whose projection the features have; TRAK by default. A method without features has only snapshots.
-        trainer: for device and precision; by default one on one device.
-        feature_dtype: how features are stored: "float16" with a scale for each shard, "bfloat16" or "float32". A
-            float64 module's stay float64.
-        memory_budget: bytes that the tensors of a featurized batch may take; by default half of what is free.
-        optimizer_state: keep the optimizer's moments; they are kept in any case if the method needs them.
-        mode: that the module is attributed in, "eval" or "train"; see :func:`lightning_attr.attribute`.
-
-    Returns:
-        The store.
-
-    Raises:
-        TypeError: if an argument is of another class than its own.
-        ValueError: if there is no checkpoint in ``ckpt_path``, or no training data.
-        FileNotFoundError: if a file is not there.
-        CorruptedStoreError: if a file is damaged.
-        StoreMismatchError: if a checkpoint is of another module, or the store that is there of other checkpoints.
-        AttributionError: if a file is of a sharded strategy or no checkpoint, or the module cannot be attributed.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> class Regression(L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(2, 1)
-        ...     def training_step(self, batch, batch_idx):
-        ...         return (self.layer(batch[0]) - batch[1]).square().mean()
-        ...     def configure_optimizers(self):
-        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
-        >>> quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        >>> trainer = L.Trainer(max_epochs=1, **quiet)
-        >>> loader = DataLoader(TensorDataset(torch.randn(8, 2), torch.randn(8, 1)), batch_size=4)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     trainer.fit(Regression(), loader)
-        ...     trainer.save_checkpoint(f"{folder}/run.ckpt")
-        ...     store = FeatureStore.from_checkpoints(
-        ...         f"{folder}/run.ckpt", Regression(), train_dataloaders=loader, dirpath=f"{folder}/store")
-        ...     [snapshot.key for snapshot in store.snapshots], store.missing(store.snapshots[0].key)
-        (['epoch=0001-step=000002'], [])
     """
     owner = "FeatureStore.from_checkpoints"
     check_feature_dtype(feature_dtype, owner)

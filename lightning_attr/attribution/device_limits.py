@@ -16,17 +16,6 @@ from lightning_attr.methods import AttributionMethod
 def named_float64(method: AttributionMethod, device: torch.device) -> Iterator[None]:
     """Name the method where it computes in float64 and the device has none, as Apple's.
 
-    Args:
-        method: that scores.
-        device: that it runs on.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        AttributionError: in place of what torch says.
-        TypeError: any other.
-
     Example:
         >>> from lightning_attr.methods import TRAK
         >>> with named_float64(TRAK(), torch.device("cpu")):

@@ -43,22 +43,7 @@ def parts_of(
 ) -> list[Part]:
     """Choose the snapshots of an attribution.
 
-    Args:
-        snapshots: all usable ones of a store.
-        pilots: how many pilots to use; 0 for the recorded snapshots alone, which are one part then.
-        select: a method's own choice among those of a run.
-
-    Returns:
-        Pilots, then the runs: the last snapshot is one of the run itself.
-
-    Raises:
-        AttributionError: if there are fewer pilots.
-
-    Example:
-        >>> run = [Snapshot(f"epoch={i}", i, i + 1, 0.1, "", "", "") for i in range(3)]
-        >>> pilot = Snapshot("pilot=0000", 0, 1, 0.1, "", "", "", pilot=0)
-        >>> [(part.name, part.share, len(part.snapshots)) for part in parts_of([*run, pilot], 1, lambda all: all)]
-        [('pilot=0000', 1.0, 1), ('run', 2.0, 3)]
+    Returns pilots, then the runs: the last snapshot is one of the run itself.
     """
     recorded = [snapshot for snapshot in snapshots if snapshot.pilot is None]
     if not pilots:
@@ -107,25 +92,11 @@ class Ensemble:
         self.weights = [1.0] if len(self.parts) == 1 else []
 
     def most_targets(self, n_train: int) -> int:
-        """Bound the targets at once: the scores of each part are kept until all are there.
-
-        Args:
-            n_train: training samples.
-
-        Returns:
-            How many.
-        """
+        """Bound the targets at once: the scores of each part are kept until all are there."""
         return max(1, _ELEMENTS // (n_train * len(self.parts))) if len(self.parts) > 1 else _ELEMENTS
 
     def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
-        """Score the rows of this process.
-
-        Args:
-            snapshots: of all parts, one after the other.
-
-        Yields:
-            As :meth:`AttributionMethod.score`.
-        """
+        """Score the rows of this process."""
         if len(self.parts) == 1:
             yield from self.method.score(snapshots)
             return

@@ -97,12 +97,8 @@ class WorkDivision:
     def jobs(self, before: Callable[[str], object]) -> Jobs:
         """List what this process featurizes, snapshot after snapshot: missing training rows, then targets.
 
-        Args:
-            before: as :class:`Jobs` takes it.
-
-        Returns:
-            The batches. A loader without any would leave this process out of the run: one that has no targets repeats
-            a row that is another's.
+        Returns the batches. A loader without any would leave this process out of the run: one that has no targets
+        repeats a row that is another's.
         """
         own = self.target_rows[self.rank :: self.world_size] or self.target_rows[:1]
         jobs = []

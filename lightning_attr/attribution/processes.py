@@ -47,14 +47,7 @@ class Processes:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over the processes.
 
-        Args:
-            tensor: of the same shape and dtype in all of them; it is written to.
-
-        Returns:
-            The sum, the same in all of them, on the tensor's device.
-
-        Raises:
-            AttributionError: if another process has failed.
+        Returns the sum, the same in all of them, on the tensor's device.
         """
         if self.world_size == 1:
             return tensor
@@ -79,16 +72,7 @@ class Processes:
     def joined(self, columns: Mapping[str, Tensor], own: Sequence[int]) -> Mapping[str, Tensor]:
         """Bring rows of all processes together.
 
-        Args:
-            columns: column name -> values ``(n, ...)``, of the same names and shapes in all processes; what is in the
-                rows of others does not matter.
-            own: rows of this process, which may have none.
-
-        Returns:
-            The columns, with each row as its process has it.
-
-        Raises:
-            AttributionError: if another process has failed.
+        Shapes: columns (n, ...). Returns the columns, with each row as its process has it.
         """
         if self.world_size == 1:
             return columns
@@ -100,11 +84,7 @@ class Processes:
         return found
 
     def meet(self) -> None:
-        """Wait for all processes.
-
-        Raises:
-            AttributionError: if another process has failed.
-        """
+        """Wait for all processes."""
         if self._apart:
             return
         failed = torch.zeros(1, device=self.device)
@@ -118,15 +98,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Do something, and wait until all processes have come through.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            AttributionError: if another process has failed.
-            Exception: whatever is raised inside.
-        """
+        """Do something, and wait until all processes have come through."""
         try:
             yield
         except Exception as error:
@@ -135,11 +107,7 @@ class Processes:
         self.meet()
 
     def tell(self, error: BaseException) -> None:
-        """Let the others know that this process has failed, wherever they wait next; once is enough.
-
-        Args:
-            error: why.
-        """
+        """Let the others know that this process has failed, wherever they wait next; once is enough."""
         if self._apart:
             return
         self._apart = True

@@ -24,20 +24,7 @@ def provenance_of(
 ) -> dict[str, Any]:
     """Gather what a result records beside its scores; what does not apply is left out.
 
-    Args:
-        method: what scored.
-        used: the snapshots.
-        features: what it saw of each of them, with the evidence that it found.
-        train_data: digest of the training data.
-        target_probe: digest of the targets.
-        mode: that the module was attributed in.
-        stopped: why the recording of the run ended early.
-        topk: how many scores each target keeps.
-        target_function: what was measured of the targets.
-        parts: name -> weight of each run and pilot in the sum, where there are several.
-
-    Returns:
-        Name -> plain value.
+    Returns name -> plain value.
     """
     evidence = {snapshot.key: own.evidence for snapshot, own in zip(used, features, strict=True) if own.evidence}
     name = None if target_function is None else getattr(target_function, "__qualname__", repr(target_function))

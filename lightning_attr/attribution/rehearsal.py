@@ -28,15 +28,7 @@ def rehearse(
     loaders: Any,
     run: Callable[[L.Trainer], None],
 ) -> None:
-    """Call something as at the start of a fit, on one device: trainer, optimizers and training loader are there.
-
-    Args:
-        trainer: whose fit; None, or one with several processes, for one like it on one device.
-        module: the user's module.
-        datamodule: the user's datamodule, if any.
-        loaders: the training loader, in place of the datamodule's.
-        run: what to call, with the trainer.
-    """
+    """Call something as at the start of a fit, on one device: trainer, optimizers and training loader are there."""
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
         alone = trainer if trainer is not None and trainer.world_size == 1 else _single(trainer, module)
@@ -103,15 +95,7 @@ def _single(trainer: L.Trainer | None, module: L.LightningModule) -> L.Trainer:
 
 @contextmanager
 def heard(said: list[str]) -> Iterator[None]:
-    """Collect what is logged or warned of meanwhile, instead of showing it.
-
-    Example:
-        >>> said = []
-        >>> with heard(said):
-        ...     logging.getLogger("lightning_attr.data").warning("Two of %d.", 3)
-        >>> said
-        ['Two of 3.']
-    """
+    """Collect what is logged or warned of meanwhile, instead of showing it."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger.level, logger.propagate, logger.handlers) for logger in loggers]
     with warnings.catch_warnings(record=True) as warned:

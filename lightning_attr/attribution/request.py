@@ -195,17 +195,7 @@ def resolve(
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that do not keep whole parameters on each rank.
-
-    Args:
-        strategy: the trainer's.
-
-    Raises:
-        AttributionError: for FSDP, DeepSpeed and tensor parallelism.
-
-    Example:
-        >>> check_strategy(L.Trainer(accelerator="cpu", logger=False, barebones=True).strategy)
-    """
+    """Refuse strategies that do not keep whole parameters on each rank."""
     if isinstance(strategy, both(DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
         raise AttributionError(
             f"Expected a strategy that keeps whole parameters on each rank, but {type(strategy).__name__} shards them. "

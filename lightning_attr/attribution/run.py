@@ -29,13 +29,7 @@ def predicted(
 ) -> Iterator[AttributionStep]:
     """Run a step.
 
-    Args:
-        trainer: that is borrowed.
-        request: what is to be done.
-        kind: of the step.
-
-    Yields:
-        The step at its end, while what it has written into its folder is still there.
+    Yields the step at its end, while what it has written into its folder is still there.
     """
     with ExitStack() as stack:
         with processes_of(trainer).together():  # what fails in one of them before its step can tell the others

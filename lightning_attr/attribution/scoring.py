@@ -39,33 +39,8 @@ def score(
     Memory beside the result: a tile of scores, its training features at every snapshot, the target features of
     the tile, and what the method keeps of a snapshot.
 
-    Args:
-        method: what scores: a method, or one in an ensemble of several runs.
-        snapshots: features of this process's rows, and of all targets.
-        n_train: training samples, of all processes.
-        topk: keep only this many proponents and opponents of each target, and never build the score matrix.
-        folder: gives the directory for a score matrix too large for memory, called only when one is needed.
-        share: number of this process, and how many there are.
-        trained_on: ``(n_train,)``, bool: False for samples that training never draws, without which nothing would
-            change: their scores are zero, and they are no proponents. None for all.
-        slopes: ``(m,)``: how fast each target's loss falls as its output rises, for the data value; None for ones.
-
-    Returns:
-        The scores, and self-influence ``(n_train,)``, float32; the same in all processes.
-
-    Raises:
-        ValueError: if there are no training rows.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.methods import GradDot
-        >>> train = {"features": torch.eye(2), "out_to_loss": torch.ones(2)}
-        >>> snapshot = SnapshotFeatures.of(train, {"features": torch.tensor([[3.0, 4.0]])})
-        >>> scores, self_influence = score(GradDot(), [snapshot], n_train=2)
-        >>> scores.values.flatten(), self_influence
-        (tensor([3., 4.]), tensor([1., 1.]))
-        >>> score(GradDot(), [snapshot], n_train=2, topk=1)[0].topk(1)
-        (tensor([[1]]), tensor([[4.]]))
+    Shapes: trained_on (n_train,), slopes (m,). Returns the scores, and self-influence ``(n_train,)``, float32; the same
+    in all processes.
     """
     if n_train == 0:
         raise ValueError("Expected at least one training sample to score, but the store has no rows.")
@@ -127,21 +102,7 @@ def _tell_of_undrawn_rows(
 def score_self_influence(method: AttributionMethod, snapshot: SnapshotFeatures, n_train: int) -> Tensor:
     """Score every training row for its own model output alone.
 
-    Args:
-        method: what scores.
-        snapshot: features of all rows; targets do not matter.
-        n_train: training samples.
-
-    Returns:
-        Self-influence ``(n_train,)``, float32.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.methods import GradDot
-        >>> train = {"features": torch.eye(2), "out_to_loss": torch.ones(2)}
-        >>> snapshot = SnapshotFeatures.of(train, {"features": torch.zeros(0, 2)})
-        >>> score_self_influence(GradDot(), snapshot, n_train=2)
-        tensor([1., 1.])
+    Returns self-influence ``(n_train,)``, float32.
     """
     self_influence = torch.zeros(n_train)
     for block in method.score([_tile(snapshot, slice(0, 0), _TILE_ELEMENTS)]):

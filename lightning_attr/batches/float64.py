@@ -9,15 +9,7 @@ from torch import Tensor
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64.
 
-    Args:
-        device: any.
-
-    Returns:
-        False for Apple's, and for others that refuse.
-
-    Example:
-        >>> has_float64(torch.device("cpu"))
-        True
+    Returns False for Apple's, and for others that refuse.
     """
     if device.type in {"cpu", "cuda"}:
         return True
@@ -29,16 +21,5 @@ def has_float64(device: torch.device) -> bool:
 
 
 def doubled(values: Tensor) -> Tensor:
-    """Give values in float64, on the CPU where their device has none.
-
-    Args:
-        values: of any dtype.
-
-    Returns:
-        The values.
-
-    Example:
-        >>> doubled(torch.ones(1))
-        tensor([1.], dtype=torch.float64)
-    """
+    """Give values in float64, on the CPU where their device has none."""
     return values.double() if has_float64(values.device) else values.cpu().double()

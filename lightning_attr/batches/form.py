@@ -43,14 +43,7 @@ class BatchForm:
     random: bool = False
 
     def learn(self, batch: Any, size: int, other: Any, other_size: int) -> None:
-        """Compare batches of two sizes: what is one row a sample has followed the size.
-
-        Args:
-            batch: of ``size`` samples.
-            size: how many.
-            other: another one.
-            other_size: another number.
-        """
+        """Compare batches of two sizes: what is one row a sample has followed the size."""
         first, second = leaves(batch), leaves(other)
         self.rows = None
         if size != other_size and len(first) == len(second):
@@ -60,12 +53,7 @@ class BatchForm:
     def wrong_size(self, batch: Any, size: int) -> int | None:
         """Count the samples of a batch that holds not as many as were asked for.
 
-        Args:
-            batch: any batch.
-            size: how many it should hold.
-
-        Returns:
-            How many it holds; 0 where nothing in it has rows at all; None if it holds as many as it should.
+        Returns how many it holds; 0 where nothing in it has rows at all; None if it holds as many as it should.
         """
         found = leaves(batch)
         if self.rows is None or len(found) != len(self.rows):
@@ -78,12 +66,8 @@ class BatchForm:
     def marked(self, batch: Any, size: int) -> Any:
         """Mark what the samples share, where its length happens to be their number.
 
-        Args:
-            batch: a batch of the right size.
-            size: its number of samples.
-
-        Returns:
-            The batch, with these tensors and lists as :func:`lightning_attr.batches.nested.shared_alias` marks them.
+        Returns the batch, with these tensors and lists as :func:`lightning_attr.batches.nested.shared_alias` marks
+        them.
         """
         if self.rows is None or all(self.rows):
             return batch
@@ -99,16 +83,7 @@ class BatchForm:
 def leaves(batch: Any) -> list[Any]:
     """List the tensors and lists of plain values of a batch.
 
-    Args:
-        batch: any batch.
-
-    Returns:
-        Them, in the order of :func:`lightning_attr.batches.nested.map_leaves`.
-
-    Example:
-        >>> import torch
-        >>> len(leaves({"x": torch.ones(2), "id": ["a", "b"], "n": 2}))
-        2
+    Returns them, in the order of :func:`lightning_attr.batches.nested.map_leaves`.
     """
     found: list[Any] = []
 

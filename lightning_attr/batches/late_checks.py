@@ -15,18 +15,7 @@ _noted: list[Tensor] | None = None
 def late_checks(wanted: bool = True) -> Iterator[list[Tensor]]:
     """Let :func:`noted` take notes, for a caller that looks at them later and computes again where one is true.
 
-    Args:
-        wanted: whether to.
-
-    Yields:
-        The notes, bool ``()`` each.
-
-    Example:
-        >>> with late_checks() as notes:
-        ...     noted(torch.tensor(True))  # the CPU answers at once
-        False
-        >>> notes
-        []
+    Yields the notes, bool ``()`` each.
     """
     global _noted
     notes: list[Tensor] = []
@@ -40,15 +29,7 @@ def late_checks(wanted: bool = True) -> Iterator[list[Tensor]]:
 def noted(wrong: Tensor) -> bool:
     """Keep an answer for later.
 
-    Args:
-        wrong: bool, ``()``: whether something is to be refused, or to be done in another way.
-
-    Returns:
-        Whether it was kept; False where it is to be looked at now.
-
-    Example:
-        >>> noted(torch.tensor(True))
-        False
+    Returns whether it was kept; False where it is to be looked at now.
     """
     if _noted is None or wrong.device.type == "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(wrong):
         return False

@@ -27,17 +27,7 @@ class _SharedTuple(tuple[Any, ...]):
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor of a batch, keeping the structure.
 
-    Args:
-        batch: nested tuples, lists, dicts, named tuples or dataclasses of tensors and anything else.
-        function: called with each tensor.
-
-    Returns:
-        The same structure with the results in the tensors' places.
-
-    Example:
-        >>> import torch
-        >>> map_tensors({"x": torch.ones(2), "id": ["a", "b"]}, lambda t: t * 3)
-        {'x': tensor([3., 3.]), 'id': ['a', 'b']}
+    Returns the same structure with the results in the tensors' places.
     """
     return apply_to_collection(batch, Tensor, function)
 
@@ -45,11 +35,7 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def shared_alias(leaf: Any) -> Any:
     """Mark a tensor or a list of plain values as one that all samples of a batch share, however long it is.
 
-    Args:
-        leaf: tensor, list or tuple; it stays as it is.
-
-    Returns:
-        Another one of the same content, which nothing here splits.
+    Returns another one of the same content, which nothing here splits.
 
     Example:
         >>> import torch
@@ -67,12 +53,7 @@ def shared_alias(leaf: Any) -> Any:
 def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to all of a batch that may have one entry per sample: tensors, and lists of plain values.
 
-    Args:
-        batch: any batch.
-        function: called with each tensor, and with each list or tuple of strings, numbers and the like.
-
-    Returns:
-        The same structure with the results in their places.
+    Returns the same structure with the results in their places.
 
     Example:
         >>> import torch
@@ -95,12 +76,7 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
 def input_bytes(batch: Any, batch_size: int) -> tuple[int, torch.device | None]:
     """Measure what the samples of a batch hold.
 
-    Args:
-        batch: any batch.
-        batch_size: number of samples in it.
-
-    Returns:
-        Bytes of the tensors of a sample, and their device; None where there are no tensors.
+    Returns bytes of the tensors of a sample, and their device; None where there are no tensors.
 
     Example:
         >>> import torch
@@ -117,17 +93,7 @@ def input_bytes(batch: Any, batch_size: int) -> tuple[int, torch.device | None]:
 def batched_tensors(batch: Any, batch_size: int) -> list[Tensor]:
     """List the tensors whose first dimension is the batch, in the order of :func:`map_tensors`.
 
-    Args:
-        batch: any batch.
-        batch_size: number of samples in it.
-
-    Returns:
-        The tensors with ``shape[0] == batch_size``, but for those that are marked as shared.
-
-    Example:
-        >>> import torch
-        >>> len(batched_tensors((torch.ones(2, 3), {"y": torch.ones(2), "weight": torch.tensor(0.5)}), 2))
-        2
+    Returns the tensors with ``shape[0] == batch_size``, but for those that are marked as shared.
     """
     found: list[Tensor] = []
 
@@ -143,18 +109,7 @@ def batched_tensors(batch: Any, batch_size: int) -> list[Tensor]:
 def replace_tensors(batch: Any, batch_size: int, tensors: Sequence[Tensor]) -> Any:
     """Put other tensors in the places that :func:`batched_tensors` lists.
 
-    Args:
-        batch: the batch that gives the structure.
-        batch_size: number of samples in it.
-        tensors: as many tensors as :func:`batched_tensors` returns.
-
-    Returns:
-        The same structure, with the other tensors.
-
-    Example:
-        >>> import torch
-        >>> replace_tensors((torch.zeros(2), torch.tensor(7)), 2, [torch.ones(1)])
-        (tensor([1.]), tensor(7))
+    Returns the same structure, with the other tensors.
     """
     source = iter(tensors)
     return map_tensors(batch, lambda t: next(source) if _is_batched(t, batch_size) else t)
@@ -163,19 +118,8 @@ def replace_tensors(batch: Any, batch_size: int, tensors: Sequence[Tensor]) -> A
 def select_rows(batch: Any, batch_size: int, rows: Sequence[int] | Tensor) -> Any:
     """Take some samples of a batch.
 
-    Args:
-        batch: any batch.
-        batch_size: number of samples in it.
-        rows: positions in the batch; many are faster as a tensor.
-
-    Returns:
-        The same structure with only these samples: tensors whose first dimension is the batch are indexed, and so are
-        lists and tuples of one plain value (a string, a number) a sample. Everything else is shared by the samples.
-
-    Example:
-        >>> import torch
-        >>> select_rows({"x": torch.arange(3), "text": ["a", "b", "c"]}, 3, [2])
-        {'x': tensor([2]), 'text': ['c']}
+    Returns the same structure with only these samples: tensors whose first dimension is the batch are indexed, and so
+    are lists and tuples of one plain value (a string, a number) a sample.
     """
     if isinstance(batch, SamplesApart):
         return batch.rows(rows)
@@ -198,16 +142,7 @@ def select_rows(batch: Any, batch_size: int, rows: Sequence[int] | Tensor) -> An
 def dense_parts(tensor: Tensor) -> list[Tensor]:
     """Give the dense tensors that hold the numbers of a tensor.
 
-    Args:
-        tensor: of any layout.
-
-    Returns:
-        The tensor itself, or the indices and values of a sparse one.
-
-    Example:
-        >>> import torch
-        >>> [tuple(part.shape) for part in dense_parts(torch.eye(3).to_sparse())]
-        [(2, 3), (3,)]
+    Returns the tensor itself, or the indices and values of a sparse one.
     """
     if tensor.layout == torch.strided:
         return [tensor]
@@ -228,20 +163,7 @@ def _rows_of(tensor: Tensor, index: Tensor) -> Tensor:
 def join_batches(batches: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Put the samples of several batches one after the other.
 
-    Args:
-        batches: of one structure.
-        sizes: number of samples in each.
-
-    Returns:
-        One batch of all: what :func:`select_rows` takes from a batch is joined, what it shares has to be equal.
-
-    Raises:
-        ValueError: if the batches differ in more than their samples, such as in how far they are padded.
-
-    Example:
-        >>> import torch
-        >>> join_batches([{"x": torch.zeros(2), "text": ["a", "b"]}, {"x": torch.ones(1), "text": ["c"]}], [2, 1])
-        {'x': tensor([0., 0., 1.]), 'text': ['a', 'b', 'c']}
+    Returns one batch of all: what :func:`select_rows` takes from a batch is joined, what it shares has to be equal.
     """
     first = batches[0]
     if all(isinstance(batch, SamplesApart) for batch in batches):
@@ -290,16 +212,7 @@ def _is_batched(tensor: Tensor, batch_size: int) -> bool:
 def float_tensors(batch: Any) -> list[Tensor]:
     """List the floating-point tensors of a structure.
 
-    Args:
-        batch: any nested structure.
-
-    Returns:
-        Its floating-point tensors, in the order of :func:`map_tensors`.
-
-    Example:
-        >>> import torch
-        >>> len(float_tensors((torch.ones(1), torch.tensor([1]))))
-        1
+    Returns its floating-point tensors, in the order of :func:`map_tensors`.
     """
     found: list[Tensor] = []
 

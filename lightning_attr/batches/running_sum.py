@@ -9,15 +9,7 @@ from torch import Tensor
 def running_sum(values: Tensor) -> Tensor:
     """Sum up along the last dimension; on the CPU where ``torch.use_deterministic_algorithms`` forbids it on a device.
 
-    Args:
-        values: ``(..., n)``.
-
-    Returns:
-        The same shape, dtype and device.
-
-    Example:
-        >>> running_sum(torch.tensor([1.0, 2.0, 3.0]))
-        tensor([1., 3., 6.])
+    Shapes: values (..., n). Returns the same shape, dtype and device.
     """
     if torch.are_deterministic_algorithms_enabled() and values.device.type != "cpu":
         return values.cpu().cumsum(-1).to(values.device)

@@ -18,12 +18,5 @@ class SamplesApart(list[Any]):
     """
 
     def rows(self, positions: Any) -> SamplesApart:
-        """Take some samples.
-
-        Args:
-            positions: in this batch; ints, or a tensor of them.
-
-        Returns:
-            These samples, apart.
-        """
+        """Take some samples."""
         return SamplesApart(self[int(position)] for position in positions)

@@ -61,25 +61,7 @@ def conjugate_gradient(
     Each row has step sizes of its own, and leaves the product once it is solved. Dot products are in float64. The work
     is one product an iteration; ``p`` iterations are exact but for rounding.
 
-    Args:
-        product: C, damping included, applied to rows ``(r', p)`` with any ``r'``.
-        rhs: ``(r, p)``, float32 or float64.
-        tolerance: a row is solved when the norm of its residual is at most this share of its own; the precision of the
-            dtype where that is more.
-        max_iterations: where to stop at the latest.
-        preconditioner: applies an approximation of the inverse of C to rows; positive definite.
-
-    Returns:
-        Values, iterations and residuals.
-
-    Raises:
-        NegativeCurvatureError: if a row meets a direction in which C is not positive; its ``rows`` says which ones do.
-        ValueError: if an argument is out of range, or a product is not finite.
-
-    Example:
-        >>> C = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> conjugate_gradient(lambda rows: rows @ C, torch.tensor([[3.0, 4.0]])).values.round(decimals=4)
-        tensor([[1., 1.]])
+    Shapes: rhs (r, p). Returns values, iterations and residuals.
     """
     if not tolerance >= 0:
         raise ValueError(f"Expected argument `tolerance` to be a number >= 0, but got {tolerance}.")

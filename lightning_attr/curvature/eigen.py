@@ -26,19 +26,8 @@ def eigendecomposition(name: str, matrices: Tensor, vectors: int) -> tuple[Tenso
     from products with random vectors (Halko et al., 2011), and the rest of the space, where all eigenvalues are zero,
     from its complement: :math:`O(d^2 k)` in the place of :math:`O(d^3)`.
 
-    Args:
-        name: of what is decomposed, for the log: one that takes long is told before it begins.
-        matrices: ``(groups, d, d)``, symmetric, float64.
-        vectors: ``k``, of how many vectors they are sums at most.
-
-    Returns:
-        Eigenvalues ``(groups, d)``, ascending, and eigenvectors in columns, ``(groups, d, d)``, orthonormal.
-
-    Example:
-        >>> vectors = torch.randn(1, 3, 300, dtype=torch.float64)
-        >>> eigenvalues, basis = eigendecomposition("weight", vectors.mT @ vectors, 3)
-        >>> torch.allclose((basis * eigenvalues) @ basis.mT, vectors.mT @ vectors)
-        True
+    Shapes: matrices (groups, d, d). Returns eigenvalues ``(groups, d)``, ascending, and eigenvectors in columns,
+    ``(groups, d, d)``, orthonormal.
     """
     side = matrices.shape[-1]
     if side > _SMALL and 2 * vectors < side:

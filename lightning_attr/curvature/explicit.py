@@ -47,20 +47,7 @@ def factor(matrix: Tensor, damping: float = 0.0, *, definite: bool = False) -> F
 
     Negative eigenvalues are counted in D, which has as many (Sylvester's law of inertia), and reported by the log.
 
-    Args:
-        matrix: ``(p, p)``, symmetric, float32 or float64; it is symmetrised.
-        damping: :math:`\lambda \ge 0`, absolute.
-        definite: whether negative eigenvalues are impossible: the GGN and Fisher matrices have none.
-
-    Returns:
-        The factorisation, ``(p, p)`` in float64.
-
-    Raises:
-        ValueError: if the damping is negative, or the matrix is not square, not finite, or (damped) singular.
-
-    Example:
-        >>> factor(torch.eye(2), damping=1.0).solve(torch.ones(1, 2))
-        tensor([[0.5000, 0.5000]])
+    Shapes: matrix (p, p). Returns the factorisation, ``(p, p)`` in float64.
     """
     if not damping >= 0:
         raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")

@@ -80,11 +80,7 @@ class RepeatedPasses:
         self._kept: list[GradientBatch] | None = None
 
     def __call__(self, number: int) -> Iterator[GradientBatch]:
-        """Yield the batches; their streams have to be run before the next one is taken.
-
-        Args:
-            number: of the pass; not used.
-        """
+        """Yield the batches; their streams have to be run before the next one is taken."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -141,36 +137,8 @@ def fisher_batch(
 ) -> GradientBatch:
     r"""Prepare the gradients of one batch.
 
-    Args:
-        gradients: the hooks of the module.
-        step: runs the module on a batch and returns ``(outputs, targets)``.
-        batch: the batch.
-        model_output: gives the loss, and the distribution of the labels.
-        rows: dataset row of each of the ``b`` samples, on which its draws depend.
-        labels: "sampled" from the model, one a sample; "exact" for the expectation over them, at the price of a pass a
-            label, in parts that take no more memory than the batch does with one; "mixed" for random signs
-            :math:`\varepsilon` on all labels at once, :math:`g = \sum_y \varepsilon_y \sqrt{p_y} \nabla\ell_y`, whose
-            outer product has the same expectation (Martens et al., 2012), with less noise than that of a label drawn;
-            "observed" for the empirical Fisher.
-        key: what draws depend on besides the row: seed, snapshot and pass.
-        draws: how many of "mixed" a sample has; a pass each.
-
-    Returns:
-        The batch, from which nothing has been run yet, but for "exact" one sample that tells how many labels there are.
-
-    Raises:
-        NotImplementedError: if the model output has no distribution, when it is needed.
-        ValueError: if ``labels`` is none of these.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_attr.outputs import Regression
-        >>> layer, x, y = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0]]), torch.zeros(1)
-        >>> hooks = HookedGradients(layer, ["weight"], direct=())
-        >>> batch = fisher_batch(hooks, lambda b: (layer(b[0]), b[1]), (x, y), Regression(), [0], labels="exact")
-        >>> for stream in batch.streams:
-        ...     _ = stream(lambda gradients: print(gradients["weight"].materialise().round()))
-        tensor([[[-1., -2.]]])
+    Shapes: step (outputs, targets). Returns the batch, from which nothing has been run yet, but for "exact" one sample
+    that tells how many labels there are.
     """
     if labels not in get_args(Labels):
         raise ValueError(f"Expected argument `labels` to be one of {', '.join(get_args(Labels))}, but got {labels!r}.")
@@ -219,20 +187,7 @@ def fisher_batch(
 def usual_labels(distribution: Distribution, samples: int, draws: int | None = None) -> Labels:
     """Choose how to take the expectation over labels: exactly as long as that costs little.
 
-    Args:
-        distribution: as of :func:`quadrature`.
-        samples: ``b``.
-        draws: of "mixed" labels, as many as rank like exact ones; None if there are to be none.
-
-    Returns:
-        "sampled" for more than 16 labels a sample; else "mixed" if there are more labels than draws, else "exact".
-
-    Raises:
-        TypeError: if the distribution is another one.
-
-    Example:
-        >>> [usual_labels(Categorical(logits=torch.zeros(2, classes)), 2, draws=4) for classes in (3, 10, 1000)]
-        ['exact', 'mixed', 'sampled']
+    Returns "sampled" for more than 16 labels a sample; else "mixed" if there are more labels than draws, else "exact".
     """
     several = not isinstance(distribution, Normal) and distribution.batch_shape.numel() != samples
     if several or (count := label_count(distribution, samples)) > _FEW_LABELS:
@@ -242,17 +197,6 @@ def usual_labels(distribution: Distribution, samples: int, draws: int | None = N
 
 def label_count(distribution: Distribution, samples: int) -> int:
     """Count the labels that :func:`quadrature` lists, with its arguments and errors.
-
-    Args:
-        distribution: as of :func:`quadrature`.
-        samples: ``b``.
-
-    Returns:
-        How many.
-
-    Raises:
-        TypeError: if the distribution is another one.
-        ValueError: if there are several discrete values per sample, whose combinations are too many.
 
     Example:
         >>> label_count(Bernoulli(probs=torch.tensor([0.25])), 1)
@@ -273,21 +217,7 @@ def label_count(distribution: Distribution, samples: int) -> int:
 def sample(distribution: Distribution, rows: Sequence[int], *key: object) -> Tensor:
     """Draw from each sample's distribution by its inverse, so that a draw depends on the row and the key alone.
 
-    Args:
-        distribution: categorical, Bernoulli or normal, over one or more values of each of ``b`` samples.
-        rows: dataset row of each sample.
-        key: what the draws depend on besides.
-
-    Returns:
-        The draws, ``(b, ...)``: int64 of a categorical distribution, else float.
-
-    Raises:
-        TypeError: if the distribution is another one.
-
-    Example:
-        >>> certain = Categorical(probs=torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
-        >>> sample(certain, [0, 1], 0)
-        tensor([1, 0])
+    Returns the draws, ``(b, ...)``: int64 of a categorical distribution, else float.
     """
     shape = distribution.batch_shape
     uniforms = row_uniforms(rows, shape.numel() // max(len(rows), 1), *key).reshape(shape)
@@ -309,21 +239,7 @@ def quadrature(distribution: Distribution, samples: int) -> tuple[Tensor, Tensor
     All labels of a discrete distribution; of a normal one, with a loss quadratic in the label, a step along each
     of the ``r`` values of a sample, :math:`\mu + \sqrt{r} \sigma e_k` with the weight :math:`1 / r`.
 
-    Args:
-        distribution: categorical or Bernoulli over one value per sample, or normal over ``r``; the ``b`` samples follow
-            each other as often as there are labels, ``c`` times: the first time they get the first label, and so on.
-        samples: ``c * b``.
-
-    Returns:
-        Weights ``(c * b,)``, and labels of the distribution's shape.
-
-    Raises:
-        TypeError: if the distribution is another one.
-        ValueError: if there are several discrete values per sample, whose combinations are too many.
-
-    Example:
-        >>> quadrature(Bernoulli(probs=torch.tensor([0.25, 0.25])), 2)
-        (tensor([0.7500, 0.2500]), tensor([0., 1.]))
+    Returns weights ``(c * b,)``, and labels of the distribution's shape.
     """
     shape, count = distribution.batch_shape, label_count(distribution, samples)
     if isinstance(distribution, Normal):

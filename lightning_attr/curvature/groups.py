@@ -20,23 +20,8 @@ def group_influence(
     and the result is :math:`m(S) - m(S \setminus U) = -\langle u, \Delta_U \rangle`, with as many terms as ``order``.
     The whole series is exact for a quadratic objective.
 
-    Args:
-        solve: :math:`H_s^{-1}`, applied to rows ``(m, p)``.
-        groups: :math:`g_U`, ``(m, p)``: sums of the gradients of the samples' losses.
-        targets: u, ``(q, p)``: gradients of the measurements (minus those of a loss).
-        order: 1 adds up the samples' influences; 2 and more see the group's own curvature.
-        group_product: applies to row j the :math:`H_U` of group j: ``(m, p)`` to ``(m, p)``. Needed above order 1.
-
-    Returns:
-        ``(m, q)``; positive: the group raises the measurement.
-
-    Raises:
-        ValueError: if ``order`` is not positive, or there is no ``group_product`` for it.
-
-    Example:
-        >>> import torch
-        >>> group_influence(lambda rows: rows / 2, torch.ones(1, 2), torch.tensor([[-1.0, 0.0]]))
-        tensor([[0.5000]])
+    Shapes: solve (m, p), groups (m, p), targets (q, p), group_product (m, p). Returns ``(m, q)``; positive: the group
+    raises the measurement.
     """
     if order < 1:
         raise ValueError(f"Expected argument `order` to be a positive integer, but got {order}.")

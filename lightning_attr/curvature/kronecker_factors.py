@@ -62,14 +62,7 @@ class BlockFactors:
     def eigenvalues(self, method: KroneckerMethod) -> Tensor:
         """Eigenvalues of the curvature: measured ("ekfac"), or products of those of both sides ("kfac").
 
-        Args:
-            method: which.
-
-        Returns:
-            Float64, ``(groups, d_o, d_i)``.
-
-        Raises:
-            ValueError: if the method is neither.
+        Returns float64, ``(groups, d_o, d_i)``.
         """
         if method not in get_args(KroneckerMethod):
             raise ValueError(f'Expected argument `method` to be "ekfac" or "kfac", but got {method!r}.')
@@ -113,19 +106,7 @@ class KroneckerFactors:
     ) -> KroneckerFactors:
         """Fit the factors in two passes over the training set.
 
-        Args:
-            layout: the blocks.
-            passes: ``passes(number)`` gives the gradients, batch after batch.
-            reduce: sums a tensor over processes, in place; called equally often in each. By default there is one.
-            device: where gradients and factors are.
-            dtype: of the eigenvectors, that of the gradients: float32 or float64.
-
-        Returns:
-            The factors. Blocks that no gradient has reached are left out of their layout.
-
-        Raises:
-            NonFiniteGradientError: if a gradient is NaN or Inf.
-            ValueError: if there are no samples, or no gradient reaches any block.
+        Returns the factors. Blocks that no gradient has reached are left out of their layout.
         """
         covariances = {block.weight: _Covariances(block, device) for block in layout.blocks}
         samples = _samples_of(passes(0), _CovarianceSink(covariances), reduce, device)
@@ -155,8 +136,7 @@ class KroneckerFactors:
     def tensors(self) -> dict[str, Tensor]:
         """Name every tensor, for a file.
 
-        Returns:
-            ``<weight>/<field of BlockFactors>`` -> tensor, and ``samples``.
+        Returns ``<weight>/<field of BlockFactors>`` -> tensor, and ``samples``.
         """
         named = {
             f"{name}/{field.name}": getattr(factors, field.name).contiguous()
@@ -167,14 +147,7 @@ class KroneckerFactors:
 
     @staticmethod
     def shapes(layout: KroneckerLayout) -> dict[str, tuple[int, ...]]:
-        """Give the shapes of what :meth:`tensors` names; blocks that no sample reaches are missing there.
-
-        Args:
-            layout: that of the module.
-
-        Returns:
-            Name -> shape.
-        """
+        """Give the shapes of what :meth:`tensors` names; blocks that no sample reaches are missing there."""
         found: dict[str, tuple[int, ...]] = {"samples": ()}
         for block in layout.blocks:
             own = (
@@ -190,18 +163,7 @@ class KroneckerFactors:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], layout: KroneckerLayout) -> KroneckerFactors:
-        """Put back what :meth:`tensors` has named.
-
-        Args:
-            tensors: as from :meth:`tensors`.
-            layout: that of the module.
-
-        Returns:
-            Equal factors.
-
-        Raises:
-            ValueError: if the tensors are of another layout.
-        """
+        """Put back what :meth:`tensors` has named."""
         blocks = {}
         for block in layout.blocks:
             fields = {field.name: f"{block.weight}/{field.name}" for field in dataclasses.fields(BlockFactors)}

@@ -66,14 +66,7 @@ class KroneckerInverse:
     def apply(self, vectors: Tensor) -> Tensor:
         """Apply the inverse to each row.
 
-        Args:
-            vectors: ``(r, p)``, float32 or float64, parameters in the order of the layout.
-
-        Returns:
-            ``(r, p)``, of the same dtype.
-
-        Raises:
-            ValueError: if the rows are not of ``p`` numbers.
+        Shapes: vectors (r, p). Returns ``(r, p)``, of the same dtype.
         """
         size = self.layout.parameters.numel
         if vectors.ndim != 2 or vectors.shape[1] != size:
@@ -93,14 +86,7 @@ class KroneckerInverse:
     def apply_parameters(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Apply the inverse to one vector that is given parameter by parameter.
 
-        Args:
-            vectors: parameter name -> tensor of its shape, for all parameters of the layout.
-
-        Returns:
-            The same names and shapes.
-
-        Raises:
-            ValueError: if names are missing or unknown.
+        Returns the same names and shapes.
         """
         shapes = self.layout.parameters.shapes
         if vectors.keys() != shapes.keys():
@@ -117,13 +103,7 @@ class KroneckerInverse:
         The first power is the self-influence of a sample, the root of the second the length of its influence on the
         parameters; both normalise the scores of RelatIF (Barshan et al., 2020).
 
-        Args:
-            stream: streams the gradients of the batch.
-            batch_size: ``b``.
-            power: ``k``.
-
-        Returns:
-            ``(b,)``, of the dtype of the gradients; float32 if there are none.
+        Returns ``(b,)``, of the dtype of the gradients; float32 if there are none.
         """
         uses = BatchUses({block.weight: block for block in self.layout.blocks})
         stream(uses)
@@ -140,12 +120,7 @@ class KroneckerInverse:
     def turned(self, block: KroneckerBlock, vectors: Tensor) -> Tensor:
         """Apply the inverse to a block's part of each row, but stay in the eigenbasis.
 
-        Args:
-            block: of the layout.
-            vectors: ``(r, p)``, as of :meth:`apply`.
-
-        Returns:
-            ``(r, groups, d_o, d_i)``.
+        Shapes: vectors (r, p). Returns ``(r, groups, d_o, d_i)``.
         """
         factors, slots = self.factors.blocks[block.weight], self.layout.slots
         matrices = block.matrices({name: vectors[:, slots[name]] for name in block.names})

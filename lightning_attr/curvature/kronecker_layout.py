@@ -66,11 +66,7 @@ class KroneckerBlock:
     def matrices(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """Put parts of flat vectors together.
 
-        Args:
-            vectors: parameter name -> ``(r, size)``.
-
-        Returns:
-            ``(r, groups, d_o, d_i + 1)``.
+        Shapes: vectors (r, size). Returns ``(r, groups, d_o, d_i + 1)``.
         """
         weight = vectors[self.weight]
         if self.transposed:
@@ -84,11 +80,7 @@ class KroneckerBlock:
     def vectors(self, matrices: Tensor) -> dict[str, Tensor]:
         """Take matrices apart again.
 
-        Args:
-            matrices: ``(r, groups, d_o, d_i + 1)``.
-
-        Returns:
-            Parameter name -> ``(r, size)``.
+        Shapes: matrices (r, groups, d_o, d_i + 1). Returns parameter name -> ``(r, size)``.
         """
         inputs = self.columns - (self.bias is not None)
         weight = matrices[..., :inputs]
@@ -101,15 +93,8 @@ class KroneckerBlock:
     def factors(self, gradient: WeightGradient, samples: slice, labels: int = 1) -> tuple[Tensor, Tensor]:
         """Read both sides of the outer products from the gradients of one use.
 
-        Args:
-            gradient: what a sink receives for the weight.
-            samples: which samples of the batch.
-            labels: how often the samples follow each other in the batch, with another label each time; the activations
-                are those of the first time.
-
-        Returns:
-            Gradients at the output ``(b, groups, s, labels * d_o)``, label beside label, and activations
-            ``(b, groups, s, d_i + 1)``, whose last column is one for the bias; do not change them in place.
+        Returns gradients at the output ``(b, groups, s, labels * d_o)``, label beside label, and activations ``(b,
+        groups, s, d_i + 1)``, whose last column is one for the bias; do not change them in place.
         """
         if isinstance(gradient, ConvSum):
             rows = gradient.backprops.unflatten(0, (labels, -1))[:, samples]
@@ -157,19 +142,6 @@ class KroneckerLayout:
 
         A weight that two layers share, or that other code uses as well, has no block: its curvature is no Kronecker
         product, and a tied head would count the embedding twice.
-
-        Args:
-            module: any module.
-            hooked: parameters whose gradients the hooks give, from a
-                :class:`~lightning_attr.gradients.GradientPlan`; all by default.
-            direct: those of them that are used outside their layers, likewise.
-
-        Returns:
-            The layout.
-
-        Raises:
-            UnsupportedLayerError: if there is no block.
-            ValueError: if no parameter is trainable.
         """
         parameters = ParameterLayout.of(module)
         layers = hooked_layers(module)

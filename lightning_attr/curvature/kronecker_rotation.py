@@ -90,22 +90,8 @@ def squared_gradients(
 ) -> Iterator[tuple[slice, SquaredGradients]]:
     """Rotate the gradients of a batch, some samples at a time.
 
-    Args:
-        block: whose gradients they are.
-        uses: all uses of its weight in the batch.
-        rows_basis: ``Q_S``, eigenvectors in columns, ``(groups, d_o, d_o)``.
-        columns_basis: ``Q_A``, ``(groups, d_i, d_i)``.
-        labels: how often the samples follow each other in the batch, with another label each time.
-
-    Yields:
-        Which samples, and their squares, added up over labels.
-
-    Example:
-        >>> from lightning_attr.gradients import OuterSum
-        >>> use, one = OuterSum(torch.ones(2, 1, 1), torch.tensor([[[3.0]], [[4.0]]])), torch.ones(1, 1, 1)
-        >>> for samples, squares in squared_gradients(KroneckerBlock("w", None, (1, 1)), [use], one, one):
-        ...     print(samples, squares.summed())
-        slice(0, 2, None) tensor([[[25.]]])
+    Shapes: rows_basis (groups, d_o, d_o), columns_basis (groups, d_i, d_i). Yields which samples, and their squares,
+    added up over labels.
     """
     for samples, rows, columns in _factors(block, uses, labels):
         d_o = block.rows
@@ -123,14 +109,7 @@ def rotated_gradients(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Form the rotated gradients of a batch, some samples at a time.
 
-    Args:
-        block: whose gradients they are.
-        uses: all uses of its weight in the batch.
-        rows_basis: ``Q_S``.
-        columns_basis: ``Q_A``.
-
-    Yields:
-        Which samples, and :math:`Q_S^T G_i Q_A`, ``(b, groups, d_o, d_i)``.
+    Yields which samples, and :math:`Q_S^T G_i Q_A`, ``(b, groups, d_o, d_i)``.
 
     Example:
         >>> from lightning_attr.gradients import OuterSum
@@ -171,16 +150,7 @@ def _rotated(rows: Tensor, basis: Tensor, labels: int) -> Tensor:
 def rotated(factors: Tensor, basis: Tensor) -> Tensor:
     """Multiply from the right: one product per group, as one a sample would read the basis for each of them.
 
-    Args:
-        factors: ``(b, groups, s, d)``.
-        basis: ``(groups, d, e)``.
-
-    Returns:
-        ``(b, groups, s, e)``.
-
-    Example:
-        >>> rotated(torch.ones(2, 1, 1, 2), torch.tensor([[[1.0], [3.0]]])).flatten()
-        tensor([4., 4.])
+    Shapes: factors (b, groups, s, d), basis (groups, d, e). Returns ``(b, groups, s, e)``.
     """
     first = factors.transpose(0, 1)
     product: Tensor = (first.flatten(1, 2) @ basis).unflatten(1, first.shape[1:3])
@@ -190,20 +160,7 @@ def rotated(factors: Tensor, basis: Tensor) -> Tensor:
 def chunks(block: KroneckerBlock, uses: list[WeightGradient], beside: int = 0, labels: int = 1) -> Iterator[slice]:
     """Split a batch so that the factors of its samples fit into ``CHUNK`` numbers.
 
-    Args:
-        block: whose gradients they are.
-        uses: uses of its weight in the batch.
-        beside: numbers a sample needs besides.
-        labels: how often the samples follow each other in the batch.
-
-    Yields:
-        The parts, of at least one sample each.
-
-    Example:
-        >>> from lightning_attr.gradients import OuterSum
-        >>> use = OuterSum(torch.ones(5, 1, 1), torch.ones(5, 1, 1))
-        >>> list(chunks(KroneckerBlock("w", None, (1, 1)), [use], beside=CHUNK // 3))
-        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    Yields the parts, of at least one sample each.
     """
     sizes = [_sizes(use) for use in uses]
     batch = sizes[0][0] // labels

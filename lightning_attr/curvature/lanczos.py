@@ -17,23 +17,8 @@ def lanczos(product: Product, start: Tensor, iterations: int) -> tuple[Tensor, T
     eigenvalues of several dimensions), it goes on with a random vector that is orthogonal to it; ``p`` iterations are
     exact but for rounding.
 
-    Args:
-        product: the map, applied to rows ``(1, p)``.
-        start: ``(p,)``, float32 or float64; not changed; a Gaussian is a good one.
-        iterations: how many products; at most ``p`` are made.
-
-    Returns:
-        Eigenvalues ``(k,)``, float64, the largest absolute value first, and their orthonormal vectors ``(k, p)``, in
-        the start's dtype; ``k`` is the smaller of ``iterations`` and ``p``.
-
-    Raises:
-        ValueError: if an argument is out of range, or a product is not finite.
-
-    Example:
-        >>> C = torch.diag(torch.tensor([3.0, -5.0, 1.0]))
-        >>> values, vectors = lanczos(lambda rows: rows @ C, torch.ones(3), 3)
-        >>> [round(value, 4) for value in values.tolist()]
-        [-5.0, 3.0, 1.0]
+    Shapes: product (1, p), start (p,). Returns eigenvalues ``(k,)``, float64, the largest absolute value first, and
+    their orthonormal vectors ``(k, p)``, in the start's dtype; ``k`` is the smaller of ``iterations`` and ``p``.
     """
     if iterations < 1:
         raise ValueError(f"Expected argument `iterations` to be a positive integer, but got {iterations}.")
@@ -77,24 +62,8 @@ def largest_eigenvalue(
 ) -> float:
     """Estimate the eigenvalue of largest absolute value, by power iteration.
 
-    Args:
-        product: a symmetric map, applied to rows ``(1, p)``.
-        size: ``p``.
-        iterations: how many products.
-        seed: of the Gaussian that it starts from.
-        dtype: of the vectors.
-        device: of the vectors.
-
-    Returns:
-        The Rayleigh quotient of the last vector, with its sign; not above the eigenvalue in absolute value.
-
-    Raises:
-        ValueError: if an argument is out of range, or a product is not finite.
-
-    Example:
-        >>> C = torch.diag(torch.tensor([3.0, 5.0, 1.0]))
-        >>> round(largest_eigenvalue(lambda rows: rows @ C, 3), 3)
-        5.0
+    Shapes: product (1, p). Returns the Rayleigh quotient of the last vector, with its sign; not above the eigenvalue in
+    absolute value.
     """
     if iterations < 1:
         raise ValueError(f"Expected argument `iterations` to be a positive integer, but got {iterations}.")
@@ -118,21 +87,7 @@ def spectral_inverse(values: Tensor, vectors: Tensor, damping: float = 0.0) -> P
     Negative eigenvalues keep their sign; what is orthogonal to all vectors is dropped, and so are directions in which
     the damped curvature is zero to rounding.
 
-    Args:
-        values: :math:`\mu`, ``(k,)``.
-        vectors: u, ``(k, p)``, orthonormal.
-        damping: :math:`\lambda \ge 0`, absolute.
-
-    Returns:
-        A function from rows ``(r, p)`` to rows ``(r, p)``.
-
-    Raises:
-        NegativeCurvatureError: if no eigenvalue is positive, damping included.
-        ValueError: if the damping is negative.
-
-    Example:
-        >>> spectral_inverse(torch.tensor([4.0]), torch.tensor([[1.0, 0.0]]))(torch.ones(1, 2))
-        tensor([[0.2500, 0.0000]])
+    Shapes: values (k,), vectors (k, p). Returns a function from rows ``(r, p)`` to rows ``(r, p)``.
     """
     if not damping >= 0:
         raise ValueError(f"Expected argument `damping` to be a number >= 0, but got {damping}.")

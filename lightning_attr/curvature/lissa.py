@@ -31,26 +31,7 @@ def lissa(
     :math:`1 - (\lambda_{\min} + \lambda) / s` a step. There, :math:`|h_j| \le (j + 1) |v|`, and this bound tells
     divergence.
 
-    Args:
-        product: C without damping, or, at each call, its estimate from another random batch.
-        rhs: ``(r, p)``, float32 or float64.
-        scale: s > 0; a good value is 1.1 times the largest eigenvalue of :math:`C + \lambda I`.
-        damping: :math:`\lambda \ge 0`, absolute.
-        iterations: J; default: :math:`5 s / \lambda`, at most 5000.
-        repeats: how many estimates to average; more than one only makes sense with random batches.
-
-    Returns:
-        ``(r, p)``, in the right-hand sides' dtype.
-
-    Raises:
-        DivergenceError: if the iterates grow.
-        ValueError: if an argument is out of range, or a product is not finite.
-
-    Example:
-        >>> C = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> v = torch.tensor([[3.0, 4.0]])
-        >>> lissa(lambda rows: rows @ C, v, scale=4.0, damping=0.0, iterations=100).round(decimals=4)
-        tensor([[1., 1.]])
+    Shapes: rhs (r, p). Returns ``(r, p)``, in the right-hand sides' dtype.
     """
     if not scale > 0:
         raise ValueError(f"Expected argument `scale` to be a positive number, but got {scale}.")
@@ -76,16 +57,7 @@ def lissa(
 def lissa_iterations(scale: float, damping: float) -> int:
     r"""Choose how many steps to take: :math:`5 s / \lambda`, for an error of about :math:`e^{-5}`, and at most 5000.
 
-    Args:
-        scale: s.
-        damping: :math:`\lambda`.
-
-    Returns:
-        The number of steps.
-
-    Example:
-        >>> lissa_iterations(10.0, 0.5), lissa_iterations(10.0, 0.0)
-        (100, 5000)
+    Returns the number of steps.
     """
     return _MOST_ITERATIONS if 5 * scale >= _MOST_ITERATIONS * damping else math.ceil(5 * scale / damping)
 

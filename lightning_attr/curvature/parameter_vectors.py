@@ -49,15 +49,7 @@ class RowSpace:
     def rows(self, vectors: Point) -> tuple[Tensor, bool]:
         """Flatten vectors.
 
-        Args:
-            vectors: structured like the point, with its shapes, or with one more dimension ``r`` in front of each.
-
-        Returns:
-            The rows ``(r, p)``, and whether there was a dimension for them; without, ``r`` is 1.
-
-        Raises:
-            TypeError: if it is a tensor and the point a dict, or the other way round.
-            ValueError: if names or shapes are not those of the point.
+        Returns the rows ``(r, p)``, and whether there was a dimension for them; without, ``r`` is 1.
         """
         if isinstance(vectors, Tensor) != self.is_tensor:
             kinds = ("a tensor", "a dict of tensors") if self.is_tensor else ("a dict of tensors", "a tensor")
@@ -84,12 +76,7 @@ class RowSpace:
     def structure(self, rows: Tensor, many: bool = True) -> Point:
         """Undo :meth:`rows`.
 
-        Args:
-            rows: ``(r, p)``.
-            many: whether the tensors get a dimension for the rows; without, only the first row is taken.
-
-        Returns:
-            A tensor or a dict, as the point is, in the rows' dtype.
+        Shapes: rows (r, p). Returns a tensor or a dict, as the point is, in the rows' dtype.
         """
         parts = rows.split(self.sizes, 1)
         lead = (len(rows),) if many else ()
@@ -103,19 +90,7 @@ class RowSpace:
 def applied(product: Product, rows: Tensor) -> Tensor:
     """Apply a product and look at what it returns.
 
-    Args:
-        product: the linear map.
-        rows: ``(r, p)``.
-
-    Returns:
-        ``(r, p)``, in the rows' dtype.
-
-    Raises:
-        ValueError: if the result has another shape, or holds NaN or infinite values.
-
-    Example:
-        >>> applied(lambda rows: 2 * rows, torch.ones(1, 2))
-        tensor([[2., 2.]])
+    Shapes: rows (r, p). Returns ``(r, p)``, in the rows' dtype.
     """
     result = product(rows)
     if result.shape != rows.shape:
@@ -135,38 +110,13 @@ def applied(product: Product, rows: Tensor) -> Tensor:
 def row_dots(left: Tensor, right: Tensor) -> Tensor:
     """Multiply row by row, in float64.
 
-    Args:
-        left: ``(r, p)``.
-        right: ``(r, p)``.
-
-    Returns:
-        ``(r,)``, float64.
-
-    Example:
-        >>> row_dots(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
-        tensor([11.], dtype=torch.float64)
+    Shapes: left (r, p), right (r, p). Returns ``(r,)``, float64.
     """
     return (left.double() * right.double()).sum(1)
 
 
 def checked_rows(rows: Tensor) -> Tensor:
-    """Look at the right-hand sides of a solver.
-
-    Args:
-        rows: what was given.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: if it is not a finite matrix of floating point.
-
-    Example:
-        >>> checked_rows(torch.ones(3))
-        Traceback (most recent call last):
-            ...
-        ValueError: Expected argument `rhs` to be a floating-point matrix of vectors (r, p), but got shape (3,)...
-    """
+    """Look at the right-hand sides of a solver."""
     if rows.ndim != 2 or not rows.dtype.is_floating_point:
         raise ValueError(
             "Expected argument `rhs` to be a floating-point matrix of vectors (r, p), but got shape "

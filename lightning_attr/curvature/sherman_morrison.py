@@ -16,21 +16,7 @@ def mean_of_inverses(gradients: Tensor, rhs: Tensor, damping: float) -> Tensor:
 
     It is a mean over samples: for gradients that come in blocks, average the results, weighted by the blocks' sizes.
 
-    Args:
-        gradients: g, ``(n, p)``, of one layer; float32 or float64.
-        rhs: v, ``(r, p)``.
-        damping: :math:`\lambda > 0`, absolute; see :func:`datainf_damping`.
-
-    Returns:
-        ``(r, p)``, in the right-hand sides' dtype.
-
-    Raises:
-        ValueError: if the damping is not positive, a shape is wrong, or something is not finite.
-
-    Example:
-        >>> g = torch.tensor([[1.0, 0.0]])
-        >>> mean_of_inverses(g, torch.ones(1, 2), damping=1.0)      # (I + g g^T)^-1 (1, 1)
-        tensor([[0.5000, 1.0000]])
+    Shapes: gradients (n, p), rhs (r, p). Returns ``(r, p)``, in the right-hand sides' dtype.
     """
     if not damping > 0:
         raise ValueError(f"Expected argument `damping` to be a positive number, but got {damping}.")
@@ -50,15 +36,7 @@ def mean_of_inverses(gradients: Tensor, rhs: Tensor, damping: float) -> Tensor:
 def datainf_damping(gradients: Tensor, relative: float = 0.1) -> float:
     r"""Choose the damping of a layer: a share of the mean squared gradient of a parameter.
 
-    Args:
-        gradients: ``(n, p)``, of one layer.
-        relative: the share.
-
-    Returns:
-        :math:`\lambda = \lambda_{rel} \operatorname{tr}(F) / p`, absolute; zero if all gradients are.
-
-    Example:
-        >>> round(datainf_damping(torch.tensor([[1.0, 3.0]])), 6)
-        0.5
+    Shapes: gradients (n, p). Returns :math:`\lambda = \lambda_{rel} \operatorname{tr}(F) / p`, absolute; zero if all
+    gradients are.
     """
     return relative * gradients.double().square().mean().item()

@@ -11,13 +11,7 @@ from lightning_attr.data.loader_forms import single_loader
 def changed_data(source: DataSource, digest: str | None, loaders: Any) -> str | None:
     """Say how the data that are trained on now differ from those whose rows are attributed.
 
-    Args:
-        source: the training data as they were at the start.
-        digest: their hash then; None where they have none.
-        loaders: what training reads now; None where that is not known.
-
-    Returns:
-        A sentence for the user; None if nothing differs.
+    Returns a sentence for the user; None if nothing differs.
 
     Example:
         >>> from torch.utils.data import DataLoader

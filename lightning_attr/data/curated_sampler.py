@@ -41,11 +41,7 @@ class CuratedSampler(Sampler[Any]):
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the epoch, as Lightning does; the other sampler hears of it, too.
-
-        Args:
-            epoch: its number.
-        """
+        """Tell the epoch, as Lightning does; the other sampler hears of it, too."""
         self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
@@ -78,17 +74,7 @@ class CuratedSampler(Sampler[Any]):
 def curable(loader: Any) -> str | None:
     """Say why a training loader cannot draw through a :class:`CuratedSampler`.
 
-    Args:
-        loader: as the Trainer uses it.
-
-    Returns:
-        What is in the way; None if nothing is.
-
-    Example:
-        >>> curable(DataLoader([1, 2, 3], batch_size=2, shuffle=True)) is None
-        True
-        >>> curable(DataLoader([1, 2, 3], batch_size=None))
-        'the DataLoader has batch_size=None: its data set makes the batches'
+    Returns what is in the way; None if nothing is.
     """
     if not isinstance(loader, DataLoader):
         return f"the training loader is a {type(loader).__name__}, and no DataLoader"

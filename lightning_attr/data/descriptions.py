@@ -15,17 +15,7 @@ _MOST = 12
 def form(batch: Any, depth: int = 3) -> str:
     """Describe what a batch holds.
 
-    Args:
-        batch: any batch.
-        depth: how many levels are told apart.
-
-    Returns:
-        Its containers with their keys, and the types of what they hold.
-
-    Example:
-        >>> import torch
-        >>> form([torch.ones(2, 3), {"label": torch.ones(2), "name": ["a", "b"]}])
-        '[Tensor, {"label": Tensor, "name": [str, str]}]'
+    Returns its containers with their keys, and the types of what they hold.
     """
     named = _named(batch)
     if depth == 0 or (named is None and not isinstance(batch, (list, tuple))):
@@ -43,21 +33,7 @@ def form(batch: Any, depth: int = 3) -> str:
 def same_form(batch: Any, model: Any, inside: bool = False) -> bool:
     """Say whether code that takes one batch finds in another what it needs.
 
-    Args:
-        batch: the batch in question.
-        model: a batch that the code takes.
-        inside: whether they are parts of batches, whose lists may have any length.
-
-    Returns:
-        True if it holds the same containers with the same entries; more keys than those of ``model`` do no harm.
-
-    Example:
-        >>> import torch
-        >>> x, y = torch.ones(2, 3), torch.ones(2)
-        >>> same_form([x], [x, y]), same_form({"x": x, "y": None}, {"x": x, "y": y})
-        (False, False)
-        >>> same_form({"x": x, "id": 7}, {"x": x})
-        True
+    Returns True if it holds the same containers with the same entries; more keys than those of ``model`` do no harm.
     """
     wanted = _named(model)
     if wanted is not None:

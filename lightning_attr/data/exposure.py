@@ -32,23 +32,8 @@ _LEARNED_FROM = frozenset({"features", "second_features", "out_to_loss", "newton
 def drawable_rows(loader: Any, batches: float = math.inf, processes: int = 1) -> Tensor | None:
     """Find the rows that a loader can draw in training.
 
-    Args:
-        loader: the training loader, as the trainer uses it.
-        batches: how many of its batches an epoch takes at most.
-        processes: among which the batches are shared out.
-
-    Returns:
-        ``(n,)``, bool: False for rows that are never drawn. None where that is not known: a sampler that nobody knows
-        and that draws other rows each time, or what is no ``DataLoader``.
-
-    Example:
-        >>> data = [0.0, 1.0, 2.0, 3.0, 4.0]
-        >>> drawable_rows(DataLoader(data, sampler=SubsetRandomSampler([0, 3])))
-        tensor([ True, False, False,  True, False])
-        >>> drawable_rows(DataLoader(data, batch_size=2), batches=1)
-        tensor([ True,  True, False, False, False])
-        >>> drawable_rows(DataLoader(data, batch_size=2, shuffle=True), batches=1)
-        tensor([True, True, True, True, True])
+    Returns ``(n,)``, bool: False for rows that are never drawn. None where that is not known: a sampler that nobody
+    knows and that draws other rows each time, or what is no ``DataLoader``.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
         return None
@@ -125,15 +110,7 @@ def _rows(drawn: Iterable[Any], most: int) -> Iterator[int]:
 def to_bitmap(mask: Tensor) -> str:
     """Write a mask as text.
 
-    Args:
-        mask: ``(n,)``, bool.
-
-    Returns:
-        Hexadecimal; bit ``i % 8`` of byte ``i // 8`` is row ``i``.
-
-    Example:
-        >>> to_bitmap(torch.tensor([True, False, True]))
-        '05'
+    Shapes: mask (n,). Returns hexadecimal; bit ``i % 8`` of byte ``i // 8`` is row ``i``.
     """
     return np.packbits(mask.numpy(), bitorder="little").tobytes().hex()
 
@@ -141,16 +118,7 @@ def to_bitmap(mask: Tensor) -> str:
 def from_bitmap(text: str, n: int) -> Tensor:
     """Read what :func:`to_bitmap` wrote.
 
-    Args:
-        text: hexadecimal.
-        n: rows.
-
-    Returns:
-        ``(n,)``, bool.
-
-    Example:
-        >>> from_bitmap("05", 3)
-        tensor([ True, False,  True])
+    Returns ``(n,)``, bool.
     """
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=n, bitorder="little")
     return torch.from_numpy(bits.astype(bool))
@@ -161,18 +129,7 @@ def masked(
 ) -> Iterator[tuple[range, Mapping[str, Tensor]]]:
     """Take rows that training never draws out of what methods learn from: their features count as zero.
 
-    Args:
-        blocks: rows, and their columns.
-        mask: ``(n,)``, bool: rows that training draws; None for all.
-
-    Yields:
-        The blocks.
-
-    Example:
-        >>> columns = {"features": torch.ones(2, 1), "loss": torch.ones(2)}
-        >>> next(masked(iter([(range(2), columns)]), torch.tensor([True, False])))[1]
-        {'features': tensor([[1.],
-                [0.]]), 'loss': tensor([1., 1.])}
+    Shapes: mask (n,).
     """
     for rows, columns in blocks:
         if mask is None or mask[rows.start : rows.stop].all():

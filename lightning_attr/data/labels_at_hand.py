@@ -16,16 +16,7 @@ _MOST_VALUES = 2**24
 def without_label(dataset: Any) -> list[int]:
     """Find the first sample whose label is missing: negative, or with NaN.
 
-    Args:
-        dataset: a map-style data set.
-
-    Returns:
-        Its row, in a list; no row where all have labels, or where the data set has none at hand.
-
-    Example:
-        >>> y = torch.tensor([0, 1, -100, -100])
-        >>> without_label(TensorDataset(torch.ones(4), y)), without_label(Subset(TensorDataset(y), [3, 1, 0]))
-        ([2], [0])
+    Returns its row, in a list; no row where all have labels, or where the data set has none at hand.
     """
     rows: Any = None
     while type(dataset) is Subset:

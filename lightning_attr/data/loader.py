@@ -68,20 +68,7 @@ class DataSource:
 
     @classmethod
     def of(cls, loaders: Any, role: str, batch_size: int | None = None) -> DataSource:
-        """Take the data set and the collation of a loader; its sampler is not used.
-
-        Args:
-            loaders: a ``DataLoader``, or a list or dict that holds just one.
-            role: "training" or "target".
-            batch_size: samples per batch; by default the loader's.
-
-        Returns:
-            The source.
-
-        Raises:
-            TypeError: if it is no DataLoader, holds several, or its data set is iterable-style.
-            ValueError: if the data set is empty, or the loader does not batch.
-        """
+        """Take the data set and the collation of a loader; its sampler is not used."""
         found, structure = single_loader(loaders, role)
         dataset: Any = OnePass(found.dataset, role) if isinstance(found.dataset, IterableDataset) else found.dataset
         name = type(found.dataset).__name__
@@ -129,55 +116,31 @@ class DataSource:
     def wrapped_as(self, train: DataSource) -> DataSource:
         """Give targets the form of training batches, for the step that takes them is that of training.
 
-        Args:
-            train: the training data.
-
-        Returns:
-            The targets; their batches come in a collection such as ``{"a": batch}`` where those of training do, and
-            only there: Lightning evaluates one loader after the other, in whatever collection they came.
+        Returns the targets; their batches come in a collection such as ``{"a": batch}`` where those of training do, and
+        only there: Lightning evaluates one loader after the other, in whatever collection they came.
         """
         return replace(self, structure=train.structure)
 
     def batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
         """Cut rows into batches.
 
-        Args:
-            rows: row numbers.
-
-        Returns:
-            The rows of each batch, in order; the last may be short.
+        Returns the rows of each batch, in order; the last may be short.
         """
         return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
     def collated(self, rows: Sequence[int], stream: str = "sample") -> Any:
-        """Read samples and collate them, in this process, with the random view that featurizing will see.
-
-        Args:
-            rows: row numbers.
-            stream: of random numbers; another one tells whether there are any.
-
-        Returns:
-            The batch.
-        """
+        """Read samples and collate them, in this process, with the random view that featurizing will see."""
         with unchanged_data(self.dataset, self.loader.collate_fn):
             return self.collate(self.sample_reader(stream), list(rows))
 
     def sample_reader(self, stream: str = "sample") -> SampleReader:
-        """Give what reads samples with random numbers of their own.
-
-        Args:
-            stream: of random numbers.
-
-        Returns:
-            The reader.
-        """
+        """Give what reads samples with random numbers of their own."""
         return SampleReader(self.dataset, stream, self.loader.collate_fn, self.form.put_back)
 
     def example(self) -> Any:
         """Collate the first sample.
 
-        Returns:
-            A batch of one, as training has it.
+        Returns a batch of one, as training has it.
         """
         batch = self.collated([0])
         return batch[0] if isinstance(batch, SamplesApart) else batch
@@ -185,14 +148,7 @@ class DataSource:
     def iterated(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any]]:
         """Read batches through the ``__iter__`` of the loader's own class, which may change them.
 
-        Args:
-            batches: the rows of each batch.
-
-        Yields:
-            ``(rows, batch)``.
-
-        Raises:
-            TypeError: if it gives another number of batches.
+        Yields ``(rows, batch)``.
         """
         singly = [[row] for rows in batches for row in rows] if self.form.apart else [list(rows) for rows in batches]
         found = iter(iterating_copy(self.loader, SeededSamples(self.sample_reader()), singly))
@@ -252,8 +208,7 @@ class DataSource:
     def digest(self) -> str | None:
         """Hash a few samples across the data set, to tell another data set of equal length.
 
-        Returns:
-            The hash, or None if reading a sample twice gives different values.
+        Returns the hash, or None if reading a sample twice gives different values.
         """
         rows = sorted({0, len(self) // 3, 2 * len(self) // 3, len(self) - 1})
         with unchanged_data(self.dataset):
@@ -263,8 +218,7 @@ class DataSource:
     def reader(self) -> Callable[[int], Any]:
         """Give what reads single samples, as the collate function gets them.
 
-        Returns:
-            ``row -> sample``; it draws from all random streams.
+        Returns ``row -> sample``; it draws from all random streams.
         """
         view = SampleReader(self.dataset)
         return (lambda row: view.fetched([row], self.reading)) if self.reading in {"lists", "batches"} else view.one

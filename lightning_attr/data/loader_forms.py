@@ -23,15 +23,7 @@ _MOST_SAMPLES, _MOST_BYTES, _MOST_SECONDS = 1_000_000, 2**30, 60.0
 def single_loader(loaders: Any, role: str) -> tuple[DataLoader[Any], TreeSpec]:
     """Find the one loader in what Lightning takes, and how its batches are wrapped.
 
-    Args:
-        loaders: a ``DataLoader``, a collection that holds just one, or Lightning's ``CombinedLoader`` of one.
-        role: "training" or "target".
-
-    Returns:
-        The loader, and the structure that batches come in.
-
-    Raises:
-        TypeError: if it is no DataLoader, or holds several.
+    Returns the loader, and the structure that batches come in.
 
     Example:
         >>> loader, spec = single_loader({"a": DataLoader([1.0])}, "training")
@@ -60,12 +52,6 @@ def single_loader(loaders: Any, role: str) -> tuple[DataLoader[Any], TreeSpec]:
 def fetches_lists(loader: DataLoader[Any]) -> bool:
     """Say whether training asks the data set for lists of rows, and gets whole batches.
 
-    Args:
-        loader: one with ``batch_size=None``, whose sampler gives rows or lists of rows.
-
-    Returns:
-        True for lists.
-
     Example:
         >>> sampler = BatchSampler(SequentialSampler(range(4)), 2, drop_last=False)
         >>> fetches_lists(DataLoader(range(4), batch_size=None, sampler=sampler))
@@ -84,12 +70,7 @@ def fetches_lists(loader: DataLoader[Any]) -> bool:
 def batch_size_of(loader: DataLoader[Any], rows: int) -> int | None:
     """Find how many samples the batches of a loader have.
 
-    Args:
-        loader: the loader.
-        rows: samples in its data set.
-
-    Returns:
-        The number; the mean of those of a batch sampler that does not say; None where nothing tells.
+    Returns the number; the mean of those of a batch sampler that does not say; None where nothing tells.
 
     Example:
         >>> batch_size_of(DataLoader(range(7), batch_sampler=[[0, 1], [2, 3, 4], [5, 6]]), 7)
@@ -105,13 +86,7 @@ def batch_size_of(loader: DataLoader[Any], rows: int) -> int | None:
 def iterating_copy(loader: DataLoader[Any], dataset: Dataset[Any], batches: list[list[int]]) -> DataLoader[Any]:
     """Copy a loader of a class of its own, to iterate over other batches in this process.
 
-    Args:
-        loader: the user's; it stays as it is, and so do the iterators that it keeps.
-        dataset: what to read from.
-        batches: the rows of each batch.
-
-    Returns:
-        The copy. Iterators over its batches that the user's class keeps are made anew.
+    Returns the copy. Iterators over its batches that the user's class keeps are made anew.
 
     Example:
         >>> list(iterating_copy(DataLoader([3.0, 4.0, 5.0]), [3.0, 4.0, 5.0], [[2], [0, 1]]))

@@ -20,15 +20,6 @@ _TRIED = 64
 def refuse_lost_rows(source: DataSource, rows: Sequence[int], size: int, hooks: Sequence[str]) -> NoReturn:
     """Say that a batch has not one row per sample, and which samples it lacks, where that can be found.
 
-    Args:
-        source: the data.
-        rows: the rows that were asked for.
-        size: how many rows the batch has instead; 0 if nothing in it has any.
-        hooks: the user's own transfer hooks, through which it went.
-
-    Raises:
-        BatchRowsError: always.
-
     Example:
         >>> from torch.utils.data import DataLoader
         >>> readable = lambda items: torch.tensor([item for item in items if item is not None])
@@ -58,13 +49,6 @@ def refuse_lost_rows(source: DataSource, rows: Sequence[int], size: int, hooks: 
 def dropped_rows(source: DataSource, rows: Sequence[int]) -> list[int]:
     """Find the rows that have no part in their batch: without them it is the same.
 
-    Args:
-        source: the data.
-        rows: of one batch.
-
-    Returns:
-        These rows.
-
     Example:
         >>> from torch.utils.data import DataLoader
         >>> positive = lambda items: torch.tensor([item for item in items if item > 0])
@@ -85,13 +69,7 @@ def dropped_rows(source: DataSource, rows: Sequence[int]) -> list[int]:
 def same_content(first: Any, second: Any, depth: int = 8) -> bool:
     """Compare batches bit by bit.
 
-    Args:
-        first: tensors, collections and plain values, nested in any way.
-        second: likewise.
-        depth: how many levels are looked at.
-
-    Returns:
-        Whether all of it is known to be equal; objects that cannot be compared are not.
+    Returns whether all of it is known to be equal; objects that cannot be compared are not.
 
     Example:
         >>> same_content({"x": torch.ones(2)}, {"x": torch.ones(2)}), same_content([object()], [object()])

@@ -46,16 +46,7 @@ class _Demand:
 def check_memory_budget(owner: object, value: Any, name: str = "memory_budget") -> int:
     """Check a number of bytes.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        value: what was passed.
-        name: of the argument.
-
-    Returns:
-        The number as Python's int.
-
-    Raises:
-        ValueError: if it is no whole number above zero.
+    Returns the number as Python's int.
 
     Example:
         >>> check_memory_budget("attribute", 2 * 1024**3)
@@ -112,19 +103,7 @@ class MemoryBudget:
     ) -> Rows:
         """Call a function on a batch, or on its parts.
 
-        Args:
-            function: ``(batch, rows) -> columns``, each ``(b, ...)``; each sample on its own.
-            batch: ``b`` samples, on their device.
-            rows: their row numbers.
-            kind: of pass: those of one kind take the same memory.
-            numbers: of a sample's gradient and features. Where these and its inputs are so few that a batch cannot come
-                near the limit, and nobody has asked for one, nothing is measured.
-
-        Returns:
-            The columns of the whole batch.
-
-        Raises:
-            MemoryBudgetError: if not even one sample fits.
+        Shapes: function (b, ...). Returns the columns of the whole batch.
         """
         b = len(rows)
         inputs, device = input_bytes(batch, b)
@@ -147,16 +126,8 @@ class MemoryBudget:
     def comfortable(self, batch_size: int) -> int:
         """Enlarge a batch of small samples, where the calls cost more than the arithmetic.
 
-        Args:
-            batch_size: the least.
-
-        Returns:
-            The batch size, doubled as long as it stays within 1,024 samples and their tensors within 32 MiB, as far as
-            samples were measured.
-
-        Example:
-            >>> MemoryBudget().comfortable(20)  # nothing was measured
-            20
+        Returns the batch size, doubled as long as it stays within 1,024 samples and their tensors within 32 MiB, as far
+        as samples were measured.
         """
 
         def fits(size: int) -> bool:
@@ -244,18 +215,7 @@ def _in_parts(
 def peak_bytes(function: Callable[[], object]) -> int:
     """Measure the most memory that the tensors made by a function take at one time.
 
-    Args:
-        function: what to run.
-
-    Returns:
-        Bytes, on all devices together; tensors from before do not count.
-
-    Example:
-        >>> import torch
-        >>> peak_bytes(lambda: torch.ones(1000).add(1))
-        8000
-        >>> peak_bytes(lambda: [torch.ones(1000).sum() for _ in range(5)])
-        4020
+    Returns bytes, on all devices together; tensors from before do not count.
     """
     meter = _Meter()
     with meter:
@@ -302,16 +262,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def free_bytes(device: torch.device) -> int | None:
     """Read how much memory is free on a device.
 
-    Args:
-        device: the CPU or an accelerator, whose memory that torch has cached and not given away counts as free.
-
-    Returns:
-        Bytes; None where the system does not tell.
-
-    Example:
-        >>> free = free_bytes(torch.device("cpu"))
-        >>> free is None or free > 0
-        True
+    Returns bytes; None where the system does not tell.
     """
     if device.type not in {"cpu", "mps"}:
         return _free_on(device)

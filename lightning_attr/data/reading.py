@@ -146,12 +146,6 @@ class Collation:
 def batched_reading(dataset: Any) -> bool:
     """Say whether ``__getitems__`` of a data set gives a whole batch in place of a list of samples.
 
-    Args:
-        dataset: any.
-
-    Returns:
-        True if it does.
-
     Example:
         >>> batched_reading([3.0])
         False

@@ -16,12 +16,6 @@ from lightning_attr.batches.nested import dense_parts
 def sample_digest(samples: Iterable[Any]) -> str:
     """Hash the content of samples.
 
-    Args:
-        samples: tensors, arrays and anything else, nested in any way.
-
-    Returns:
-        16 hexadecimal digits.
-
     Example:
         >>> sample_digest([torch.zeros(2)]) == sample_digest([torch.zeros(4)[::2]])
         True

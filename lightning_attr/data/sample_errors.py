@@ -16,15 +16,6 @@ from lightning_attr.errors import AttributionError, SampleReadError
 def refuse_samples(dataset: Any, rows: Sequence[int], error: Exception, what: str = "") -> NoReturn:
     """Say which samples could not be read, and why.
 
-    Args:
-        dataset: the data set.
-        rows: of the samples.
-        error: what the user's code raised, which is the cause of ours.
-        what: the user's code, where it is not the data set; in code marks.
-
-    Raises:
-        SampleReadError: always.
-
     Example:
         >>> refuse_samples([1.0], [3], IndexError("list index out of range"))
         Traceback (most recent call last):
@@ -40,12 +31,7 @@ def refuse_samples(dataset: Any, rows: Sequence[int], error: Exception, what: st
 def first_failure(read: Callable[[int], object], count: int) -> tuple[int, Exception] | None:
     """Find which of some samples fails alone.
 
-    Args:
-        read: reads or collates the one at a position.
-        count: how many there are.
-
-    Returns:
-        Its position, and what it raises; None if none does.
+    Returns its position, and what it raises; None if none does.
 
     Example:
         >>> first_failure([1.0, 2.0].__getitem__, 3)
@@ -58,12 +44,7 @@ def first_failure(read: Callable[[int], object], count: int) -> tuple[int, Excep
 def failure_of(call: Callable[[int], object], position: int) -> Exception | None:
     """Try one of some samples.
 
-    Args:
-        call: takes its position.
-        position: of the sample.
-
-    Returns:
-        Whatever the user's code raises, or None.
+    Returns whatever the user's code raises, or None.
 
     Example:
         >>> failure_of([1.0].__getitem__, 0), failure_of([1.0].__getitem__, 1)
@@ -93,16 +74,6 @@ def _samples(dataset: Any, rows: Sequence[int]) -> str:
 def read_sample(dataset: Any, row: int) -> Any:
     """Read a sample.
 
-    Args:
-        dataset: a map-style data set.
-        row: of the sample.
-
-    Returns:
-        ``dataset[row]``.
-
-    Raises:
-        SampleReadError: if that raises.
-
     Example:
         >>> read_sample([3.0, 4.0], 1)
         4.0
@@ -114,25 +85,7 @@ def read_sample(dataset: Any, row: int) -> Any:
 
 
 def collated(collate_fn: Callable[[Any], Any], samples: Any, rows: Sequence[int], dataset: Any, reading: str) -> Any:
-    """Call the user's collate function; where it fails, say for which samples: for one alone, if it does.
-
-    Args:
-        collate_fn: the user's.
-        samples: of the batch.
-        rows: theirs.
-        dataset: the data set, for the message.
-        reading: as in :class:`lightning_attr.data.loader.DataSource`.
-
-    Returns:
-        The batch.
-
-    Raises:
-        SampleReadError: if it fails.
-
-    Example:
-        >>> collated(sum, [1, 2], [0, 1], [1, 2], "rows")
-        3
-    """
+    """Call the user's collate function; where it fails, say for which samples: for one alone, if it does."""
     try:
         return collate_fn(samples[0] if reading == "items" else samples)
     except Exception as error:
@@ -145,18 +98,7 @@ def collated(collate_fn: Callable[[Any], Any], samples: Any, rows: Sequence[int]
 
 
 def stream_samples(dataset: Any, role: str) -> Iterator[Any]:
-    """Go through an iterable-style data set.
-
-    Args:
-        dataset: the data set.
-        role: "training" or "target".
-
-    Yields:
-        Its samples.
-
-    Raises:
-        SampleReadError: if it raises, naming the position in the stream.
-    """
+    """Go through an iterable-style data set."""
     number = 0
     try:
         samples = iter(dataset)
@@ -202,14 +144,7 @@ class _FailedBatch:
 def failed_batch(error: Exception) -> _FailedBatch:
     """Pack an error for the way to the main process; outside of a worker it is raised again.
 
-    Args:
-        error: what was raised while a batch was made.
-
-    Returns:
-        What to send. A cause that cannot be pickled is told by a RuntimeError.
-
-    Raises:
-        Exception: the same, outside of a worker.
+    Returns what to send. A cause that cannot be pickled is told by a RuntimeError.
     """
     if get_worker_info() is None:
         raise error
@@ -226,22 +161,7 @@ def failed_batch(error: Exception) -> _FailedBatch:
 def named_batches(
     found: Iterator[Any], dataset: Any, batches: Sequence[Sequence[int]], role: str, workers: int
 ) -> Iterator[Any]:
-    """Go through what a loader gives, and name the samples of a batch that never comes.
-
-    Args:
-        found: the loader's iterator, which gives one item per batch.
-        dataset: the data set.
-        batches: the rows of each batch.
-        role: "training" or "target".
-        workers: of the loader, which read ahead.
-
-    Yields:
-        The batches.
-
-    Raises:
-        SampleReadError: if a batch cannot be made, or a worker ends or is too slow.
-        AttributionError: as it came.
-    """
+    """Go through what a loader gives, and name the samples of a batch that never comes."""
     for rows in batches:
         try:
             batch = next(found)

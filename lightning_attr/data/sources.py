@@ -32,24 +32,7 @@ def train_source(
 ) -> DataSource:
     """Find the training data.
 
-    Args:
-        trainer: the trainer; after ``fit`` its own training loader is used, so that a random split stays what it was.
-        module: the module, which may define ``train_dataloader``.
-        datamodule: the datamodule, if any.
-        loaders: training loader given by the user, which wins.
-        batch_size: samples per batch; by default the loader's.
-
-    Returns:
-        The data and how it is batched.
-
-    Raises:
-        ValueError: if there is no training data.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> loader = DataLoader([1.0, 2.0], shuffle=True)
-        >>> len(train_source(L.Trainer(logger=False, barebones=True), L.LightningModule(), None, loader))
-        2
+    Returns the data and how it is batched.
     """
     if loaders is None and (datamodule is None or datamodule is getattr(trainer, "datamodule", None)):
         loaders = trainer.train_dataloader
@@ -73,24 +56,7 @@ def target_source(
 ) -> DataSource | None:
     """Find the targets.
 
-    Args:
-        trainer: the trainer; after ``fit`` its own validation loader is used.
-        module: the module, which may define loaders itself.
-        datamodule: the datamodule, if any.
-        loaders: loader of the targets given by the user, which wins.
-        targets: "predict", "test", "val" or "train"; "auto" takes the first of them whose loader can be made and whose
-            batches have what training batches have, and says which it passed over.
-        train: the training data, which "auto" compares with; None to take targets of any form.
-
-    Returns:
-        The data and how it is batched; None for the training data itself.
-
-    Raises:
-        ValueError: if ``targets`` is unknown, or there are no such targets.
-
-    Example:
-        >>> target_source(L.Trainer(logger=False, barebones=True), L.LightningModule(), None, targets="train") is None
-        True
+    Returns the data and how it is batched; None for the training data itself.
     """
     check_choice("attribute", "targets", targets, ("auto", *_STAGES))
     if loaders is not None:
@@ -111,16 +77,6 @@ def target_source(
 @contextmanager
 def named_targets(train: DataSource, targets: DataSource | None) -> Iterator[None]:
     """Where targets fail that lack what training samples have, such as labels, say that.
-
-    Args:
-        train: the training data.
-        targets: the targets; None for the training data themselves.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        AttributionError: in place of an error inside, which is its cause.
 
     Example:
         >>> from torch.utils.data import DataLoader

@@ -60,17 +60,6 @@ def proponent_sets(scores: ScoreMatrix | TopScores, targets: Sequence[int], coun
 def ascending_counts(owner: str, counts: Any) -> list[int]:
     """Check how many samples are removed.
 
-    Args:
-        owner: the function whose argument it is.
-        counts: what was passed.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        TypeError: if there are none in it.
-        ValueError: if they are not ascending from 1.
-
     Example:
         >>> ascending_counts("brittleness", (1, 5))
         [1, 5]

@@ -57,12 +57,7 @@ class Factories:
     def module(self) -> L.LightningModule:
         """Make a module.
 
-        Returns:
-            One that shares no parameter with those before.
-
-        Raises:
-            AttributionError: if it does.
-            TypeError: if it is no LightningModule.
+        Returns one that shares no parameter with those before.
         """
         found = _of_kind("module", self._module(), L.LightningModule)
         self._check_new("module", found, f"the same {type(found).__name__} twice")
@@ -73,12 +68,7 @@ class Factories:
     def trainer(self) -> L.Trainer:
         """Make a Trainer.
 
-        Returns:
-            One for one device, that shares no callback with those before.
-
-        Raises:
-            AttributionError: if it is another kind of Trainer, or never ends.
-            TypeError: if it is no Trainer.
+        Returns one for one device, that shares no callback with those before.
         """
         trainer = _of_kind("trainer", self._trainer(), L.Trainer)
         self._check_new("trainer", trainer, f"the same {type(trainer).__name__} twice")
@@ -110,11 +100,7 @@ class Factories:
     def datamodule(self) -> L.LightningDataModule | None:
         """Make a datamodule, or give the one there is.
 
-        Returns:
-            The datamodule, or None.
-
-        Raises:
-            TypeError: if the function makes something else.
+        Returns the datamodule, or None.
         """
         given: Any = self._datamodule
         if given is None:
@@ -125,12 +111,7 @@ class Factories:
     def check(self) -> tuple[L.LightningModule, L.Trainer, L.LightningDataModule | None]:
         """Make everything, module and Trainer twice.
 
-        Returns:
-            Module, Trainer and datamodule.
-
-        Raises:
-            AttributionError: as :meth:`module` and :meth:`trainer`, or if the module's function sets the seed.
-            TypeError: likewise, or if some are made of `lightning` and others of `pytorch_lightning`.
+        Returns module, Trainer and datamodule.
         """
         states = []
         for seed in (0, 1):

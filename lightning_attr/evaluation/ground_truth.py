@@ -62,21 +62,7 @@ class Records:
 
     @classmethod
     def prepare(cls, dirpath: Path, plan: RetrainingPlan, recipe: Mapping[str, Any]) -> Records:
-        """Open a directory for a plan, or make it.
-
-        Args:
-            dirpath: the directory.
-            plan: what is to be retrained.
-            recipe: name -> JSON value: data, model and trainer, all that must not change while the directory fills;
-                "n_target" is the number of targets.
-
-        Returns:
-            The records.
-
-        Raises:
-            AttributionError: if the directory holds other files.
-            StoreMismatchError: if it was made for another plan or recipe; nothing in it is changed.
-        """
+        """Open a directory for a plan, or make it."""
         masks = {"masks": plan.masks}
         record = {"kind": plan.kind, "repeats": plan.repeats, "seed": plan.seed, "masks": digest(masks)}
         manifest = {"format": FORMAT, "id": uuid.uuid4().hex, "plan": record, "recipe": dict(recipe)}
@@ -108,22 +94,14 @@ class Records:
     def path(self, retraining: Retraining) -> Path:
         """Name the file of a finished retraining.
 
-        Args:
-            retraining: which.
-
-        Returns:
-            Where its outputs are, or will be.
+        Returns where its outputs are, or will be.
         """
         return inside(self.dirpath, "runs", f"{retraining.name}.safetensors")
 
     def checkpoint_path(self, retraining: Retraining) -> Path:
         """Name the checkpoint of a retraining.
 
-        Args:
-            retraining: which.
-
-        Returns:
-            Where it is, if it is kept.
+        Returns where it is, if it is kept.
         """
         return inside(self.dirpath, "checkpoints", f"{retraining.name}.ckpt")
 
@@ -135,11 +113,7 @@ class Records:
     def claim(self, retraining: Retraining) -> Claim | None:
         """Claim a retraining.
 
-        Args:
-            retraining: which.
-
-        Returns:
-            The claim; None if it is finished, or another process is at it.
+        Returns the claim; None if it is finished, or another process is at it.
         """
         claim = self.claims.take(retraining.name)
         if claim is not None and self.path(retraining).exists():
@@ -150,13 +124,7 @@ class Records:
     def write(self, retraining: Retraining, outputs: Tensor, details: Mapping[str, object] | None = None) -> None:
         """Keep the outputs of a finished retraining, at once.
 
-        Args:
-            retraining: which.
-            outputs: ``(n_target,)``, float.
-            details: for the header of the file.
-
-        Raises:
-            AttributionError: if the outputs have another shape, or are not finite: the retraining has diverged.
+        Shapes: outputs (n_target,).
         """
         n_target = self.recipe["n_target"]
         if outputs.shape != (n_target,):
@@ -177,14 +145,7 @@ class Records:
     def read(self, retraining: Retraining) -> Tensor:
         """Read the outputs of a finished retraining.
 
-        Args:
-            retraining: which.
-
-        Returns:
-            ``(n_target,)``.
-
-        Raises:
-            CorruptedStoreError: if the file is damaged, of another retraining, or of another ground truth.
+        Returns ``(n_target,)``.
         """
         path, remedy = self.path(retraining), "Delete it and run again: only this retraining is repeated."
         outputs = read_tensors(path, remedy=remedy, place=self._place(retraining)).get("outputs")

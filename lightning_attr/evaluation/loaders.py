@@ -56,20 +56,7 @@ class SubsetShuffle(RandomSampler):
 def subset_loader(loader: DataLoader[Any], kept: Tensor) -> DataLoader[Any]:
     """Repeat a loader over some samples of its data set: same batch size, shuffling, collation and workers.
 
-    Args:
-        loader: the user's, over a map-style data set; it stays as it is.
-        kept: ``(n_train,)``, bool.
-
-    Returns:
-        The loader of the subset.
-
-    Raises:
-        TypeError: if the data set is a stream, or a custom sampler or batch sampler would draw indices of all of it.
-
-    Example:
-        >>> loader = DataLoader(torch.arange(5.0), batch_size=2, drop_last=True)
-        >>> list(subset_loader(loader, torch.tensor([True, False, True, True, False])))
-        [tensor([0., 2.])]
+    Shapes: kept (n_train,). Returns the loader of the subset.
     """
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(

@@ -39,14 +39,7 @@ class Train(Protocol):
     ) -> tuple[Tensor, dict[str, object]]:
         """Train from scratch.
 
-        Args:
-            retraining: its seed, and its name for messages.
-            kept: ``(n_train,)``, bool: the training samples.
-            beat: to be called often, at least every few minutes.
-            checkpoint: where to keep the model, if it is to be kept.
-
-        Returns:
-            The model output of each target, ``(n_target,)``, and details for the record.
+        Shapes: kept (n_train,). Returns the model output of each target, ``(n_target,)``, and details for the record.
         """
 
 
@@ -57,14 +50,7 @@ class TrainGroups(Train, Protocol):
     def train_groups(
         self, records: Records, keep_checkpoints: bool, show: Callable[[], None], stopped: Callable[[], bool]
     ) -> None:
-        """Claim, train and write what can be trained at once.
-
-        Args:
-            records: the directory.
-            keep_checkpoints: whether to keep the models.
-            show: called when more is finished.
-            stopped: asked now and then whether to give up.
-        """
+        """Claim, train and write what can be trained at once."""
 
 
 def fill(
@@ -74,15 +60,7 @@ def fill(
     progress: bool = True,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Retrain what is not finished, and wait for what other processes are at.
-
-    Args:
-        records: the directory.
-        train: how one model is trained.
-        keep_checkpoints: whether to keep the models.
-        progress: whether to show progress.
-        stopped: asked after each retraining whether to give up.
-    """
+    """Retrain what is not finished, and wait for what other processes are at."""
     records.sweep()
     waited = _Waiting(records)
     with _bar(records, progress) as show:
@@ -163,18 +141,7 @@ def _bar(records: Records, progress: bool) -> Iterator[Callable[[], None]]:
 def fill_in_processes(
     records: Records, make_train: Callable[[], Train], num_workers: int, keep_checkpoints: bool, progress: bool
 ) -> None:
-    """Do as :func:`fill`, several at a time.
-
-    Args:
-        records: the directory.
-        make_train: makes, in each process, what trains one model; it has to be picklable.
-        num_workers: how many processes.
-        keep_checkpoints: whether to keep the models.
-        progress: whether to show progress.
-
-    Raises:
-        AttributionError: if the function cannot be pickled, or a process ended.
-    """
+    """Do as :func:`fill`, several at a time."""
     try:
         pickle.dumps(make_train)
     except Exception as error:  # whatever hooks of the user's objects raise

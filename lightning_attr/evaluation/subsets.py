@@ -85,37 +85,14 @@ class RetrainingPlan:
     def seed_of(self, subset: int, repeat: int) -> int:
         """Hash a seed.
 
-        Args:
-            subset: row of the masks.
-            repeat: number of the repeat.
-
-        Returns:
-            An integer in ``[0, 2**32)``, which is what ``seed_everything`` takes.
+        Returns an integer in ``[0, 2**32)``, which is what ``seed_everything`` takes.
         """
         key = (subset, repeat) if self.kind == "lds" else (repeat,)
         return hashed_seed("retraining", self.seed, *key) % 2**32
 
 
 def random_subsets(n_train: int, num_subsets: int, alpha: float, repeats: int, seed: int) -> RetrainingPlan:
-    """Draw subsets of equal size, each without replacement.
-
-    Args:
-        n_train: training samples.
-        num_subsets: how many; the first ones do not depend on it.
-        alpha: share of the samples that is in each, in (0, 1); rounded down.
-        repeats: trainings of each.
-        seed: of the subsets, and of all trainings.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: if ``num_subsets`` is not positive, or a subset would be empty or the whole set.
-
-    Example:
-        >>> random_subsets(10, num_subsets=3, alpha=0.5, repeats=1, seed=0).masks.sum(1)
-        tensor([5, 5, 5])
-    """
+    """Draw subsets of equal size, each without replacement."""
     check_plan(repeats, seed, num_subsets, alpha)
     size = int(alpha * n_train)
     if size == 0:
@@ -135,18 +112,6 @@ def check_plan(
 ) -> None:
     """Check what can be told before the training data are there.
 
-    Args:
-        repeats: trainings of each subset, the argument ``seeds``.
-        seed: of all trainings.
-        num_subsets: how many random subsets.
-        alpha: share of the samples in each.
-        indices: samples to leave out, one at a time.
-        index_sets: samples to remove, one set at a time.
-
-    Raises:
-        TypeError: if ``index_sets`` is no list.
-        ValueError: if a number is none, or out of its range.
-
     Example:
         >>> check_plan(repeats=3, seed=0, alpha=0.5)
     """
@@ -160,25 +125,7 @@ def check_plan(
 
 
 def leave_one_out(n_train: int, indices: Sequence[int] | Tensor, repeats: int, seed: int) -> RetrainingPlan:
-    """Leave each of some samples out, alone; the full set comes first.
-
-    Args:
-        n_train: training samples.
-        indices: the samples.
-        repeats: trainings of each set.
-        seed: of all trainings.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: if there are no indices, or one is out of range or given twice.
-
-    Example:
-        >>> leave_one_out(2, [1], repeats=1, seed=0).masks
-        tensor([[ True,  True],
-                [ True, False]])
-    """
+    """Leave each of some samples out, alone; the full set comes first."""
     checked = _checked("indices", indices, n_train)
     if n_train == 1:
         raise ValueError("Expected more than one training sample, but got 1: what is left would be empty.")
@@ -186,24 +133,7 @@ def leave_one_out(n_train: int, indices: Sequence[int] | Tensor, repeats: int, s
 
 
 def removals(n_train: int, index_sets: Sequence[Sequence[int] | Tensor], repeats: int, seed: int) -> RetrainingPlan:
-    """Remove each of some sets of samples; the full set comes first.
-
-    Args:
-        n_train: training samples.
-        index_sets: the samples of each set.
-        repeats: trainings of each.
-        seed: of all trainings.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: if there are no sets, one is empty or everything, or an index is out of range or given twice.
-
-    Example:
-        >>> removals(3, [[0, 2]], repeats=1, seed=0).masks.sum(1)
-        tensor([3, 1])
-    """
+    """Remove each of some sets of samples; the full set comes first."""
     check_instance("retrain_without", "index_sets", index_sets, (list, tuple), "a list of sets of indices")
     if len(index_sets) == 0:
         raise ValueError("Expected argument `index_sets` to hold at least one set of indices, but it is empty.")

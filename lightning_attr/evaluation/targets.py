@@ -35,27 +35,7 @@ def target_outputs(
 ) -> Tensor:
     """Compute what is attributed of a trained module, for each target, as the attribution step does.
 
-    Args:
-        trainer: its device and precision are used.
-        module: the module, which is put into eval mode and on the device.
-        datamodule: the datamodule, for its transfer hooks.
-        targets: the targets.
-        beat: called after each batch.
-        train: all training data, for modules with an ``attribution_setup``, which runs at each set of weights.
-
-    Returns:
-        ``f``, float, ``(n_target,)``, on the CPU.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, L.LightningModule):
-        ...     def forward(self, x):
-        ...         return x
-        >>> loader = DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1])))
-        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-        >>> target_outputs(trainer, Classifier(), None, DataSource.of(loader, "target"))
-        tensor([1., 1.])
+    Returns ``f``, float, ``(n_target,)``, on the CPU.
     """
     return outputs_at(trainer, module, datamodule, targets, [lambda: None], beat, train)[0]
 
@@ -73,32 +53,7 @@ def outputs_at(
 
     Each target is read once, unless the module is to be set up at each set of weights: then once for each.
 
-    Args:
-        trainer: as for :func:`target_outputs`.
-        module: likewise.
-        datamodule: likewise.
-        targets: likewise.
-        loads: each puts weights into the module; the first are those that the module is checked with.
-        beat: likewise.
-        train: likewise.
-
-    Returns:
-        ``f``, float, ``(len(loads), n_target)``, on the CPU.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> class Line(L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.slope = torch.nn.Parameter(torch.zeros(()))
-        ...     def training_step(self, batch):
-        ...         return (self.slope * batch).mean()
-        >>> line = Line()
-        >>> loads = [lambda: line.slope.data.fill_(1.0), lambda: line.slope.data.fill_(2.0)]
-        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-        >>> outputs_at(trainer, line, None, DataSource.of(DataLoader(torch.ones(3)), "target"), loads)
-        tensor([[-1., -1., -1.],
-                [-2., -2., -2.]])
+    Returns ``f``, float, ``(len(loads), n_target)``, on the CPU.
     """
     if train is not None and needs_setup(module) and len(loads) > 1:
         return torch.cat([outputs_at(trainer, module, datamodule, targets, [load], beat, train) for load in loads])
@@ -149,17 +104,7 @@ def _mean_output(objective: Objective, batch: Any, rows: Sequence[int], device: 
 def digest_of_all(source: DataSource) -> str:
     """Hash every sample, one by one, as the collation gives it.
 
-    Args:
-        source: the data.
-
-    Returns:
-        The hash; it does not depend on the batch size.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> hashes = [digest_of_all(DataSource.of(DataLoader(data), "target")) for data in ([1.0, 2.0], [1.0, 3.0])]
-        >>> hashes[0] == hashes[1]
-        False
+    Returns the hash; it does not depend on the batch size.
     """
     tensors: dict[str, Tensor] = {}
 

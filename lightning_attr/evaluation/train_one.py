@@ -82,14 +82,7 @@ class LightningRetraining:
     def recipe(self) -> dict[str, Any]:
         """Make everything once without training, check it, and describe it.
 
-        Returns:
-            Name -> JSON value: what must not change between two retrainings.
-
-        Raises:
-            AttributionError: if a factory gives the same object twice or sets the seed, or the Trainer never ends.
-            TypeError: if a factory makes something else, the module cannot be attributed, or the training data are
-                iterable-style or drawn by a custom sampler.
-            ValueError: if training data or targets are missing.
+        Returns name -> JSON value: what must not change between two retrainings.
         """
         with isolated(self.verbose):
             module, trainer, datamodule = self.factories.check()
@@ -146,18 +139,7 @@ class LightningRetraining:
     ) -> Fitted:
         """Train one model, and keep what trained it; to be called in :func:`isolated`.
 
-        Args:
-            retraining: as in :class:`lightning_attr.evaluation.queue.Train`.
-            kept: likewise.
-            beat: likewise.
-            callbacks: further callbacks, which change nothing.
-
-        Returns:
-            The model, and all that was made with it.
-
-        Raises:
-            AttributionError: if there were no steps, or the training was interrupted or diverged.
-            StoreMismatchError: if the data are not those of the recipe.
+        Returns the model, and all that was made with it.
         """
         L.seed_everything(retraining.seed, verbose=False)
         module, trainer = self.factories.module(), self.factories.trainer()
@@ -175,16 +157,7 @@ class LightningRetraining:
     def outputs(self, retraining: Retraining, fitted: Fitted, beat: Callable[[], None] = lambda: None) -> Tensor:
         """Compute the outputs of a model; to be called in :func:`isolated`.
 
-        Args:
-            retraining: its name for messages.
-            fitted: the model.
-            beat: called after each batch.
-
-        Returns:
-            ``(n_target,)``, on the CPU.
-
-        Raises:
-            AttributionError: if they are not finite, or the targets lack what training samples have.
+        Returns ``(n_target,)``, on the CPU.
         """
         train, targets = fitted.train, fitted.targets
         try:
@@ -263,22 +236,7 @@ class _SubsetHook:
 def seed_training(loader: DataLoader[Any], retraining: Retraining, number: int = 0) -> list[Callable[[], object]]:
     """Seed all that is random in a training.
 
-    Args:
-        loader: its data.
-        retraining: the training.
-        number: how many loaders it had before.
-
-    Returns:
-        Functions that put the generators of the loader back.
-
-    Example:
-        >>> loader = DataLoader(range(3), shuffle=True, generator=torch.Generator())
-        >>> orders = []
-        >>> for _ in range(2):
-        ...     restores = seed_training(loader, Retraining(0, 0, 5))
-        ...     orders.append([int(row) for row in loader])
-        >>> orders[0] == orders[1]
-        True
+    Returns functions that put the generators of the loader back.
     """
     seed = hashed_seed("training", retraining.seed, number)
     L.seed_everything(seed % 2**32, verbose=False)
@@ -336,15 +294,7 @@ def _check_trained(retraining: Retraining, trainer: L.Trainer, module: L.Lightni
 
 
 def diverged(retraining: Retraining, why: str) -> str:
-    """Say that a retraining failed.
-
-    Args:
-        retraining: which.
-        why: a sentence.
-
-    Returns:
-        The message.
-    """
+    """Say that a retraining failed."""
     return (
         f"The retraining of {retraining} diverged: {why} Lower the learning rate, or clip gradients, in another "
         "directory. The results of other retrainings were not changed."
@@ -352,29 +302,14 @@ def diverged(retraining: Retraining, why: str) -> str:
 
 
 def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
-    """Keep the weights of a Trainer's module, whole or not at all.
-
-    Args:
-        trainer: the Trainer.
-        path: where.
-
-    Raises:
-        AttributionError: if it cannot be written.
-    """
+    """Keep the weights of a Trainer's module, whole or not at all."""
     with whole_file(path) as temporary:
         trainer.save_checkpoint(temporary, weights_only=True)
 
 
 @contextmanager
 def isolated(verbose: bool) -> Iterator[None]:
-    """Put random streams and Lightning's environment variables back, and keep Lightning quiet meanwhile.
-
-    Args:
-        verbose: whether Lightning may speak.
-
-    Yields:
-        Nothing.
-    """
+    """Put random streams and Lightning's environment variables back, and keep Lightning quiet meanwhile."""
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     loggers = [logging.getLogger(name) for name in _LIGHTNING_LOGS]

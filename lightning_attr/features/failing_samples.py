@@ -18,18 +18,6 @@ _TRIED = 64
 def named_failures(module: Any, rows: Sequence[int], alone: Callable[[int], object]) -> Iterator[None]:
     """Say for which samples of a batch the module's code fails, if others go through.
 
-    Args:
-        module: the module.
-        rows: row numbers of the samples.
-        alone: runs the one at a position of the batch.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        SampleRunError: in the place of an error inside, which is its cause, where some samples fail alone and others do
-            not; any other error comes as it is.
-
     Example:
         >>> module, labels = torch.nn.Linear(1, 3), torch.tensor([0, 5, 2])
         >>> with named_failures(module, [7, 8, 9], lambda i: torch.eye(3)[labels[i]]):

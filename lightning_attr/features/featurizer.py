@@ -72,32 +72,7 @@ class AttributionPlan(GradientPlan):
 def plan(module: Any, batch: Any, batch_size: int, mode: str | None = None) -> AttributionPlan:
     """Check a module on a few samples and choose the gradient path of each parameter.
 
-    Args:
-        module: an ``nn.Module`` with :class:`lightning_attr.AttributionMixin`, or a ``LightningModule`` whose training
-            loss is the mean or the sum of one term per sample. It is put into the plan's mode.
-        batch: a few samples, on the module's device.
-        batch_size: number of samples in it.
-        mode: "eval", or "train" with the statistics of BatchNorm frozen; by default as
-            :func:`lightning_attr.objectives.mode_choice.choose_mode` finds.
-
-    Returns:
-        The plan that :class:`Featurizer` follows.
-
-    Raises:
-        AssertionError: if the functions of its model output do not belong together.
-        BatchDependenceError: if samples of a batch affect each other.
-        NonFiniteGradientError: if an output or a gradient is NaN or Inf.
-        TypeError: if the module has neither an attribution step nor a training step that returns its loss.
-        UnsupportedLayerError: if a layer has no per-sample gradients in its state, such as BatchNorm in train mode.
-        ValueError: if the model output has not one value per sample.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> plan(Classifier(2, 3).eval(), (torch.randn(4, 2), torch.tensor([0, 1, 2, 0])), 4).hooked
-        ('weight', 'bias')
+    Returns the plan that :class:`Featurizer` follows.
     """
     check_module(module)
     batch = completed(module, batch, Draw(range(batch_size), device=_device(module)))
@@ -152,11 +127,7 @@ def _plan_in(
 def apart_plan(plan: AttributionPlan) -> AttributionPlan:
     """Turn a plan into one of samples that are apart.
 
-    Args:
-        plan: of samples in batches, or already apart.
-
-    Returns:
-        The plan: every parameter by plain autograd, one sample after the other.
+    Returns the plan: every parameter by plain autograd, one sample after the other.
 
     Example:
         >>> from lightning_attr.objectives.objective import TrainingLoss
@@ -258,34 +229,14 @@ class Featurizer:
     def __call__(self, batch: Any, rows: Sequence[int], room: Tensor | None = None) -> dict[str, Tensor]:
         """Featurize a batch.
 
-        Args:
-            batch: ``b`` samples, on the module's device.
-            rows: their row numbers, for error messages.
-            room: ``(b, dim)``: where the features go, if they are computed there and at once.
-
-        Returns:
-            Column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``, ``out_to_loss``,
-            ``newton_weight``, each ``(b,)``, float32 (float64 for a float64 module); ``label`` ``(b,)`` int64 if the
-            targets are class labels.
-
-        Raises:
-            InvalidLabelError: if the model output has no use for the labels of a sample.
-            MemoryBudgetError: if not even one sample fits into the memory budget.
-            NonFiniteGradientError: if a row holds NaN or Inf.
-            SampleRunError: if the module's code fails for some samples and not for others.
+        Shapes: room (b, dim). Returns column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``,
+        ``out_to_loss``, ``newton_weight``, each ``(b,)``, float32 (float64 for a float64 module); ``label`` ``(b,)``
+        int64 if the targets are class labels.
         """
         return self._whole(batch, rows, room, late=False)
 
     def late(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Featurize a batch without a wait: where a check fails, its output is NaN, for the caller to look at later.
-
-        Args:
-            batch: as in :meth:`__call__`.
-            rows: likewise.
-
-        Returns:
-            The columns.
-        """
+        """Featurize a batch without a wait: where a check fails, its output is NaN, for the caller to look at later."""
         return self._whole(batch, rows, None, late=True)
 
     def _whole(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
@@ -346,13 +297,7 @@ class Featurizer:
     def given(self, batch: Any, rows: Sequence[int], number: int) -> Any:
         """Complete a batch with what is drawn for its samples.
 
-        Args:
-            batch: as in :meth:`__call__`.
-            rows: that draws depend on.
-            number: of the draw.
-
-        Returns:
-            What is attributed takes this batch.
+        Returns what is attributed takes this batch.
         """
         return completed(self.module, batch, Draw(rows, self.snapshot, number, _device(self.module)))
 

@@ -19,13 +19,7 @@ def all_finite(columns: Mapping[str, Tensor]) -> bool:
 def check_finite(module: Any, columns: Mapping[str, Tensor], rows: Sequence[int]) -> None:
     """Refuse rows that are not finite.
 
-    Args:
-        module: that they are of.
-        columns: name -> values ``(b, ...)``.
-        rows: their row numbers.
-
-    Raises:
-        NonFiniteGradientError: if a value is NaN or Inf; it names the samples.
+    Shapes: columns (b, ...).
 
     Example:
         >>> check_finite(torch.nn.Linear(1, 1), {"features": torch.ones(2, 3)}, [0, 1])

@@ -22,20 +22,7 @@ def read_kept(
     shapes: Shapes | None = None,
     optional: Sequence[Sequence[str]] = (),
 ) -> dict[str, Tensor]:
-    """Read what was computed once.
-
-    Args:
-        path: the file.
-        place: what it must say that it is.
-        shapes: what it must hold; None where that is not known.
-        optional: groups of these names that may be missing, all of a group together.
-
-    Returns:
-        Name -> tensor.
-
-    Raises:
-        CorruptedStoreError: if it is damaged, belongs elsewhere, or its tensors cannot be what was computed.
-    """
+    """Read what was computed once."""
     tensors = read_tensors(path, remedy=_REMEDY, place=place)
     if shapes is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -27,16 +27,7 @@ def learn_from(
     snapshot: str,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Learn a projection from gradients of training samples.
-
-    Args:
-        projection: learns.
-        module: the module at the snapshot, in eval mode.
-        plan: what is attributed.
-        samples: the training samples, on the module's device.
-        snapshot: key of the random numbers that the module draws for them.
-        precision: the context that forward passes run in.
-    """
+    """Learn a projection from gradients of training samples."""
     rows = projection.learning_rows(len(samples))
 
     def run(learner: Projection, every: int = 1, entries: int = 1) -> None:
@@ -62,17 +53,7 @@ def learn_projection(
     samples: Samples,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Learn what a snapshot's projection has to know, once; the process that writes the store calls it.
-
-    Args:
-        projection: of the snapshot; one that learns nothing is left as it is.
-        store: where it is kept.
-        key: the snapshot.
-        module: as in :func:`learn_from`.
-        plan: as in :func:`learn_from`.
-        samples: as in :func:`learn_from`.
-        precision: as in :func:`learn_from`.
-    """
+    """Learn what a snapshot's projection has to know, once; the process that writes the store calls it."""
     if isinstance(projection, LearnedProjection) and store.snapshot(key).basis is None:
         learn_from(projection, module, plan, samples, store.snapshot(key).projection, precision)
         store.add_basis(key, projection.basis)
@@ -85,15 +66,7 @@ def settle_projection(
     learn: Callable[[], None],
     together: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Give a projection what it has to know of its snapshot; all processes call it together.
-
-    Args:
-        projection: of the snapshot; one that learns nothing is left as it is.
-        store: where it is kept.
-        key: the snapshot.
-        learn: calls :func:`learn_projection`; used in the process that writes the store, if nothing was learned before.
-        together: the context that all processes leave together, or fail together.
-    """
+    """Give a projection what it has to know of its snapshot; all processes call it together."""
     if not isinstance(projection, LearnedProjection):
         return
     if store.snapshot(key).basis is None:
@@ -105,16 +78,7 @@ def settle_projection(
 
 
 def load_projection(projection: Projection, store: FeatureStore, key: str) -> None:
-    """Give a projection what was learned for its snapshot: all processes read the same.
-
-    Args:
-        projection: of the snapshot.
-        store: where it is kept.
-        key: the snapshot.
-
-    Raises:
-        IncompleteFeaturesError: if nothing was learned yet.
-    """
+    """Give a projection what was learned for its snapshot: all processes read the same."""
     if isinstance(projection, LearnedProjection):
         basis = store.basis(key)
         if basis is None:

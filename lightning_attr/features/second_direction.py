@@ -33,11 +33,7 @@ _ROWS_A_FEATURE = 4
 def module_curvature(module: Any) -> str:
     """Say how the Gauss-Newton matrix of a module's training loss is known.
 
-    Args:
-        module: any that can be attributed.
-
-    Returns:
-        As :attr:`lightning_attr.outputs.ModelOutput.curvature`; "unknown" for a module without the mixin.
+    Returns as :attr:`lightning_attr.outputs.ModelOutput.curvature`; "unknown" for a module without the mixin.
 
     Example:
         >>> from lightning_attr import AttributionMixin
@@ -153,16 +149,7 @@ class SecondFeaturizer:
     def __call__(self, batch: Any, rows: Sequence[int], late: bool = False) -> Tensor:
         """Featurize a batch.
 
-        Args:
-            batch: ``b`` samples, on the module's device.
-            rows: their row numbers.
-            late: leave the checks to the caller; see :meth:`lightning_attr.features.featurizer.Featurizer.late`.
-
-        Returns:
-            ``(b, r, dim)``, float32 (float64 for a float64 module).
-
-        Raises:
-            NonFiniteGradientError: if a row holds NaN or Inf.
+        Returns ``(b, r, dim)``, float32 (float64 for a float64 module).
         """
         first, places = self.each[0], self.chosen(rows)
         device = next(first.module.parameters()).device
@@ -228,12 +215,7 @@ def second_share(n_train: int, dim: int) -> float:
 
     They enter nothing but the sum that a kernel of ``dim`` features is.
 
-    Args:
-        n_train: training samples.
-        dim: features.
-
-    Returns:
-        So that four times ``dim`` of them have some, at most 1.
+    Returns so that four times ``dim`` of them have some, at most 1.
 
     Example:
         >>> second_share(1_000, 512), second_share(8_192, 512)
@@ -250,19 +232,7 @@ def training_featurizer(
     projection: Projection,
     memory: MemoryBudget | None,
 ) -> Featurizer:
-    """Give what computes the rows of a snapshot's training samples.
-
-    Args:
-        store: says whether they have second directions.
-        key: the snapshot.
-        module: as in :class:`lightning_attr.features.featurizer.Featurizer`.
-        plan: as there.
-        projection: as there.
-        memory: as there.
-
-    Returns:
-        The featurizer.
-    """
+    """Give what computes the rows of a snapshot's training samples."""
     snapshot = store.snapshot(key)
     number, stream = snapshot.directions or 0, snapshot.projection
     return featurizer_with(module, plan, projection, memory, stream, number, store.fingerprint.length)
@@ -296,18 +266,7 @@ def tried(
 ) -> dict[str, Tensor]:
     """Go the whole way with a few samples, before anything is recorded.
 
-    Args:
-        module: as in :class:`lightning_attr.features.featurizer.Featurizer`.
-        plan: as there.
-        projection: as there.
-        memory: as there.
-        batch: the samples.
-        rows: their row numbers.
-        wanted: how many directions a sample are, for a curvature.
-        n_train: training samples.
-
-    Returns:
-        The columns of the samples, with as many second directions as the average row will have.
+    Returns the columns of the samples, with as many second directions as the average row will have.
     """
     directions = wanted(module_curvature(module))
     if not directions or projection.dim == 0:
@@ -320,13 +279,7 @@ def tried(
 def directions_of(store: FeatureStore, key: str, module: Any = None) -> dict[str, Any]:
     """Say which second directions the features of a snapshot have, for a method.
 
-    Args:
-        store: of the features.
-        key: the snapshot.
-        module: where there are none, whose curvature is wanted; None where it is not.
-
-    Returns:
-        ``directions`` and ``curvature`` of :class:`lightning_attr.methods.SnapshotFeatures`.
+    Returns ``directions`` and ``curvature`` of :class:`lightning_attr.methods.SnapshotFeatures`.
     """
     snapshot = store.snapshot(key)
     return {
@@ -336,14 +289,7 @@ def directions_of(store: FeatureStore, key: str, module: Any = None) -> dict[str
 
 
 def note_directions(store: FeatureStore, key: str, module: Any, wanted: Callable[[str], int]) -> None:
-    """Begin the features of a snapshot with second directions; where some were computed without, it goes on so.
-
-    Args:
-        store: of this process, which writes it.
-        key: the snapshot.
-        module: whose output they are of.
-        wanted: how many a sample are, for a curvature.
-    """
+    """Begin the features of a snapshot with second directions; where some were computed without, it goes on so."""
     curvature, snapshot = module_curvature(module), store.snapshot(key)
     directions = wanted(curvature)
     if directions and snapshot.directions is None and not snapshot.shards:
@@ -357,15 +303,7 @@ def settle_directions(
     wanted: Callable[[str], int],
     together: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Begin the features of a snapshot as :func:`note_directions` does; all processes call it together.
-
-    Args:
-        store: of this process.
-        key: the snapshot.
-        module: whose output they are of.
-        wanted: how many a sample are, for a curvature.
-        together: the context that all processes leave together, or fail together.
-    """
+    """Begin the features of a snapshot as :func:`note_directions` does; all processes call it together."""
     snapshot = store.snapshot(key)
     if wanted(module_curvature(module)) and snapshot.directions is None and not snapshot.shards:
         with together():

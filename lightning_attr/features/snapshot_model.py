@@ -104,14 +104,7 @@ class SnapshotModel:
     def of(cls, module: nn.Module, train: Sequence[Any], targets: Sequence[Any], key: str = "current") -> SnapshotModel:
         """Make one of a module at its current weights and of batches that are in memory.
 
-        Args:
-            module: a module that can be attributed, in eval mode.
-            train: batches of the training samples, in order.
-            targets: batches of the targets, in order.
-            key: of the random streams.
-
-        Returns:
-            The model, of one process.
+        Returns the model, of one process.
         """
         numbered = [_numbered(batches) for batches in (train, targets)]
         weights = {name: tensor.clone() for name, tensor in weights_of(module).items()}
@@ -139,19 +132,14 @@ class SnapshotModel:
     def parameters(self) -> dict[str, Tensor]:
         """Name the attributed parameters, in the order of the layout.
 
-        Returns:
-            Name -> tensor, detached, not copied.
+        Returns name -> tensor, detached, not copied.
         """
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
     def gradient_factors(self, weights: Mapping[str, float] | None = None) -> GradientFactors:
         """Keep gradients whole, in their shortest form.
 
-        Args:
-            weights: parameter name -> weight of its gradients in products; None for ones.
-
-        Returns:
-            The map, for :meth:`train` and :meth:`targets`.
+        Returns the map, for :meth:`train` and :meth:`targets`.
         """
         # The mean of outer products is none; and other functions of the module may use its layers in other ways.
         alike = draws_of(self.module) == 1 and self.target_plan in (None, self.plan)
@@ -160,11 +148,7 @@ class SnapshotModel:
     def train(self, projection: Projection) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Featurize this process's training samples.
 
-        Args:
-            projection: of the gradients; any linear map, a matrix of solved targets for instance.
-
-        Yields:
-            Rows, and their columns as :class:`lightning_attr.features.featurizer.Featurizer` gives them.
+        Yields rows, and their columns as :class:`lightning_attr.features.featurizer.Featurizer` gives them.
         """
         featurizer = Featurizer(self.module, self.plan, projection, self.memory, self.key)
         for rows, batch in self.train_batches():
@@ -175,13 +159,8 @@ class SnapshotModel:
     def second_directions(self, projection: Projection, directions: int) -> Iterator[tuple[range, Tensor]]:
         """Featurize the second directions of this process's training samples.
 
-        Args:
-            projection: as in :meth:`train`.
-            directions: how many a sample.
-
-        Yields:
-            Rows, and ``(b, directions, dim)`` as :class:`lightning_attr.features.second_direction.SecondFeaturizer`
-            gives them.
+        Yields rows, and ``(b, directions, dim)`` as :class:`lightning_attr.features.second_direction.SecondFeaturizer`
+        gives them.
         """
         featurizer = SecondFeaturizer(self.module, self.plan, projection, self.memory, self.key, directions)
         for rows, batch in self.train_batches():
@@ -197,12 +176,7 @@ class SnapshotModel:
     def targets(self, projection: Projection, rows: Sequence[int]) -> dict[str, Tensor]:
         """Featurize targets.
 
-        Args:
-            projection: of the gradients.
-            rows: of the targets wanted.
-
-        Returns:
-            Columns ``(len(rows), ...)``, in that order.
+        Returns columns ``(len(rows), ...)``, in that order.
         """
         if not len(rows):
             return {"features": torch.zeros(0, projection.dim, dtype=self.dtype, device=self.device)}
@@ -225,15 +199,7 @@ class SnapshotModel:
     def completed(self, rows: Sequence[int], batch: Any) -> Any:
         """Complete a batch with what the module draws for its samples, for what runs the module on it.
 
-        Args:
-            rows: of the samples.
-            batch: the samples, as :attr:`train_batches` or :attr:`target_batches` give them.
-
-        Returns:
-            What the attribution step takes.
-
-        Raises:
-            AttributionError: if the module's output is the mean of several draws, of which this would be one.
+        Returns what the attribution step takes.
         """
         if isinstance(batch, SamplesApart):
             raise AttributionError(f"{self.said_apart} {_ON_GRADIENTS}")
@@ -254,16 +220,7 @@ class SnapshotModel:
         return completed(self.module, batch, Draw(rows, self.key, device=self.device))
 
     def total_loss(self, params: Mapping[str, Tensor], batch: Any, batch_size: int) -> Tensor:
-        """Sum the training loss over a batch, as a function of the parameters, for products with its curvature.
-
-        Args:
-            params: name -> tensor; those that are missing keep their values.
-            batch: ``batch_size`` samples.
-            batch_size: how many.
-
-        Returns:
-            The sum, ``()``.
-        """
+        """Sum the training loss over a batch, as a function of the parameters, for products with its curvature."""
         return self.plan.objective.total_loss(params, batch, batch_size)
 
     def kept(
@@ -277,15 +234,6 @@ class SnapshotModel:
 
         All processes call it together; ``compute`` has to :attr:`reduce` at least once, so that none is still looking
         for the file when it appears.
-
-        Args:
-            name: of the file, with all that its content depends on besides the snapshot and the data.
-            compute: computes the tensors, the same in every process.
-            shapes: name -> shape of each of them; None where that is not known.
-            optional: groups of these names that may be missing, all of a group together.
-
-        Returns:
-            The tensors.
         """
         path = None if self.folder is None else inside(self.folder.parent, self.folder.name, f"{name}.safetensors")
         place = {**self.place, "name": name, **({} if self.train_digest is None else {"data": self.train_digest})}

@@ -29,24 +29,7 @@ def to_device(
 ) -> Any:
     """Move a batch to the device through the transfer hooks of the user's datamodule or module, as training does.
 
-    Args:
-        batch: what the loader yields.
-        module: the user's module.
-        datamodule: the user's datamodule, if any; a hook that it overrides wins.
-        device: where to.
-        rows: its row numbers, for messages.
-        source: the data that they are of, likewise.
-
-    Returns:
-        The batch on the device.
-
-    Raises:
-        SampleReadError: if a hook raises on a batch of a source.
-        Exception: what a hook raises on any other.
-
-    Example:
-        >>> to_device((torch.ones(1),), L.LightningModule(), None, torch.device("cpu"))
-        (tensor([1.]),)
+    Returns the batch on the device.
     """
 
     def owner(hook: str) -> Any:
@@ -74,25 +57,7 @@ def placed(
 ) -> Any:
     """Move a batch of a source to the device, and see that it holds the rows that were asked for.
 
-    Args:
-        batch: what the source's loader yields, in the trainer's precision.
-        rows: their row numbers.
-        module: the user's module.
-        datamodule: the user's datamodule, if any.
-        device: where to.
-        source: the data.
-
-    Returns:
-        The batch on the device; samples that are apart stay so, and what samples share is marked.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> loader = DataLoader([3.0, 4.0, 5.0], collate_fn=lambda items: torch.tensor(items[1:]))
-        >>> source = DataSource.of(loader, "target")
-        >>> placed(source.collated([0, 1]), [0, 1], L.LightningModule(), None, torch.device("cpu"), source)
-        Traceback (most recent call last):
-        ...
-        lightning_attr.errors.BatchRowsError: The `collate_fn` of the target DataLoader (<lambda>) returned ...
+    Returns the batch on the device; samples that are apart stay so, and what samples share is marked.
     """
     if isinstance(batch, SamplesApart):
         return SamplesApart(
@@ -108,12 +73,7 @@ def placed(
 def own_hooks(module: L.LightningModule, datamodule: L.LightningDataModule | None) -> list[str]:
     """Name the transfer hooks that the user wrote.
 
-    Args:
-        module: the user's module.
-        datamodule: the user's datamodule, if any.
-
-    Returns:
-        Such as "`on_after_batch_transfer` of Net".
+    Returns such as "`on_after_batch_transfer` of Net".
 
     Example:
         >>> own_hooks(L.LightningModule(), None)
@@ -134,14 +94,7 @@ def samples_on_device(
 ) -> Samples:
     """Give samples as training sees them, batch after batch.
 
-    Args:
-        trainer: the trainer, for its precision and device.
-        module: the user's module.
-        datamodule: the user's datamodule, if any.
-        source: the data.
-
-    Returns:
-        The samples, in the order of the data set.
+    Returns the samples, in the order of the data set.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -167,21 +120,7 @@ def set_up_at(
     datamodule: L.LightningDataModule | None,
     source: DataSource,
 ) -> None:
-    """Let the module compute what it needs of the training samples at a snapshot, in the trainer's precision.
-
-    Args:
-        snapshot: key of the snapshot, at whose weights the module is.
-        trainer: the trainer.
-        module: the user's module, in eval mode.
-        datamodule: the user's datamodule, if any.
-        source: the training data.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> source = DataSource.of(DataLoader([3.0]), "training")
-        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-        >>> set_up_at("final", trainer, L.LightningModule(), None, source)
-    """
+    """Let the module compute what it needs of the training samples at a snapshot, in the trainer's precision."""
     samples = samples_on_device(trainer, module, datamodule, source)
     with trainer.precision_plugin.forward_context():
         set_up(module, Samples(len(source), lambda rows: _one_by_one(samples.batches(rows))), snapshot)

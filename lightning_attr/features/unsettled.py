@@ -19,15 +19,8 @@ def featurize_unsettled(
 ) -> tuple[dict[str, Tensor], Settle | None]:
     """Featurize a batch; on a device, leave what would make the host wait for later.
 
-    Args:
-        featurizer: of the snapshot.
-        batch: as the featurizer takes it.
-        rows: likewise.
-        room: likewise.
-
-    Returns:
-        The columns, and what makes sure of them when they are on the host, or computes them again; None on the CPU,
-        where nothing is left open.
+    Returns the columns, and what makes sure of them when they are on the host, or computes them again; None on the CPU,
+    where nothing is left open.
 
     Example:
         >>> from torch import nn

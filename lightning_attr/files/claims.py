@@ -35,18 +35,7 @@ _TOKEN = uuid.uuid4().hex
 def create_once(path: Path, content: bytes) -> bool:
     """Create a file with its content, unless it is there.
 
-    Args:
-        path: where.
-        content: of the file.
-
-    Returns:
-        Whether this call created it; of several at the same time one does.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     create_once(Path(folder) / "a", b"1"), create_once(Path(folder) / "a", b"2")
-        (True, False)
+    Returns whether this call created it; of several at the same time one does.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.1.tmp")
     write_bytes(temporary, content)
@@ -138,11 +127,8 @@ class Claims:
     def take(self, name: str) -> Claim | None:
         """Claim a piece of work.
 
-        Args:
-            name: of the work.
-
-        Returns:
-            The claim; None if another has it. Whether the work is not done yet is to be checked after this, not before.
+        Returns the claim; None if another has it. Whether the work is not done yet is to be checked after this, not
+        before.
         """
         last = self._last(name)
         before = self.folder / f"{name}.{last}"
@@ -169,11 +155,7 @@ class Claims:
     def owner(self, name: str) -> str | None:
         """Tell who has a piece of work.
 
-        Args:
-            name: of the work.
-
-        Returns:
-            Process and machine, and the age of its last sign of life; None if nobody has it.
+        Returns process and machine, and the age of its last sign of life; None if nobody has it.
         """
         path = self.folder / f"{name}.{self._last(name)}"
         try:
@@ -187,11 +169,7 @@ class Claims:
     def last_beat(self, name: str) -> float | None:
         """Tell when the owner of a piece of work gave a sign of life.
 
-        Args:
-            name: of the work.
-
-        Returns:
-            By the clock of the file system, in seconds; None if nobody has it.
+        Returns by the clock of the file system, in seconds; None if nobody has it.
         """
         try:
             return (self.folder / f"{name}.{self._last(name)}").stat().st_mtime
@@ -201,11 +179,7 @@ class Claims:
     def elsewhere(self, name: str) -> bool:
         """Whether the owner is of another machine, where only its signs of life tell that it runs.
 
-        Args:
-            name: of the work.
-
-        Returns:
-            False too if nobody has it.
+        Returns False too if nobody has it.
         """
         try:
             return not _is_here(_read(self.folder / f"{name}.{self._last(name)}"))

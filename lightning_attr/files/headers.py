@@ -19,16 +19,7 @@ _ENTRY, _CONTENT, _SEAL = "lightning_attr", "sha256", "header_sha256"
 def header_of(metadata: Mapping[str, str], content: str) -> dict[str, str]:
     """Complete what a file says about itself.
 
-    Args:
-        metadata: what it is.
-        content: hash of its tensors.
-
-    Returns:
-        The metadata of the file: the same with both hashes.
-
-    Example:
-        >>> check_header(header_of({"kind": "weights"}, "ab"), {"kind": "weights"})["sha256"]
-        'ab'
+    Returns the metadata of the file: the same with both hashes.
     """
     header = {**metadata, _CONTENT: content}
     return {_ENTRY: json.dumps({**header, _SEAL: config_digest(header)}, sort_keys=True)}
@@ -37,16 +28,7 @@ def header_of(metadata: Mapping[str, str], content: str) -> dict[str, str]:
 def check_header(metadata: Mapping[str, str] | None, place: Mapping[str, str]) -> dict[str, str]:
     """Check that a header is as it was written, and that its file is the one that belongs in its place.
 
-    Args:
-        metadata: as :func:`header_of` gave it.
-        place: what the file must be; what one of both does not know is not compared, but for its kind.
-
-    Returns:
-        What the file says about itself.
-
-    Raises:
-        CorruptedStoreError: if the header is of another origin, was changed, or is that of another file. The message
-            begins after the path.
+    Returns what the file says about itself.
 
     Example:
         >>> check_header(header_of({"kind": "weights", "store": "a"}, "ab"), {"kind": "weights", "store": "b"})
@@ -84,11 +66,7 @@ def _parsed(entry: str) -> dict[str, str]:
 def config_digest(config: Any) -> str:
     """Hash plain values.
 
-    Args:
-        config: texts, numbers, lists and mappings.
-
-    Returns:
-        A SHA-256 in hexadecimal; it does not depend on the order of mappings.
+    Returns a SHA-256 in hexadecimal; it does not depend on the order of mappings.
 
     Example:
         >>> config_digest({"a": 1, "b": 2}) == config_digest({"b": 2, "a": 1})

@@ -25,42 +25,13 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, LookupError, Att
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file at once: a reader, or a run after a crash, sees all of it or nothing.
-
-    Args:
-        path: where; an existing file is replaced.
-        data: its content.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_bytes(Path(folder) / "a", b"text")
-        ...     [file.name for file in Path(folder).iterdir()]
-        ['a']
-    """
+    """Write a file at once: a reader, or a run after a crash, sees all of it or nothing."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write tensors as safetensors, with a digest of their content in the header, and one of the header itself.
-
-    Args:
-        path: where.
-        tensors: name -> tensor, on any device.
-        metadata: strings for the header: which file of which store it is, to be compared on reading.
-
-    Returns:
-        The digest.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "a.safetensors"
-        ...     content = write_tensors(path, {"x": torch.ones(2)})
-        ...     read_tensors(path, content)
-        {'x': tensor([1., 1.])}
-    """
+    """Write tensors as safetensors, with a digest of their content in the header, and one of the header itself."""
     own: dict[str, Tensor] = {}
     storages = set()
     for name, tensor in tensors.items():
@@ -78,14 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside the wanted one; on success flush it to the disk and rename it.
 
-    Args:
-        path: where the file is to be; an existing one is replaced.
-
-    Yields:
-        Where to write it.
-
-    Raises:
-        AttributionError: if that fails; what was there before is intact.
+    Yields where to write it.
 
     Example:
         >>> import tempfile
@@ -124,18 +88,7 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read tensors and check them against their digest.
 
-    Args:
-        path: a file of :func:`write_tensors`.
-        expected: the digest on record; by default the one in the file's own header.
-        remedy: what to do about a damaged file, for the message.
-        hashed: compare the content; otherwise only the digest that the file says it has.
-        place: what the file must say that it is, as it was written; by default anything.
-
-    Returns:
-        Name -> tensor, on the CPU, mapped from the file where the platform allows.
-
-    Raises:
-        CorruptedStoreError: if the file is missing, unreadable, not what its digest says, or belongs elsewhere.
+    Returns name -> tensor, on the CPU, mapped from the file where the platform allows.
     """
     try:
         check_regular(path)
@@ -161,29 +114,13 @@ def read_tensors(
 def remains(folder: Path) -> list[Path]:
     """Find what writers that were killed left behind.
 
-    Args:
-        folder: searched with all below it, while nobody writes there.
-
-    Returns:
-        Temporary files, our own and those of safetensors.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (Path(folder) / ".a.123.tmp").touch()
-        ...     write_bytes(Path(folder) / "a", b"text")
-        ...     [file.name for file in remains(Path(folder))]
-        ['.a.123.tmp']
+    Returns temporary files, our own and those of safetensors.
     """
     return sorted([*folder.rglob(".*.[0-9]*.tmp"), *folder.rglob(".tmp??????")])
 
 
 def move_aside(path: Path, target: Path) -> None:
     """Move a file or folder, if it is there, to a place that nothing occupies.
-
-    Args:
-        path: what to move.
-        target: where to; a name that is taken gets a ``+``.
 
     Example:
         >>> import tempfile
@@ -204,10 +141,6 @@ def move_aside(path: Path, target: Path) -> None:
 def link_tree(source: Path, target: Path) -> None:
     """Repeat a folder elsewhere; its files are linked where the file system allows, else copied.
 
-    Args:
-        source: the folder.
-        target: where; not there yet.
-
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -221,10 +154,6 @@ def link_tree(source: Path, target: Path) -> None:
 
 def link_file(source: Path | str, target: Path | str) -> None:
     """Repeat a file elsewhere; it is linked where the file system allows, else copied.
-
-    Args:
-        source: the file.
-        target: where; not there yet.
 
     Example:
         >>> import tempfile
@@ -243,15 +172,7 @@ def link_file(source: Path | str, target: Path | str) -> None:
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Hash names, dtypes, shapes and content of tensors.
 
-    Args:
-        tensors: name -> tensor.
-
-    Returns:
-        A SHA-256, in hexadecimal; it does not depend on the order.
-
-    Example:
-        >>> digest({"x": torch.ones(2)}) == digest({"x": torch.ones(2)}), digest({"x": torch.ones(2)}) == digest({})
-        (True, False)
+    Returns a SHA-256, in hexadecimal; it does not depend on the order.
     """
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -270,11 +191,7 @@ def _space(path: Path) -> str:
 def file_state(path: Path) -> tuple[int, int, int] | None:
     """Tell one written file from another without reading it.
 
-    Args:
-        path: of the file.
-
-    Returns:
-        What changes when it is written anew; None if there is none.
+    Returns what changes when it is written anew; None if there is none.
 
     Example:
         >>> file_state(Path("no such file")) is None
@@ -288,13 +205,7 @@ def file_state(path: Path) -> tuple[int, int, int] | None:
 
 
 def link_files(files: Iterable[Path], root: Path, target: Path) -> None:
-    """Link files into another directory, at the same places below it.
-
-    Args:
-        files: below ``root``.
-        root: where they are.
-        target: where links are made, and directories for them.
-    """
+    """Link files into another directory, at the same places below it."""
     for file in files:
         place = target / file.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -17,26 +17,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt
 
 
 def check_key(key: object) -> str:
-    """Check the name of a snapshot, which is part of a path.
-
-    Args:
-        key: up to 10 parts with ``/`` between them, as merging makes them; each of at most 100 letters, digits and
-            ``_=.,+-``, beginning with a letter, digit or ``_``, and no name that Windows reserves.
-
-    Returns:
-        The name.
-
-    Raises:
-        ValueError: if it is none.
-
-    Example:
-        >>> check_key("run0/epoch=0003-step=000092")
-        'run0/epoch=0003-step=000092'
-        >>> check_key("../other")
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected the name of a snapshot to be letters, digits and _=.,+- (at most 100, with / between ...
-    """
+    """Check the name of a snapshot, which is part of a path."""
     parts = key.split("/") if isinstance(key, str) else []
     fits = 0 < len(parts) <= _MOST_PARTS and all(
         _PART.fullmatch(part) and not part.endswith(".") and part.lower().split(".")[0] not in _RESERVED
@@ -54,25 +35,7 @@ def check_key(key: object) -> str:
 def inside(root: Path, *parts: str) -> Path:
     """Place a file or folder below a directory, and see that no link leads out of it.
 
-    Args:
-        root: the directory, which may be reached by a link itself.
-        *parts: names below it, with ``/`` in them or not.
-
-    Returns:
-        The path, which need not exist.
-
-    Raises:
-        CorruptedStoreError: if it is elsewhere, or nowhere, once links are followed.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (Path(folder) / "link").symlink_to("/etc")
-        ...     inside(Path(folder), "a", "b").name
-        ...     inside(Path(folder), "link", "passwd")
-        Traceback (most recent call last):
-        ...
-        lightning_attr.errors.CorruptedStoreError: .../link/passwd leads out of its directory, to /etc/passwd...
+    Returns the path, which need not exist.
     """
     path = root.joinpath(*parts)
     if _is_plain(root, "/".join(parts)):
@@ -103,25 +66,7 @@ def _is_plain(root: Path, below: str) -> bool:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """Read a file that may be anything.
-
-    Args:
-        path: of the file; a pipe or a device is not waited for.
-        most: bytes that it may have.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: if it is no regular file, or larger.
-        OSError: if it is missing or cannot be read.
-
-    Example:
-        >>> read_regular(Path("/dev/zero"), 100)
-        Traceback (most recent call last):
-        ...
-        ValueError: it is no regular file
-    """
+    """Read a file that may be anything."""
     check_regular(path, most)
     return path.read_bytes()
 
@@ -129,22 +74,7 @@ def read_regular(path: Path, most: int) -> bytes:
 def check_regular(path: Path, most: int | None = None) -> int:
     """Refuse what is no file of a sensible size, before it is opened.
 
-    Args:
-        path: of the file.
-        most: bytes that it may have; any number by default.
-
-    Returns:
-        Its size in bytes.
-
-    Raises:
-        ValueError: if it is no regular file, or larger.
-        OSError: if it is missing.
-
-    Example:
-        >>> check_regular(Path("/dev"))
-        Traceback (most recent call last):
-        ...
-        ValueError: it is no regular file
+    Returns its size in bytes.
     """
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
@@ -155,26 +85,7 @@ def check_regular(path: Path, most: int | None = None) -> int:
 
 
 def regular_files(root: Path, folder: str) -> list[Path]:
-    """List the files of a folder and below, of which none may be a link or anything else.
-
-    Args:
-        root: the directory that nothing may lead out of.
-        folder: below it; none there means no files.
-
-    Returns:
-        Their paths, sorted.
-
-    Raises:
-        CorruptedStoreError: if one is a link, a pipe or a device.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     (Path(folder) / "a").mkdir()
-        ...     (Path(folder) / "a" / "file").touch()
-        ...     [path.name for path in regular_files(Path(folder), "a")]
-        ['file']
-    """
+    """List the files of a folder and below, of which none may be a link or anything else."""
     found = []
     for place, folders, files in os.walk(inside(root, folder)):
         for name in [*folders, *files]:

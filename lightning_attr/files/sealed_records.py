@@ -20,18 +20,7 @@ _SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\Z')
 def seal(record: Mapping[str, Any]) -> bytes:
     """Write a record as JSON, with a hash of its text in the last field, ``sha256``.
 
-    Args:
-        record: plain values, at least one.
-
-    Returns:
-        The content of a file.
-
-    Example:
-        >>> print(seal({"format": 1}).decode())
-        {
-         "format": 1,
-         "sha256": "..."
-        }
+    Returns the content of a file.
     """
     body = json.dumps(record, indent=1).encode().removesuffix(b"\n}")
     return body + f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}'.encode()
@@ -39,10 +28,6 @@ def seal(record: Mapping[str, Any]) -> bytes:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record, at once; see :func:`seal`.
-
-    Args:
-        path: where.
-        record: plain values.
 
     Example:
         >>> import tempfile
@@ -57,17 +42,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 def read_record(path: Path, what: str, version: int, remedy: str = RESTORE) -> dict[str, Any]:
     """Read what :func:`write_record` wrote; its fields are still to be checked.
 
-    Args:
-        path: the file.
-        what: its directory holds, for the message.
-        version: the format that is read.
-        remedy: what to do about damage.
-
-    Returns:
-        The record, without its hash.
-
-    Raises:
-        CorruptedStoreError: if it is missing, damaged, changed, or of another format.
+    Returns the record, without its hash.
     """
     try:
         content = read_regular(inside(path.parent, path.name), _MOST_BYTES)

@@ -125,14 +125,7 @@ class WriterLock:
 
 
 def beat(path: Path) -> None:
-    """Show that this process goes on writing a directory, if it does; see :meth:`WriterLock.beat`.
-
-    Args:
-        path: the directory.
-
-    Example:
-        >>> beat(Path.cwd())
-    """
+    """Show that this process goes on writing a directory, if it does; see :meth:`WriterLock.beat`."""
     held = _HELD.get(os.path.realpath(path))
     if held is not None:
         held.claim.beat()
@@ -154,11 +147,7 @@ S = TypeVar("S", bound=_Store)
 def one_writer(change: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """Let a method change a store while no other process does, and begin with what the store is by now.
 
-    Args:
-        change: the method.
-
-    Returns:
-        The method, under the store's :class:`WriterLock`.
+    Returns the method, under the store's :class:`WriterLock`.
     """
 
     @wraps(change)

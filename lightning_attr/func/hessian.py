@@ -87,35 +87,14 @@ def hvp_at_x(func: Callable[..., Tensor], x: Sequence[Any], argnums: int = 0, *,
 def curvature_at(func: Callable[..., Tensor], x: Sequence[Any], argnums: int) -> tuple[RowSpace, Product]:
     """Prepare the Hessian's products on rows.
 
-    Args:
-        func: as in :func:`hvp`.
-        x: its arguments.
-        argnums: as in :func:`hvp`.
-
-    Returns:
-        How the point is flattened, and the product.
-
-    Raises:
-        ValueError: if ``argnums`` is none of the arguments, or that argument is not floating point.
+    Returns how the point is flattened, and the product.
     """
     point = differentiated(x, argnums)
     return RowSpace(point), hessian_product(lambda p: func(*x[:argnums], p, *x[argnums + 1 :]), point)
 
 
 def differentiated(x: Sequence[Any], argnums: int) -> Any:
-    """Find the argument to differentiate in.
-
-    Args:
-        x: arguments of a function.
-        argnums: position among them.
-
-    Returns:
-        The argument.
-
-    Raises:
-        TypeError: if ``x`` is not a sequence of arguments, or this one no tensor or dict of tensors.
-        ValueError: if there is no such argument.
-    """
+    """Find the argument to differentiate in."""
     check_instance(None, "x", x, Sequence, "a tuple of the function's arguments")
     check_int(None, "argnums", argnums, 0, len(x) - 1, remedy="It is the position of one argument in `x`.")
     parts = x[argnums].values() if isinstance(x[argnums], Mapping) else [x[argnums]]
@@ -127,12 +106,7 @@ def differentiated(x: Sequence[Any], argnums: int) -> Any:
 def structured(space: RowSpace, product: Product) -> AtX:
     """Let a function of rows take and return vectors that are structured like the point.
 
-    Args:
-        space: how the point is flattened.
-        product: a function from rows ``(r, p)`` to rows.
-
-    Returns:
-        A function of one or several vectors.
+    Shapes: product (r, p). Returns a function of one or several vectors.
     """
 
     def call(v: Point) -> Point:
@@ -145,14 +119,7 @@ def structured(space: RowSpace, product: Product) -> AtX:
 def of_x(at_x: Callable[..., AtX], func: Callable[..., Tensor], argnums: int, **settings: Any) -> OfX:
     """Prepare anew at the place that each call names.
 
-    Args:
-        at_x: prepares: ``(func, *x, argnums=..., **settings)``.
-        func: a function.
-        argnums: which of its arguments to differentiate in.
-        settings: further arguments of ``at_x``.
-
-    Returns:
-        A function of a place and one or several vectors.
+    Shapes: at_x (func, *x, argnums=..., **settings). Returns a function of a place and one or several vectors.
     """
     defaults = inspect.signature(at_x).parameters
     check_in_dims(settings.get("in_dims"))

@@ -21,16 +21,7 @@ InDims: TypeAlias = Sequence[int | None]
 def sample_dims(x: Sequence[Any], argnums: int, in_dims: InDims | None) -> tuple[int | None, ...]:
     """Say which dimension of each argument runs over the samples.
 
-    Args:
-        x: the arguments.
-        argnums: the one to differentiate in, which the samples share.
-        in_dims: as given; None for the first dimension of all others.
-
-    Returns:
-        One dimension, or None, for each argument.
-
-    Raises:
-        ValueError: if ``in_dims`` has another length, or splits the argument to differentiate in, or no argument.
+    Returns one dimension, or None, for each argument.
     """
     differentiated(x, argnums)
     check_in_dims(in_dims)
@@ -48,17 +39,7 @@ def sample_gradients(
 ) -> dict[str, Tensor]:
     """Differentiate a function of one sample at every sample.
 
-    Args:
-        func: returns one value.
-        x: its arguments for all samples.
-        argnums: which one to differentiate in.
-        in_dims: see :func:`sample_dims`.
-
-    Returns:
-        Name in the parameter dict (empty for a tensor) -> flattened gradients ``(n, size)``, detached.
-
-    Raises:
-        ValueError: if the gradients are not finite, or ``in_dims`` does not fit.
+    Returns name in the parameter dict (empty for a tensor) -> flattened gradients ``(n, size)``, detached.
     """
     dims = sample_dims(x, argnums, in_dims)
     with torch.enable_grad(), plain_execution(), sdpa_kernel(SDPBackend.MATH):
@@ -80,13 +61,7 @@ def sample_gradients(
 def select_samples(x: Sequence[Any], dims: Sequence[int | None], rows: Tensor) -> list[Any]:
     """Take some samples of a function's arguments.
 
-    Args:
-        x: the arguments for all samples.
-        dims: from :func:`sample_dims`.
-        rows: int64, positions of samples.
-
-    Returns:
-        The arguments for these samples.
+    Returns the arguments for these samples.
     """
 
     def select(part: Any, dim: int) -> Any:

@@ -13,17 +13,6 @@ from lightning_attr.arguments.messages import argument_message
 def check_settings(owner: str, func: Any, argnums: Any, optional: Collection[str] = (), **settings: Any) -> None:
     """Check what a function was given.
 
-    Args:
-        owner: its name.
-        func: what it differentiates.
-        argnums: in which argument.
-        optional: which settings may be None.
-        settings: the others, by name.
-
-    Raises:
-        TypeError: if ``func`` cannot be called.
-        ValueError: if a number is none, or out of its range.
-
     Example:
         >>> check_settings("ihvp_cg", len, 0, damping=0.0, max_iterations=2.5)
         Traceback (most recent call last):

@@ -321,11 +321,7 @@ def materialise(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
 def single_product(gradient: ParameterGradient) -> OuterSum | None:
     """Give the one outer product that each sample's gradient of a weight is; for a bias, that of its weight.
 
-    Args:
-        gradient: what a sink receives.
-
-    Returns:
-        The gradients, with one position; None if they are of another form, or sums.
+    Returns the gradients, with one position; None if they are of another form, or sums.
 
     Example:
         >>> import torch

@@ -16,18 +16,6 @@ def full_precision() -> Iterator[None]:
     """Leave TF32 and bfloat16 out of float32 products, which ``torch.set_float32_matmul_precision`` lets in.
 
     Their rounding, a thousandth and more, looks like a sample that depends on those beside it.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> torch.set_float32_matmul_precision("high")
-        >>> with full_precision():
-        ...     torch.get_float32_matmul_precision()
-        'highest'
-        >>> torch.get_float32_matmul_precision()
-        'high'
-        >>> torch.set_float32_matmul_precision("highest")
     """
     matmul: str | None = None
     cudnn: bool | None = None

@@ -19,14 +19,7 @@ FunctionalOutput: TypeAlias = Callable[[Mapping[str, Tensor], Any], Tensor]
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor], function: Callable[[Any], Any], batch: Any) -> Any:
     """Call a function of a module while other tensors are in the places of its parameters and buffers.
 
-    Args:
-        module: the module; it is left as it was, also where several names lead to one layer or one parameter.
-        tensors: name of a parameter or buffer -> tensor; the others keep their values.
-        function: what to call; it runs the module.
-        batch: its argument.
-
-    Returns:
-        What the function returns.
+    Returns what the function returns.
 
     Example:
         >>> import torch
@@ -141,12 +134,6 @@ def loop_gradients(
 
 def densely(gradient: Tensor) -> Tensor:
     """Give a gradient as a dense tensor; embeddings with ``sparse=True`` have others.
-
-    Args:
-        gradient: any.
-
-    Returns:
-        The same numbers.
 
     Example:
         >>> densely(torch.eye(2).to_sparse())

@@ -254,23 +254,7 @@ class HookedGradients:
 
 @contextmanager
 def frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Freeze parameters; put their ``requires_grad`` flags back in the end.
-
-    Args:
-        parameters: any.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> from torch import nn
-        >>> layer = nn.Linear(1, 1)
-        >>> with frozen(layer.parameters()):
-        ...     layer.weight.requires_grad
-        False
-        >>> layer.weight.requires_grad
-        True
-    """
+    """Freeze parameters; put their ``requires_grad`` flags back in the end."""
     trainable = [p for p in parameters if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)

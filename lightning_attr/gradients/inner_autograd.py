@@ -28,15 +28,7 @@ class InnerAutograd:
 def watch_autograd() -> Iterator[InnerAutograd]:
     """Watch whether backward passes are run; those of compiled and scripted code are not seen.
 
-    Yields:
-        What was seen until now.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> with watch_autograd() as inner:
-        ...     slope = torch.autograd.grad(x.square().sum(), x)
-        >>> inner.seen
-        True
+    Yields what was seen until now.
     """
     found, names = InnerAutograd(), vars(torch.autograd)
     run = names["_engine_run_backward"]  # what `grad` and `backward` call, whoever holds these functions

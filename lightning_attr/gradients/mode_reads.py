@@ -36,21 +36,7 @@ def watch_mode(module: nn.Module) -> Iterator[ModeReads]:
     Modules of which that cannot be seen, scripted ones and those with a ``train`` or ``eval`` of their own, count as
     having looked.
 
-    Args:
-        module: what is going to run.
-
-    Yields:
-        What was seen until now.
-
-    Example:
-        >>> dropout = nn.Dropout()
-        >>> with watch_mode(dropout) as reads:
-        ...     _ = dropout(torch.ones(1))
-        ...     print(reads.seen)
-        ...     _ = eval("dropout.training", {"dropout": dropout})  # code of another module than this one
-        ...     print(reads.seen)
-        False
-        True
+    Yields what was seen until now.
     """
     found = ModeReads(any(_is_opaque(layer) for layer in module.modules()))
 

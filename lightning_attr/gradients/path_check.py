@@ -281,8 +281,7 @@ def _covered(
 
     A name without gradients is right only if it has no part in the output, not if its gradient happens to be zero.
 
-    Returns:
-        The sets of names.
+    Returns the sets of names.
     """
     noise, unused = _noise(first), set(first.unused)
     outer: set[str] = set()

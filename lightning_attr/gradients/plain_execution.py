@@ -26,14 +26,6 @@ def plain_execution() -> Iterator[None]:
     Compiled modules run uncompiled, for their code does not look for new hooks; transformer layers leave their fused
     inference path, which calls no layers; reentrant checkpoints become non-reentrant ones; recurrent layers leave
     cuDNN, which has no backward pass for them in eval mode, and no second one.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> with plain_execution():
-        ...     torch.backends.mha.get_fastpath_enabled()
-        False
     """
     fused, names = torch.backends.mha.get_fastpath_enabled(), vars(checkpoint)
     reentrant = names["CheckpointFunction"]

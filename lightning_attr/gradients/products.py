@@ -14,22 +14,7 @@ def materialising_is_cheaper(
     :math:`s (r k_r + c k_c + k_r k_c)` against :math:`s r c + r c k_c + r k_r k_c`; a side without projection costs
     nothing.
 
-    Args:
-        positions: ``s``.
-        rows: ``r``.
-        columns: ``c``.
-        left: ``(k_r, r)`` or None.
-        right: ``(k_c, c)`` or None.
-
-    Returns:
-        True if forming the gradient first takes fewer operations.
-
-    Example:
-        >>> import torch
-        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(48, 64), torch.ones(48, 64))
-        True
-        >>> materialising_is_cheaper(1000, 64, 64, torch.ones(8, 64), torch.ones(8, 64))
-        False
+    Shapes: left (k_r, r), right (k_c, c). Returns True if forming the gradient first takes fewer operations.
     """
     if left is None and right is None:
         return False
@@ -43,18 +28,7 @@ def materialising_is_cheaper(
 def two_sided(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """Project formed gradients from both sides.
 
-    Args:
-        gradient: ``(b, rows, columns)``.
-        left: as in :meth:`FactoredGradient.project`.
-        right: as in :meth:`FactoredGradient.project`.
-
-    Returns:
-        ``(b, k_rows, k_columns)``.
-
-    Example:
-        >>> import torch
-        >>> two_sided(torch.ones(1, 3, 2), torch.ones(1, 3), None)
-        tensor([[[3., 3.]]])
+    Shapes: gradient (b, rows, columns). Returns ``(b, k_rows, k_columns)``.
     """
     gradient = gradient if right is None else gradient @ right.T
     if left is None:

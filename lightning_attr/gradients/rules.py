@@ -97,11 +97,7 @@ def explicit_forward(layer_type: type[nn.Module]) -> Callable[[ExplicitForward],
     It takes ``(layer, attach, *args, **kwargs)`` and returns what the layer's own forward would. Each use of parameters
     goes through ``output = attach(rule, activations, output)``; what does not goes through the fallback.
 
-    Args:
-        layer_type: the type; subclasses share it unless they override ``forward``.
-
-    Returns:
-        A decorator that returns the forward unchanged.
+    Returns a decorator that returns the forward unchanged.
     """
 
     def register(forward: ExplicitForward) -> ExplicitForward:
@@ -114,18 +110,7 @@ def explicit_forward(layer_type: type[nn.Module]) -> Callable[[ExplicitForward],
 def forward_for(layer: nn.Module) -> ExplicitForward | None:
     """Find the explicit forward of a layer.
 
-    Args:
-        layer: any module.
-
-    Returns:
-        That of its type, or of the nearest base whose ``forward`` it still uses; None if there is none.
-
-    Example:
-        >>> from torch import nn
-        >>> forward_for(nn.MultiheadAttention(2, 1)).__name__
-        'multihead_attention'
-        >>> forward_for(nn.Linear(1, 1)) is None
-        True
+    Returns that of its type, or of the nearest base whose ``forward`` it still uses; None if there is none.
     """
     for cls in type(layer).__mro__:
         if cls in _FORWARDS:
@@ -138,23 +123,7 @@ def _runs_forward_of(layer_type: Any, layer: nn.Module) -> bool:
 
 
 def check_layers(module: nn.Module) -> None:
-    """Check that no layer is in a state in which per-sample gradients do not exist.
-
-    Args:
-        module: any module.
-
-    Raises:
-        UnsupportedLayerError: if one is: BatchNorm in train mode or without running statistics, or a trainable
-            Embedding or EmbeddingBag with ``max_norm`` or ``scale_grad_by_freq``.
-
-    Example:
-        >>> from torch import nn
-        >>> check_layers(nn.Sequential(nn.BatchNorm1d(3)).eval())
-        >>> check_layers(nn.Sequential(nn.BatchNorm1d(3)).train())
-        Traceback (most recent call last):
-        ...
-        lightning_attr.errors.UnsupportedLayerError: `0` (BatchNorm1d) is in train mode...
-    """
+    """Check that no layer is in a state in which per-sample gradients do not exist."""
     for name, layer in module.named_modules():
         check_layer(name, layer)
 

@@ -14,17 +14,7 @@ from lightning_attr.gradients.plain_execution import plain_execution
 def whole_gradients(forward: Callable[[], Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Differentiate the output of one sample in whole parameters.
 
-    Args:
-        forward: runs the sample and returns its output, ``(1,)``.
-        params: parameter name -> tensor.
-
-    Returns:
-        The output, detached, ``(1,)``, and parameter name -> gradient ``(1, *shape)``.
-
-    Example:
-        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> whole_gradients(lambda: (w * w).sum().reshape(1), {"w": w})
-        (tensor([5.]), {'w': tensor([[2., 4.]])})
+    Shapes: forward (1,). Returns the output, detached, ``(1,)``, and parameter name -> gradient ``(1, *shape)``.
     """
     with torch.enable_grad(), plain_execution():
         output = forward()

@@ -173,14 +173,6 @@ def in_step(snapshots: Sequence[SnapshotFeatures]) -> Iterator[tuple[range, list
 def check_method(owner: object, value: Any, name: str = "method") -> None:
     """Check that a value is a method.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        value: what was passed.
-        name: of the argument.
-
-    Raises:
-        TypeError: if it is none, as a method's class or its name.
-
     Example:
         >>> check_method("attribute", "TRAK")
         Traceback (most recent call last):
@@ -195,16 +187,7 @@ def check_method(owner: object, value: Any, name: str = "method") -> None:
 def compute_precision(features: Tensor) -> Tensor:
     """Give features in the precision that scores are computed in.
 
-    Args:
-        features: any floating dtype.
-
-    Returns:
-        The same in float64 if they are, else in float32.
-
-    Example:
-        >>> import torch
-        >>> compute_precision(torch.ones(2, dtype=torch.float16)).dtype
-        torch.float32
+    Returns the same in float64 if they are, else in float32.
     """
     return features.to(torch.promote_types(features.dtype, torch.float32))
 

@@ -47,20 +47,8 @@ class FeatureChoice:
 def choose_features(n_train: int, numel: int, most: int = MOST_FEATURES) -> FeatureChoice:
     """Choose how many features a sample has, from what does not change in a run: a resumed one chooses the same.
 
-    Args:
-        n_train: training samples.
-        numel: parameters of the model, frozen or not.
-        most: features at most.
-
-    Returns:
-        The power of two nearest to a twelfth of the parameters, but at least 1,024, and at most ``most`` and four per
-        sample (or 256). Features are late where samples times parameters are at most ``2 ** 30``.
-
-    Example:
-        >>> choose_features(1437, 10_090).proj_dim, choose_features(5000, 109_386).proj_dim
-        (1024, 2048)
-        >>> choose_features(1437, 10_090).reason
-        '1,024 features for 10,090 parameters and 1,437 training samples, computed when they are wanted'
+    Returns the power of two nearest to a twelfth of the parameters, but at least 1,024, and at most ``most`` and four
+    per sample (or 256). Features are late where samples times parameters are at most ``2 ** 30``.
     """
     wanted = min(max(numel / _PARAMETERS_A_FEATURE, _ENOUGH), _FEATURES_A_SAMPLE * n_train)
     nearest = 2 ** round(math.log2(max(1.0, wanted)))
@@ -80,43 +68,20 @@ class ChoosesFeatures(Protocol):
     def settled(self, n_train: int, numel: int) -> AttributionMethod:
         """Choose, if that was left open.
 
-        Args:
-            n_train: training samples.
-            numel: parameters of the model, frozen or not.
-
-        Returns:
-            The method, with nothing left to choose.
+        Returns the method, with nothing left to choose.
         """
 
     def given(self, projector: Projector) -> AttributionMethod:
         """Take a projector, if nobody chose one.
 
-        Args:
-            projector: of the features that there are.
-
-        Returns:
-            The method, with nothing left to choose; as it is, where somebody chose.
+        Returns the method, with nothing left to choose; as it is, where somebody chose.
         """
 
 
 def settled(method: AttributionMethod, n_train: int, numel: int) -> AttributionMethod:
     """Let a method choose what was left to it, now that model and data are known.
 
-    Args:
-        method: any.
-        n_train: training samples.
-        numel: parameters of the model, frozen or not.
-
-    Returns:
-        The method, with nothing left to choose.
-
-    Example:
-        >>> from lightning_attr.methods import TRAK, GradDot
-        >>> settled(TRAK(), 1437, 10_090).projector.proj_dim, settled(TRAK(64), 1437, 10_090).projector.proj_dim
-        (1024, 64)
-        >>> method = GradDot()
-        >>> settled(method, 1437, 10_090) is method
-        True
+    Returns the method, with nothing left to choose.
     """
     return method.settled(n_train, numel) if isinstance(method, ChoosesFeatures) else method
 
@@ -124,15 +89,6 @@ def settled(method: AttributionMethod, n_train: int, numel: int) -> AttributionM
 def choice_of(method: AttributionMethod) -> FeatureChoice | None:
     """Give what a method chose.
 
-    Args:
-        method: any.
-
-    Returns:
-        The choice; None where there was none.
-
-    Example:
-        >>> from lightning_attr.methods import TRAK
-        >>> choice_of(TRAK()), choice_of(settled(TRAK(), 1437, 10_090)).late
-        (None, True)
+    Returns the choice; None where there was none.
     """
     return method.choice if isinstance(method, ChoosesFeatures) else None

@@ -65,16 +65,7 @@ class GaussNewtonKernel(DualKernel):
 
     @classmethod
     def kept(cls, snapshot: SnapshotFeatures, directions: int, whole: bool) -> GaussNewtonKernel:
-        """Give the kernel of a snapshot, kept for the next targets where it is small.
-
-        Args:
-            snapshot: with its model.
-            directions: as in the constructor.
-            whole: as in the constructor.
-
-        Returns:
-            The kernel.
-        """
+        """Give the kernel of a snapshot, kept for the next targets where it is small."""
         return kept_where_small(snapshot, _KERNEL.at(directions, whole), lambda: cls(snapshot, directions, whole))
 
     def _rows(self, snapshot: SnapshotFeatures) -> Tensor:
@@ -94,12 +85,7 @@ class GaussNewtonKernel(DualKernel):
     def solve(self, snapshot: SnapshotFeatures, ridge: float) -> SolvedSamples:
         """Solve for the targets of a snapshot; see :meth:`DualKernel.solve`.
 
-        Args:
-            snapshot: with its model and ``target_rows``.
-            ridge: what is added to the diagonal.
-
-        Returns:
-            Terms and leverages of all training samples, in the features' precision.
+        Returns terms and leverages of all training samples, in the features' precision.
         """
         targets = model_of(snapshot).targets(self.factors, snapshot.target_rows)["features"]
         n = len(self.features)

@@ -171,17 +171,7 @@ def shapley_values(distances: Tensor, correct: Tensor, k: int) -> Tensor:
     With the samples in the order of their distance, :math:`s_n = e_n \min(k, n) / (k n)` and :math:`s_r = s_{r+1} +
     (e_r - e_{r+1}) \min(k, r) / (k r)`.
 
-    Args:
-        distances: ``(m, n)`` from each target to each sample; ties go to the lower index.
-        correct: whether a sample has the target's label, bool ``(m, n)``.
-        k: neighbours that vote.
-
-    Returns:
-        ``(m, n)``, float64.
-
-    Example:
-        >>> shapley_values(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]]), k=1)
-        tensor([[1., 0.]], dtype=torch.float64)
+    Shapes: distances (m, n), correct (m, n). Returns ``(m, n)``, float64.
     """
     n = distances.shape[1]
     order = distances.argsort(dim=1, stable=True)

@@ -21,13 +21,7 @@ def sum_over_snapshots(
     .. math::
         S_{ij} = \sum_c \langle r_i(\theta_c), \psi_j(\theta_c) \rangle
 
-    Args:
-        snapshots: in the order of training.
-        targets: :math:`\psi` ``(m, k)`` at each of them.
-        term: gives :math:`r` and self-influence of training samples at one of them.
-
-    Yields:
-        Scores and self-influence.
+    Shapes: targets (m, k).
 
     Example:
         >>> import torch
@@ -50,12 +44,8 @@ def sum_over_snapshots(
 def balanced_weights(sizes: Sequence[float]) -> list[float]:
     """Weigh snapshots so that each has an equal part in the average of their scores.
 
-    Args:
-        sizes: how large the scores of each snapshot are.
-
-    Returns:
-        Weights inverse to the sizes, with the sum one. A snapshot without any scores counts as the smallest of the
-        others.
+    Returns weights inverse to the sizes, with the sum one. A snapshot without any scores counts as the smallest of the
+    others.
 
     Example:
         >>> balanced_weights([1.0, 3.0]), balanced_weights([0.0, 0.0])
@@ -69,11 +59,7 @@ def balanced_weights(sizes: Sequence[float]) -> list[float]:
 def balanced_total(sizes: Sequence[float]) -> float:
     """Give what a sum of scores, each over its size, is to be divided by, for an average by :func:`balanced_weights`.
 
-    Args:
-        sizes: as there.
-
-    Returns:
-        The sum of the inverse sizes.
+    Returns the sum of the inverse sizes.
 
     Example:
         >>> balanced_total([1.0, 0.5])

@@ -110,13 +110,7 @@ def _squared_distances(h: Tensor, targets: Tensor) -> Tensor:
 def representation(seen: Observation, layer: str | None, tokens: str = "mean") -> Tensor:
     """Take the representation of each sample from an observed layer.
 
-    Args:
-        seen: the observation.
-        layer: None for the input of the layer, else its output.
-        tokens: as for :class:`RepresentationSimilarity`.
-
-    Returns:
-        ``(b, d)``.
+    Returns ``(b, d)``.
 
     Example:
         >>> x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])

@@ -235,24 +235,7 @@ def fit_head(
     Newton steps whose systems are solved by conjugate gradients (Nocedal and Wright, 2006, algorithm 7.1), as far as
     pays: L-BFGS needs ten times the time where the ridge is small, and stops short of the tolerance.
 
-    Args:
-        features: of this process's samples, block after block, ``(b, d)``, float64.
-        logits: of the model, ``(b, c)``, float64; sigmoids of them for ``c = 1``, else their softmax.
-        start: weights to begin with, ``(c, d)``, float64.
-        l2: :math:`\rho`.
-        n_train: samples of all processes.
-        reduce: sums a tensor over all processes.
-
-    Returns:
-        ``(c, d)``, float64, the same in all processes.
-
-    Raises:
-        AttributionError: if the norm of the gradient does not get down to 1e-8.
-
-    Example:
-        >>> h = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        >>> fit_head([h], [torch.tensor([[2.0, 0.0], [0.0, 2.0]]).double()], torch.zeros_like(h), 0.1, 2).shape
-        torch.Size([2, 2])
+    Shapes: features (b, d), logits (b, c), start (c, d). Returns ``(c, d)``, float64, the same in all processes.
     """
     soft = [_probabilities(block) for block in logits]
 

@@ -57,13 +57,8 @@ class RowSample:
     def of(cls, sizes: Iterable[Tensor], wanted: int, snapshot: SnapshotFeatures) -> RowSample:
         """Draw rows by their sizes.
 
-        Args:
-            sizes: of this process's rows, block after block, ``(b,)``.
-            wanted: how many rows.
-            snapshot: whose rows they are.
-
-        Returns:
-            The sample, the same in all processes and for any blocks, up to the rounding of the total.
+        Shapes: sizes (b,). Returns the sample, the same in all processes and for any blocks, up to the rounding of the
+        total.
         """
         total = snapshot.reduce(torch.stack([size.sum(dtype=torch.float64) for size in sizes]).sum())
         return cls(wanted, total.item(), snapshot.key)
@@ -71,12 +66,7 @@ class RowSample:
     def factors(self, rows: range, sizes: Tensor) -> Tensor:
         """Tell how many times each row counts.
 
-        Args:
-            rows: a block.
-            sizes: of these rows, ``(b,)``.
-
-        Returns:
-            The inverse chances of the rows taken, and zeros, ``(b,)``.
+        Shapes: sizes (b,). Returns the inverse chances of the rows taken, and zeros, ``(b,)``.
         """
         chances = (sizes * (self.wanted / max(self.total, torch.finfo(torch.float32).tiny))).clamp(max=1)
         drawn = row_uniforms(rows, 1, "kernel rows", self.key)[:, 0].to(chances)
@@ -86,17 +76,7 @@ class RowSample:
 def sampled_rows(n: int, k: int, damping: float) -> int | None:
     """Choose how many rows a kernel is added up from.
 
-    Args:
-        n: training samples.
-        k: features.
-        damping: as a multiple of the kernel's mean diagonal entry.
-
-    Returns:
-        How many; None for all.
-
-    Example:
-        >>> sampled_rows(100_000, 512, 1.0), sampled_rows(4_000, 512, 1.0), sampled_rows(100_000, 512, 0.0)
-        (2048, None, None)
+    Returns how many; None for all.
     """
     if damping <= 0:
         return None
@@ -107,19 +87,8 @@ def sampled_rows(n: int, k: int, damping: float) -> int | None:
 def leverage_sketch(factor: Tensor, n: int, key: str) -> Tensor | None:
     """Make a sketch for leverages, where many samples have many features.
 
-    Args:
-        factor: of the kernel, lower triangular, ``(k, k)``.
-        n: training samples.
-        key: of the random numbers.
-
-    Returns:
-        :math:`R L^{-1}`, ``(s, k)``, in the factor's dtype; None where exact leverages cost little.
-
-    Example:
-        >>> leverage_sketch(torch.eye(512), 10_000, "final") is None
-        True
-        >>> leverage_sketch(torch.eye(512), 100_000, "final").shape
-        torch.Size([128, 512])
+    Shapes: factor (k, k). Returns :math:`R L^{-1}`, ``(s, k)``, in the factor's dtype; None where exact leverages cost
+    little.
     """
     k = len(factor)
     if n * k * k <= _EXACT_PRODUCTS or k <= 2 * _SKETCH:
@@ -130,13 +99,5 @@ def leverage_sketch(factor: Tensor, n: int, key: str) -> Tensor | None:
 
 
 def leverage_error() -> float:
-    """Give the relative standard deviation of a sketched leverage, at most.
-
-    Returns:
-        The figure.
-
-    Example:
-        >>> leverage_error()
-        0.125
-    """
+    """Give the relative standard deviation of a sketched leverage, at most."""
     return math.sqrt(2 / _SKETCH)

@@ -15,12 +15,7 @@ from lightning_attr.projectors.unchosen import UnchosenProjector
 def on_store(method: AttributionMethod, config: Mapping[str, Any] | None) -> AttributionMethod:
     """Give a method the projector of a store, where it has none that somebody chose.
 
-    Args:
-        method: any.
-        config: of the store's projector, as :attr:`AttributionMethod.projector_config`; None where it has none.
-
-    Returns:
-        The method, or one that reads the store's features.
+    Returns the method, or one that reads the store's features.
 
     Example:
         >>> from lightning_attr.methods import GradDot

@@ -236,19 +236,7 @@ class GAS(TracIn):
 def learning_rates(snapshots: Sequence[SnapshotFeatures]) -> list[float]:
     """Give the learning rate of each snapshot, summed over the steps it stands for, over the number of runs.
 
-    Args:
-        snapshots: of one run, or of several that were merged.
-
-    Returns:
-        One number a snapshot.
-
-    Raises:
-        AttributionError: if those of a run are missing or zero.
-
-    Example:
-        >>> features = {"features": torch.ones(1, 1)}
-        >>> learning_rates([SnapshotFeatures.of(features, features)])
-        [1.0]
+    Returns one number a snapshot.
     """
     runs: dict[str, float] = {}
     for snapshot in snapshots:
@@ -269,12 +257,7 @@ def learning_rates(snapshots: Sequence[SnapshotFeatures]) -> list[float]:
 def unit_rows(features: Tensor, layers: Sequence[slice] = (slice(None),)) -> Tensor:
     """Scale each row to length one, with equal shares of all layers.
 
-    Args:
-        features: ``(b, k)``.
-        layers: columns of each.
-
-    Returns:
-        ``(b, k)``; a layer of zeros stays so.
+    Shapes: features (b, k). Returns ``(b, k)``; a layer of zeros stays so.
 
     Example:
         >>> unit_rows(torch.tensor([[3.0, 4.0]]))

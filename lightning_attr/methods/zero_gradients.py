@@ -15,9 +15,6 @@ _TOLD: CacheKey[bool] = CacheKey("told zero")
 def tell_zero(snapshot: SnapshotFeatures) -> None:
     """Say once that gradients are zero at a snapshot, which has scores of zero then.
 
-    Args:
-        snapshot: with zero gradients of all training samples, in all layers or in one.
-
     Example:
         >>> import torch
         >>> features = {"features": torch.zeros(1, 1)}

@@ -90,14 +90,7 @@ class Centering(Protocol):
 
 
 class Ranking:
-    """Midranks of the rows of `(n_target, m)` values when column k counts `counts[k]` times, after one sort.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.bootstrap import Ranking
-        >>> Ranking(torch.tensor([[0.3, 0.1, 0.2]])).centered(torch.tensor([1.0, 2.0, 0.0]).double())
-        tensor([[ 1.0000, -0.5000,  0.5000]], dtype=torch.float64)
-    """
+    """Midranks of the rows of `(n_target, m)` values when column k counts `counts[k]` times, after one sort."""
 
     def __init__(self, values: Tensor) -> None:
         ordered, self.order = values.contiguous().sort(dim=1)
@@ -111,14 +104,7 @@ class Ranking:
 
 
 class Values:
-    """The rows of `(n_target, m)` values themselves, for Pearson's correlation.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.bootstrap import Values
-        >>> Values(torch.tensor([[4.0, 1.0]])).centered(torch.tensor([1.0, 2.0]))
-        tensor([[ 2., -1.]])
-    """
+    """The rows of `(n_target, m)` values themselves, for Pearson's correlation."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -132,15 +118,7 @@ class Values:
 
 
 def correlation(a: Centering, b: Centering, counts: Tensor) -> Tensor:
-    """Return the correlation of each row `(n_target,)` when column k counts `counts[k]` times; NaN if one is constant.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.bootstrap import Values, correlation
-        >>> a, b = Values(torch.tensor([[1.0, 2.0, 3.0]])), Values(torch.tensor([[2.0, 4.0, 6.0]]))
-        >>> correlation(a, b, torch.ones(3))
-        tensor([1.])
-    """
+    """Return the correlation of each row `(n_target,)`, column k counted `counts[k]` times; NaN if one is constant."""
     x, y = a.centered(counts), b.centered(counts)
     norm = ((x.square() @ counts) * (y.square() @ counts)).sqrt()
     return ((x * y) @ counts) / norm
@@ -156,25 +134,7 @@ def two_way_interval(
     belongs to single pairs of column and target (Owen 2007). The variance wanted is that of resampled columns plus that
     of resampled targets, less that of pairs, which both hold: what a resample does beyond the sum of the two.
 
-    Args:
-        mean: The mean of the correlations between the rows of `a` and of `b`, `()`, float64.
-        a: What was predicted, for the targets whose correlation is defined.
-        b: What was measured, for the same targets.
-        shape: `(n_target, m)`, the shape of both.
-        bootstrap: Number of resamples; 0 gives NaN.
-        confidence: Coverage of the interval, in (0, 1).
-        seed: Seed of the resamples.
-
-    Returns:
-        Both ends, `()`, float64, in [-1, 1].
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.bootstrap import Ranking, two_way_interval
-        >>> a = Ranking(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
-        >>> low, high = two_way_interval(torch.tensor(1.0).double(), a, a, (1, 4), 10, 0.9, seed=0)
-        >>> float(low), float(high)
-        (1.0, 1.0)
+    Shapes: shape (n_target, m). Returns both ends, `()`, float64, in [-1, 1].
     """
     n_target, m = shape
     if bootstrap == 0 or n_target == 0:
@@ -207,21 +167,7 @@ def two_way_interval(
 def mean_interval(per_target: Tensor, bootstrap: int, confidence: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return the percentile interval of the mean of `per_target` over resamples of the targets, NaN ones left out.
 
-    Args:
-        per_target: `(n_target,)`, float64.
-        bootstrap: Number of resamples; 0 gives NaN.
-        confidence: Coverage of the interval, in (0, 1).
-        seed: Seed of the resamples.
-
-    Returns:
-        Both ends, `()`, float64; NaN when no target is defined.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.bootstrap import mean_interval
-        >>> low, high = mean_interval(torch.tensor([2.0, 2.0, torch.nan]).double(), 10, 0.95, seed=0)
-        >>> float(low), float(high)
-        (2.0, 2.0)
+    Shapes: per_target (n_target,). Returns both ends, `()`, float64; NaN when no target is defined.
     """
     defined = per_target[~per_target.isnan()]
     if bootstrap == 0 or len(defined) == 0:
@@ -236,19 +182,7 @@ def mean_interval(per_target: Tensor, bootstrap: int, confidence: float, seed: i
 def count_undefined(per_target: Tensor, what: str, reason: str) -> int:
     """Return how many values are NaN, with a warning if they are more than 1 %.
 
-    Args:
-        per_target: `(n_target,)`.
-        what: The value and the metric it is left out of, for the warning.
-        reason: Why it may not exist.
-
-    Returns:
-        The number of NaN.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.bootstrap import count_undefined
-        >>> count_undefined(torch.tensor([0.1, 0.5]), "rank", "nothing is relevant")
-        0
+    Shapes: per_target (n_target,). Returns the number of NaN.
     """
     undefined = int(per_target.isnan().sum())
     if undefined > 0.01 * len(per_target):
@@ -261,15 +195,7 @@ def count_undefined(per_target: Tensor, what: str, reason: str) -> int:
 
 
 def check_bootstrap(bootstrap: int, confidence: float, seed: int) -> None:
-    """Check the arguments of every bootstrap.
-
-    Raises:
-        ValueError: If `bootstrap` is negative, `confidence` outside (0, 1), or `seed` no seed.
-
-    Example:
-        >>> from lightning_attr.metrics.bootstrap import check_bootstrap
-        >>> check_bootstrap(1000, 0.95, 0)
-    """
+    """Check the arguments of every bootstrap."""
     check_int(None, "bootstrap", bootstrap, minimum=0)
     check_float(None, "confidence", confidence, above=0, below=1)
     check_seed(None, seed)

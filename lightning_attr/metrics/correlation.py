@@ -49,23 +49,8 @@ def correlation_score(
 ) -> CorrelationScore:
     """Correlate predictions with measurements averaged over seeds, for each target.
 
-    Args:
-        predicted: `(m, n_target)`, float64.
-        measured: `(s, m, n_target)` for s seeds, float64.
-        kind: Which correlation.
-        bootstrap: Number of resamples; 0 skips the interval.
-        confidence: Coverage of the interval, in (0, 1).
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The score; `undefined` is counted but not warned of.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.correlation import correlation_score
-        >>> values = torch.tensor([[1.0], [2.0], [4.0]]).double()
-        >>> correlation_score(values, values.log()[None], "pearson", 0, 0.95, 0).mean
-        tensor(0.9820, dtype=torch.float64)
+    Shapes: predicted (m, n_target), measured (s, m, n_target). Returns the score; `undefined` is counted but not warned
+    of.
     """
     centering = Ranking if kind == "spearman" else Values
     a, b = predicted.T, measured.mean(0).T  # (n_target, m)
@@ -88,11 +73,6 @@ def correlation_score(
 def warn_undefined(score: CorrelationScore, metric: str, rows: str) -> None:
     """Warn when the correlation of more than 1 % of the targets does not exist.
 
-    Args:
-        score: The score that misses them.
-        metric: What they are left out of.
-        rows: What the correlation runs over.
-
     Example:
         >>> import torch
         >>> from lightning_attr.metrics.correlation import correlation_score, warn_undefined
@@ -113,17 +93,7 @@ def rank_ceiling(measured: Tensor) -> Tensor:
     The rank correlation between the means of two halves of the seeds, averaged over rotations of the seeds and over
     targets, carried to all seeds by the Spearman-Brown formula.
 
-    Args:
-        measured: `(s, m, n_target)`, float64.
-
-    Returns:
-        float64 scalar in [0, 1]; NaN with one seed.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.correlation import rank_ceiling
-        >>> rank_ceiling(torch.arange(6.0).double().reshape(1, 6, 1).expand(2, 6, 1))
-        tensor(1., dtype=torch.float64)
+    Shapes: measured (s, m, n_target). Returns float64 scalar in [0, 1]; NaN with one seed.
     """
     n_seeds = len(measured)
     half = n_seeds // 2
@@ -141,17 +111,8 @@ def rank_ceiling(measured: Tensor) -> Tensor:
 def linear_ceiling(measured: Tensor) -> Tensor:
     """Root of the reliability of measurements averaged over seeds: 1 - 1 / F, mean over targets, at least 0.
 
-    Args:
-        measured: `(s, m, n_target)`, float64.
-
-    Returns:
-        float64 scalar in [0, 1]; NaN with one seed. F is :func:`signal_to_noise`.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.correlation import linear_ceiling
-        >>> linear_ceiling(torch.arange(6.0).double().reshape(1, 6, 1).expand(2, 6, 1))
-        tensor(1., dtype=torch.float64)
+    Shapes: measured (s, m, n_target). Returns float64 scalar in [0, 1]; NaN with one seed. F is
+    :func:`signal_to_noise`.
     """
     return (1 - 1 / signal_to_noise(measured)).nanmean().clamp(min=0).sqrt()
 
@@ -163,19 +124,8 @@ def signal_to_noise(measured: Tensor) -> Tensor:
     :math:`\mathrm{MS}_e` is the variance left once the means of rows and of seeds are taken off. A seed that moves all
     rows alike (it trained the reference, too) is no noise to a correlation over the rows.
 
-    Args:
-        measured: `(s, m, n_target)`, float64.
-
-    Returns:
-        `(n_target,)`, float64, at least 0: near 1 for noise alone, infinite without noise; NaN with one seed, and for
-        targets where nothing varies.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attr.metrics.correlation import signal_to_noise
-        >>> measured = torch.tensor([[[1.0], [4.0], [5.0]], [[3.0], [4.0], [7.0]]]).double()
-        >>> signal_to_noise(measured)  # means 2, 4, 6
-        tensor([12.], dtype=torch.float64)
+    Shapes: measured (s, m, n_target). Returns `(n_target,)`, float64, at least 0: near 1 for noise alone, infinite
+    without noise; NaN with one seed, and for targets where nothing varies.
     """
     s, m, n_target = measured.shape
     if s < 2:

@@ -41,11 +41,7 @@ class MeanWithInterval(Protocol):
 
 
 def new_figure(width: float = 4.5, height: float = 3.2) -> Figure:
-    """Return an empty figure outside pyplot, sized in inches.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
+    """Return an empty figure outside pyplot, sized in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -238,19 +238,8 @@ def overlap(self_influence: Tensor, data_value: Tensor, fraction: float = 0.1) -
 def score_blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Walk a score matrix in float64 row blocks of at most 32 MiB (one row at least), all in the same memory.
 
-    Args:
-        scores: Shape `(n_train, n_target)`, any real dtype, possibly memory-mapped.
-
-    Yields:
-        `(rows, block)`: the slice of rows and a float64 copy of them, overwritten by the next.
-
-    Raises:
-        ValueError: If `scores` is not a non-empty finite matrix.
-
-    Example:
-        >>> import torch
-        >>> [(rows, block.sum().item()) for rows, block in score_blocks(torch.ones(3, 2))]
-        [(slice(0, 3, None), 6.0)]
+    Shapes: scores (n_train, n_target). Yields `(rows, block)`: the slice of rows and a float64 copy of them,
+    overwritten by the next.
     """
     check_matrix("scores", scores)
     n_train, n_target = scores.shape

@@ -11,16 +11,7 @@ from lightning_attr.metrics.checks import check_fraction, check_vector
 def midranks(values: Tensor) -> Tensor:
     """Rank along the last dimension, starting at 1; tied values share the mean of their ranks.
 
-    Args:
-        values: Any real dtype, shape `(..., n)`.
-
-    Returns:
-        float64 ranks, shape `(..., n)`.
-
-    Example:
-        >>> import torch
-        >>> midranks(torch.tensor([3.0, 1.0, 3.0]))
-        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+    Shapes: values (..., n). Returns float64 ranks, shape `(..., n)`.
     """
     values = values.contiguous()
     ordered = values.sort(dim=-1).values

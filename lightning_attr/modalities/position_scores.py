@@ -90,26 +90,7 @@ def position_products(
 ) -> PositionScores:
     r"""Split products :math:`\nabla f_i^\top v_j` with directions of your own, such as preconditioned gradients.
 
-    Args:
-        module: with :class:`lightning_attr.AttributionMixin`, in eval mode.
-        batch: ``b`` samples, on the module's device.
-        directions: parameter name -> ``q`` tensors like it, ``(q, *shape)``; parameters that are missing have no part.
-        length: ``L``; layers that see another number of positions count as rest. By default that of the labels: for an
-            encoder-decoder, pass the encoder's to split by input tokens (and pad the two to different lengths).
-
-    Returns:
-        The shares, which add up to the product.
-
-    Raises:
-        ValueError: if no length is given and there is not one label per position, or a direction fits no parameter.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> module, batch = Classifier(2, 3, bias=False), (torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))
-        >>> position_products(module, batch, {"weight": torch.ones(1, 3, 2)}, length=1).positions.shape
-        torch.Size([4, 1, 1])
+    Shapes: directions (q, *shape). Returns the shares, which add up to the product.
     """
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, direction in directions.items():

@@ -69,13 +69,7 @@ class OutputApart:
 def objective_of(module: Any, batch: Any, batch_size: int) -> Objective:
     """Choose what of a module is attributed, and check it: of samples in a batch, or apart.
 
-    Args:
-        module: the module, in eval mode.
-        batch: a few samples, completed.
-        batch_size: how many.
-
-    Returns:
-        As :func:`lightning_attr.objectives.objective.batch_objective` and :func:`apart_objective` do.
+    Returns as :func:`lightning_attr.objectives.objective.batch_objective` and :func:`apart_objective` do.
 
     Example:
         >>> import lightning as L
@@ -93,16 +87,7 @@ def objective_of(module: Any, batch: Any, batch_size: int) -> Objective:
 def apart_objective(module: Any, batch: SamplesApart) -> OutputApart:
     """Choose what of a module is attributed, and check it on samples that are apart.
 
-    Args:
-        module: the module, in eval mode.
-        batch: a few samples.
-
-    Returns:
-        The model output of a module with the mixin, the training loss of any other.
-
-    Raises:
-        BatchDependenceError: if a sample has other values when it is run again.
-        NonFiniteGradientError: if an output is NaN or Inf.
+    Returns the model output of a module with the mixin, the training loss of any other.
 
     Example:
         >>> import lightning as L

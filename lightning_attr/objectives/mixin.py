@@ -134,12 +134,7 @@ class AttributionMixin:
 def attribution_outputs(module: Any, batch: Any) -> tuple[Any, Any]:
     """Run the attribution step of a module, and leave no trace of it.
 
-    Args:
-        module: with :class:`AttributionMixin`.
-        batch: what its ``attribution_step`` takes; it gets a batch of its own.
-
-    Returns:
-        ``(outputs, targets)``.
+    Returns ``(outputs, targets)``.
 
     Example:
         >>> import torch

@@ -28,28 +28,7 @@ def choose_mode(module: Any, batch: Any, asked: str | None = None) -> str:
     of BatchNorm frozen and the mean in the place of all that is random, or works in train mode only: a loss is
     attributed as it was trained.
 
-    Args:
-        module: a module that can be attributed; it is left in its mode.
-        batch: a few samples, completed, on its device.
-        asked: the user's choice; None for none.
-
-    Returns:
-        "eval" or "train". A log line tells a choice of train mode, and a difference that remains.
-
-    Raises:
-        ValueError: if the user's choice is no mode.
-
-    Example:
-        >>> import lightning as L
-        >>> class Regularised(L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.slope = torch.nn.Parameter(torch.tensor(2.0))
-        ...     def training_step(self, batch):
-        ...         loss = (self.slope * batch).square().mean()
-        ...         return loss + 0.1 * self.slope.abs() if self.training else loss
-        >>> choose_mode(Regularised(), torch.ones(4))
-        'train'
+    Returns "eval" or "train". A log line tells a choice of train mode, and a difference that remains.
     """
     check_mode(asked)
     if asked is not None:
@@ -97,12 +76,7 @@ def choose_mode(module: Any, batch: Any, asked: str | None = None) -> str:
 def is_random(module: Any, batch: Any) -> bool:
     """Say whether what is attributed of a module is random in the mode that the module is in.
 
-    Args:
-        module: a module that can be attributed.
-        batch: a few samples, completed, on its device.
-
-    Returns:
-        Whether two seeds give two values.
+    Returns whether two seeds give two values.
 
     Example:
         >>> import lightning as L

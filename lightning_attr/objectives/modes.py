@@ -19,39 +19,13 @@ MODES = ("eval", "train")
 
 
 def check_mode(mode: Any) -> None:
-    """Check the name of a mode.
-
-    Args:
-        mode: "eval", "train", or None for "not chosen".
-
-    Raises:
-        ValueError: if it is none of these.
-
-    Example:
-        >>> check_mode("test")
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected argument `mode` to be 'eval', 'train' or None, but got 'test'.
-    """
+    """Check the name of a mode."""
     if not (mode is None or (isinstance(mode, str) and mode in MODES)):
         raise ValueError(f"Expected argument `mode` to be 'eval', 'train' or None, but got {mode!r}.")
 
 
 def set_mode(module: nn.Module, mode: str, *, dropout: bool = True) -> None:
-    """Put a module into a mode for attribution.
-
-    Args:
-        module: any module.
-        mode: "eval", or "train", in which layers with running statistics (BatchNorm) use these and keep them as they
-            are.
-        dropout: whether dropout layers drop anything in train mode.
-
-    Example:
-        >>> module = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
-        >>> set_mode(module, "train")
-        >>> module.training, module[0].training, module[1].training
-        (True, False, True)
-    """
+    """Put a module into a mode for attribution."""
     module.train(mode == "train")
     for layer in module.modules():
         if _keeps_statistics(layer) or (not dropout and _drops(layer)):
@@ -75,24 +49,7 @@ def _scripted(layer: nn.Module) -> str:
 
 @contextmanager
 def in_mode(module: nn.Module, mode: str, *, dropout: bool = True) -> Iterator[None]:
-    """Put a module into a mode for a while; see :func:`set_mode`.
-
-    Args:
-        module: any module.
-        mode: "eval" or "train".
-        dropout: whether dropout layers drop anything in train mode.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> module = nn.Linear(1, 1)
-        >>> with in_mode(module, "eval"):
-        ...     module.training
-        False
-        >>> module.training
-        True
-    """
+    """Put a module into a mode for a while; see :func:`set_mode`."""
     before = [(layer, layer.training) for layer in module.modules()]
     try:
         set_mode(module, mode, dropout=dropout)
@@ -104,21 +61,7 @@ def in_mode(module: nn.Module, mode: str, *, dropout: bool = True) -> Iterator[N
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Start the random streams of python, numpy and torch at a seed; whoever calls puts them back.
-
-    Args:
-        seed: a non-negative integer; None leaves them alone.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> def draw():
-        ...     with seeded(3):
-        ...         return torch.rand(()).item()
-        >>> draw() == draw()
-        True
-    """
+    """Start the random streams of python, numpy and torch at a seed; whoever calls puts them back."""
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - the legacy stream is what modules draw from
@@ -127,13 +70,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 class MeanNoise(TorchDispatchMode):
-    """Puts their means in the places of random numbers: dropout and noise change nothing, and all else is as it is.
-
-    Example:
-        >>> with MeanNoise():
-        ...     torch.nn.functional.dropout(torch.ones(3), 0.5), torch.randn(2)
-        (tensor([1., 1., 1.]), tensor([0., 0.]))
-    """
+    """Puts their means in the places of random numbers: dropout and noise change nothing, and all else is as it is."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -66,20 +66,7 @@ class Objective(Protocol):
 
 
 def check_module(module: Any) -> None:
-    """Check that a module can be attributed at all.
-
-    Args:
-        module: any object.
-
-    Raises:
-        TypeError: if it has neither an attribution step nor a training step that returns its loss.
-
-    Example:
-        >>> check_module(nn.Linear(1, 1))
-        Traceback (most recent call last):
-        ...
-        TypeError: Expected Linear to have lightning_attr.AttributionMixin among its bases, or to be a ...
-    """
+    """Check that a module can be attributed at all."""
     if has_mixin(module):
         return
     name = type(module).__name__
@@ -95,17 +82,7 @@ def check_module(module: Any) -> None:
 def completed(module: Any, batch: Any, draw: Draw) -> Any:
     """Complete a batch with what the module's mixin draws for its samples.
 
-    Args:
-        module: any that can be attributed.
-        batch: samples, on the module's device.
-        draw: which draw, of which rows.
-
-    Returns:
-        What is attributed takes this batch.
-
-    Example:
-        >>> completed(nn.Linear(1, 1), "batch", Draw([0]))
-        'batch'
+    Returns what is attributed takes this batch.
     """
     if not has_mixin(module):
         return batch
@@ -116,16 +93,7 @@ def completed(module: Any, batch: Any, draw: Draw) -> Any:
 
 
 def set_up(module: Any, samples: Samples, snapshot: str) -> None:
-    """Let the module's mixin compute what it needs of the training samples at a snapshot.
-
-    Args:
-        module: any that can be attributed, at the snapshot's weights, in eval mode.
-        samples: the training samples.
-        snapshot: key of the snapshot.
-
-    Example:
-        >>> set_up(nn.Linear(1, 1), Samples(0, lambda rows: iter(())), "final")
-    """
+    """Let the module's mixin compute what it needs of the training samples at a snapshot."""
     if has_mixin(module):
         with torch.no_grad(), lasting_call(module, "attribution_setup"):
             module.attribution_setup(samples, snapshot)
@@ -134,11 +102,7 @@ def set_up(module: Any, samples: Samples, snapshot: str) -> None:
 def needs_setup(module: Any) -> bool:
     """Say whether the module's mixin computes anything of the training samples.
 
-    Args:
-        module: any that can be attributed.
-
-    Returns:
-        Whether its class overrides ``attribution_setup``.
+    Returns whether its class overrides ``attribution_setup``.
 
     Example:
         >>> needs_setup(nn.Linear(1, 1))
@@ -149,15 +113,6 @@ def needs_setup(module: Any) -> bool:
 
 def draws_of(module: Any) -> int:
     """Count the draws that a model output is the mean of.
-
-    Args:
-        module: any that can be attributed.
-
-    Returns:
-        At least one.
-
-    Raises:
-        ValueError: if the module's ``attribution_draws`` is no positive integer.
 
     Example:
         >>> draws_of(nn.Linear(1, 1))
@@ -175,31 +130,7 @@ def draws_of(module: Any) -> int:
 def batch_objective(module: Any, batch: Any, batch_size: int) -> Objective:
     """Choose what of a module is attributed, and check it on a few samples.
 
-    Args:
-        module: the module, in eval mode.
-        batch: a few samples, on the module's device, :func:`completed`.
-        batch_size: number of samples in it.
-
-    Returns:
-        The model output of a module with :class:`lightning_attr.AttributionMixin`, the training loss of any other.
-
-    Raises:
-        AssertionError: if the functions of its model output do not belong together.
-        BatchDependenceError: if samples of a batch affect each other.
-        NonFiniteGradientError: if an output is NaN or Inf.
-        TypeError: if it can not be attributed.
-        ValueError: if the model output has not one value per sample.
-
-    Example:
-        >>> import lightning as L
-        >>> class Line(L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.slope = nn.Parameter(torch.tensor(2.0))
-        ...     def training_step(self, batch):
-        ...         return (self.slope * batch).square().mean()
-        >>> batch_objective(Line(), torch.tensor([1.0, 2.0, 3.0]), 3)
-        TrainingLoss(reduction='mean', captured=True)
+    Returns the model output of a module with :class:`lightning_attr.AttributionMixin`, the training loss of any other.
     """
     check_module(module)
     if not has_mixin(module):
@@ -230,18 +161,7 @@ def _check_losses(module: Any, outputs: Any, targets: Any, batch_size: int) -> N
 def measured(module: Any, batch: Any) -> Tensor:
     """Run a module once for what is attributed of it, before it is known whether it can be.
 
-    Args:
-        module: one that :func:`check_module` lets pass.
-        batch: a few samples, on the module's device, :func:`completed`.
-
-    Returns:
-        The model outputs of a module with :class:`lightning_attr.AttributionMixin`, the training loss of any other.
-
-    Example:
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> measured(Classifier(2, 3), (torch.ones(4, 2), torch.tensor([0, 1, 2, 0]))).shape
-        torch.Size([4])
+    Returns the model outputs of a module with :class:`lightning_attr.AttributionMixin`, the training loss of any other.
     """
     return _mixin_output(module, batch)[0] if has_mixin(module) else training_loss(module, batch)
 
@@ -249,11 +169,7 @@ def measured(module: Any, batch: Any) -> Tensor:
 def describe_output(module: Any) -> str:
     """Say in words what of a module is attributed, for the record.
 
-    Args:
-        module: one that :func:`check_module` lets pass.
-
-    Returns:
-        The model output with its plain arguments, or the training loss.
+    Returns the model output with its plain arguments, or the training loss.
 
     Example:
         >>> from lightning_attr import AttributionMixin
@@ -271,11 +187,7 @@ def describe_output(module: Any) -> str:
 def has_mixin(module: Any) -> bool:
     """Say whether a module says itself what is attributed.
 
-    Args:
-        module: any object.
-
-    Returns:
-        Whether it is a module with the attributes of :class:`lightning_attr.AttributionMixin`.
+    Returns whether it is a module with the attributes of :class:`lightning_attr.AttributionMixin`.
 
     Example:
         >>> has_mixin(nn.Linear(1, 1))
@@ -287,13 +199,7 @@ def has_mixin(module: Any) -> bool:
 def sample_values(module: Any, batch: Any, batch_size: int) -> Tensor:
     """Compute what is attributed of each sample, before anything about the module is known.
 
-    Args:
-        module: any that :func:`check_module` lets pass.
-        batch: a batch, :func:`completed`.
-        batch_size: number of samples in it.
-
-    Returns:
-        The model outputs, of the shape that the module gives them; else the negative loss of each sample, ``(b,)``.
+    Returns the model outputs, of the shape that the module gives them; else the negative loss of each sample, ``(b,)``.
 
     Example:
         >>> from lightning_attr import AttributionMixin
@@ -311,14 +217,7 @@ def sample_values(module: Any, batch: Any, batch_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MixinOutput:
-    """The model output of a module with :class:`lightning_attr.AttributionMixin`.
-
-    Example:
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> MixinOutput(Classifier(2, 3)).sample_outputs((torch.ones(4, 2), torch.tensor([0, 1, 2, 0])), 4).shape
-        torch.Size([4])
-    """
+    """The model output of a module with :class:`lightning_attr.AttributionMixin`."""
 
     module: Any = field(repr=False, compare=False)
 

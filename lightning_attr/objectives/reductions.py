@@ -44,12 +44,8 @@ class Reduction:
     def weight(self, batch_size: int) -> float:
         """Compute how much the mean term of each sample counts, times the number of samples.
 
-        Args:
-            batch_size: number of samples ``b``.
-
-        Returns:
-            1 for a mean over them, ``b`` for a sum; where samples have several rows, or rows are not theirs, it changes
-            with the number of rows as well.
+        Returns 1 for a mean over them, ``b`` for a sum; where samples have several rows, or rows are not theirs, it
+        changes with the number of rows as well.
         """
         kind, terms = self._terms()
         rows = terms.shape[0] if terms.ndim else 1
@@ -59,11 +55,7 @@ class Reduction:
     def shares(self, batch_size: int) -> Tensor | None:
         """Compute what each sample puts in.
 
-        Args:
-            batch_size: number of samples ``b``; the rows of the reduced tensor belong to them in equal, adjacent parts.
-
-        Returns:
-            ``(b,)``, of which the result is the sum if the reduction is a plain one; None if it has other rows.
+        Returns ``(b,)``, of which the result is the sum if the reduction is a plain one; None if it has other rows.
         """
         kind, terms = self._terms()
         if kind not in {"mean", "sum", "batchmean"} or terms.ndim == 0 or terms.shape[0] % batch_size:
@@ -81,14 +73,7 @@ class Reduction:
 
 
 class Reductions(TorchFunctionMode):
-    """Notes every reduction to a scalar inside a ``with`` block.
-
-    Example:
-        >>> with Reductions() as reductions:
-        ...     loss = torch.nn.functional.mse_loss(torch.ones(3), torch.zeros(3))
-        >>> len(reductions.calls), reductions.calls[0].result is loss
-        (1, True)
-    """
+    """Notes every reduction to a scalar inside a ``with`` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,21 +100,8 @@ def _reduces(function: Callable[..., Any]) -> bool:
 def shares(scalar: Tensor, calls: Sequence[Reduction], batch_size: int) -> Tensor | None:
     """Split a scalar, a linear combination of reductions, into what each sample puts in.
 
-    Args:
-        scalar: the loss of a batch.
-        calls: the reductions on the way to it.
-        batch_size: number of samples ``b``.
-
-    Returns:
-        ``(b,)``, with its graph; its sum is the scalar only if the scalar is made of these reductions and nothing else,
-        which is for the caller to compare. None if no reduction leads there.
-
-    Example:
-        >>> x = torch.tensor([1.0, 3.0], requires_grad=True)
-        >>> with Reductions() as reductions:
-        ...     loss = x.mean() + 10 * x.square().sum()
-        >>> shares(loss, reductions.calls, 2).detach()
-        tensor([10.5000, 91.5000])
+    Returns ``(b,)``, with its graph; its sum is the scalar only if the scalar is made of these reductions and nothing
+    else, which is for the caller to compare. None if no reduction leads there.
     """
     return weighted_shares(scalar, calls, batch_size)[0]
 
@@ -139,14 +111,8 @@ def weighted_shares(
 ) -> tuple[Tensor | None, list[float | Tensor]]:
     """Split a scalar as :func:`shares` does, and tell the weights that samples have in it.
 
-    Args:
-        scalar: as for :func:`shares`.
-        calls: likewise.
-        batch_size: likewise.
-
-    Returns:
-        The shares, and for each reduction behind them the weight of a sample's mean term, times the number of samples:
-        the same in every batch, unless the scalar is divided by something that the batch holds, such as labels.
+    Returns the shares, and for each reduction behind them the weight of a sample's mean term, times the number of
+    samples: the same in every batch, unless the scalar is divided by something that the batch holds, such as labels.
 
     Example:
         >>> x = torch.tensor([1.0, 3.0], requires_grad=True)

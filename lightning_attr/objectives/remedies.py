@@ -10,12 +10,7 @@ from typing import Any
 def mixin_lines(module: Any, batch: Any) -> str:
     """Write the lines of a mixin that says what the loss of a sample is.
 
-    Args:
-        module: the user's module.
-        batch: a batch of its training.
-
-    Returns:
-        Text with code to paste.
+    Returns text with code to paste.
 
     Example:
         >>> import torch
@@ -40,11 +35,7 @@ def mixin_lines(module: Any, batch: Any) -> str:
 def describe_batch(batch: Any) -> str:
     """Say in words what a batch is.
 
-    Args:
-        batch: any.
-
-    Returns:
-        Its type, with its keys or its length.
+    Returns its type, with its keys or its length.
 
     Example:
         >>> describe_batch(("x", "y"))

@@ -226,11 +226,7 @@ def _place(order: tuple[type[Any], ...], name: str) -> int:
 def at_least_float32(values: Tensor) -> Tensor:
     """Give values a dtype in which margins do not saturate.
 
-    Args:
-        values: floating.
-
-    Returns:
-        Float32, or wider if they are.
+    Returns float32, or wider if they are.
 
     Example:
         >>> at_least_float32(torch.ones(1, dtype=torch.float16)).dtype
@@ -243,15 +239,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 def one_column(name: str, values: Tensor) -> Tensor:
     """Take one value per sample.
 
-    Args:
-        name: of the model output, for the message.
-        values: ``(b,)`` or ``(b, 1)``.
-
-    Returns:
-        ``(b,)``, float32 or wider if floating.
-
-    Raises:
-        ValueError: for any other shape.
+    Shapes: values (b,). Returns ``(b,)``, float32 or wider if floating.
 
     Example:
         >>> one_column("Regression", torch.ones(2, 1)).shape
@@ -270,11 +258,7 @@ def one_column(name: str, values: Tensor) -> Tensor:
 def describe(found: object) -> str:
     """Say what was found where a tensor is wanted, for a message.
 
-    Args:
-        found: anything.
-
-    Returns:
-        Dtype and shape of a tensor, the type of anything else.
+    Returns dtype and shape of a tensor, the type of anything else.
 
     Example:
         >>> describe(torch.ones(2)), describe([1])
@@ -286,19 +270,8 @@ def describe(found: object) -> str:
 def bad_labels(labels: Tensor, labelled: Tensor, classes: int) -> tuple[list[int], list[list[int]]]:
     """Find labels without logits before they are looked up: on a GPU that ends the process.
 
-    Args:
-        labels: integer, ``(b, n)``.
-        labelled: which of them count, bool, ``(b, n)``.
-        classes: how many there are.
-
-    Returns:
-        Samples none of whose labels counts, and the places ``[sample, position]`` of labels that are no class. Under
-        ``vmap``, which allows no look at values, none: the same samples were checked outside of it. None either where
-        the answer is :func:`~lightning_attr.batches.late_checks.noted`: look labels up between 0 and ``classes - 1``.
-
-    Example:
-        >>> bad_labels(torch.tensor([[0, 7], [1, 1]]), torch.tensor([[True, True], [False, False]]), 3)
-        ([1], [[0, 1]])
+    Shapes: labels (b, n), labelled (b, n). Returns samples none of whose labels counts, and the places ``[sample,
+    position]`` of labels that are no class.
     """
     outside = labelled & ((labels < 0) | (labels >= classes))
     empty = ~labelled.any(1)

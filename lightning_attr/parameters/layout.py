@@ -16,11 +16,7 @@ from torch.nn.parameter import is_lazy
 def as_pairs(tensor: Tensor) -> Tensor:
     """Give a complex tensor as pairs of real numbers, so that products of gradients are those of real numbers.
 
-    Args:
-        tensor: ``(...)``.
-
-    Returns:
-        The same numbers, ``(..., 2)``, not copied; a real tensor as it is.
+    Shapes: tensor (...). Returns the same numbers, ``(..., 2)``, not copied; a real tensor as it is.
 
     Example:
         >>> as_pairs(torch.tensor([1 + 2j]))
@@ -32,11 +28,7 @@ def as_pairs(tensor: Tensor) -> Tensor:
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """Give the dtype of real and imaginary parts.
 
-    Args:
-        dtype: floating or complex.
-
-    Returns:
-        That of its parts; a real dtype as it is.
+    Returns that of its parts; a real dtype as it is.
 
     Example:
         >>> real_dtype(torch.complex128), real_dtype(torch.float32)
@@ -69,14 +61,7 @@ class ParameterLayout:
     def of(cls, module: nn.Module) -> ParameterLayout:
         """Read the layout of a module.
 
-        Args:
-            module: any module; parameters with ``requires_grad=False`` are left out.
-
-        Returns:
-            The layout of its trainable parameters.
-
-        Raises:
-            ValueError: if no parameter is trainable, or one has no shape yet.
+        Returns the layout of its trainable parameters.
         """
         lazy = next((name for name, p in module.named_parameters() if is_lazy(p)), None)
         if lazy is not None:
@@ -100,15 +85,7 @@ class ParameterLayout:
     def mean(self, values: Mapping[str, float]) -> tuple[float, dict[str, float] | None]:
         """Average a value of each parameter over all entries.
 
-        Args:
-            values: parameter name -> value; zero where there is none.
-
-        Returns:
-            The mean, and the value of each parameter if they differ, else None.
-
-        Example:
-            >>> ParameterLayout({"weight": (2, 3), "bias": (2,)}).mean({"weight": 0.5, "bias": 0.1})
-            (0.4, {'weight': 0.5, 'bias': 0.1})
+        Returns the mean, and the value of each parameter if they differ, else None.
         """
         own = {name: values.get(name, 0.0) for name in self.shapes}
         if len(set(own.values())) == 1:
@@ -119,11 +96,7 @@ class ParameterLayout:
     def bias_of(self, name: str) -> str | None:
         """Find the vector that is the last column of a weight, wherever in the layout it is.
 
-        Args:
-            name: a parameter of the layout.
-
-        Returns:
-            The bias beside a weight of two dimensions or more, one entry per row; None if there is none.
+        Returns the bias beside a weight of two dimensions or more, one entry per row; None if there is none.
 
         Example:
             >>> layout = ParameterLayout({"0.weight": (2, 3), "0.bias": (2,), "1.weight": (2,)})
@@ -144,12 +117,7 @@ class ParameterLayout:
 def layout_difference(stored: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     """Say how the parameters of a model differ from those on record.
 
-    Args:
-        stored: name -> shape, on record.
-        found: name -> shape, of the model.
-
-    Returns:
-        The first difference, in words.
+    Returns the first difference, in words.
 
     Example:
         >>> layout_difference({"w": (2,)}, {"w": (3,)})

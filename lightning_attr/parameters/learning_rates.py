@@ -39,13 +39,7 @@ class LearningRates:
         self._step = -1
 
     def add(self, optimizer: Optimizer, module: nn.Module, step: int) -> None:
-        """Add a step of an optimizer; frozen parameters take none, and without any gradient nothing moves.
-
-        Args:
-            optimizer: about to make its step.
-            module: whose parameters count.
-            step: number of the step; LBFGS comes here several times in each.
-        """
+        """Add a step of an optimizer; frozen parameters take none, and without any gradient nothing moves."""
         if step == self._step or all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             return
         self._step = step
@@ -61,11 +55,7 @@ class LearningRates:
     def of(self, layout: ParameterLayout) -> tuple[float, dict[str, float] | None]:
         """Give what was summed up for some parameters.
 
-        Args:
-            layout: the parameters.
-
-        Returns:
-            The mean over their entries, and the sum of each if they differ, else None.
+        Returns the mean over their entries, and the sum of each if they differ, else None.
         """
         return layout.mean({name: self.sums.get(name, 0.0) + self.common for name in layout.shapes})
 

@@ -48,8 +48,7 @@ class AdamMoments:
     def preconditioner(self) -> Tensor:
         r"""Compute Adam's scale of each entry, :math:`D = 1 / (\sqrt{\hat v} + \epsilon)` (Kingma and Ba, 2015).
 
-        Returns:
-            In the shape of the parameter; :math:`\hat v = v / (1 - \beta_2^t)`.
+        Returns in the shape of the parameter; :math:`\hat v = v / (1 - \beta_2^t)`.
         """
         corrected: Tensor = self.exp_avg_sq / (1 - self.betas[1] ** self.step)
         return (corrected.sqrt() + self.eps).reciprocal()
@@ -79,16 +78,7 @@ class OptimizerState:
     def of(cls, optimizers: Iterable[Optimizer], module: nn.Module) -> OptimizerState:
         """Read the state of optimizers; the tensors are theirs, not copied.
 
-        Args:
-            optimizers: of the Adam family, with ``exp_avg`` and ``exp_avg_sq``; of several that update a parameter, the
-                last counts.
-            module: whose parameters they update.
-
-        Returns:
-            The moments of its trainable parameters.
-
-        Raises:
-            AttributionError: if an optimizer of these parameters keeps no such moments, or only a share of them.
+        Returns the moments of its trainable parameters.
         """
         names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
         moments: dict[str, AdamMoments] = {}
@@ -109,9 +99,8 @@ class OptimizerState:
     def tensors(self) -> dict[str, Tensor]:
         """Give everything as tensors, to be stored.
 
-        Returns:
-            ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` of each parameter, and ``settings``: the rest as the bytes of a
-            JSON object, uint8.
+        Returns ``exp_avg/<name>`` and ``exp_avg_sq/<name>`` of each parameter, and ``settings``: the rest as the bytes
+        of a JSON object, uint8.
         """
         tensors, settings = {}, {}
         for name, own in self.moments.items():
@@ -122,14 +111,7 @@ class OptimizerState:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> OptimizerState:
-        """Read what :meth:`tensors` gave.
-
-        Args:
-            tensors: name -> tensor.
-
-        Returns:
-            An equal state.
-        """
+        """Read what :meth:`tensors` gave."""
         settings: dict[str, dict[str, Any]] = json.loads(tensors[_SETTINGS].numpy().tobytes())
         return cls({
             name: AdamMoments(

@@ -11,11 +11,7 @@ from torch.nn.parameter import is_lazy
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name all parameters, frozen ones too: by them a model is known again.
 
-    Args:
-        module: any module.
-
-    Returns:
-        Parameter name -> shape, in ``named_parameters()`` order.
+    Returns parameter name -> shape, in ``named_parameters()`` order.
 
     Example:
         >>> parameter_shapes(nn.Linear(3, 2).requires_grad_(False))
@@ -27,11 +23,7 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def parameter_count(module: nn.Module) -> int:
     """Count the entries of all parameters, frozen ones too.
 
-    Args:
-        module: any module.
-
-    Returns:
-        How many there are; lazy parameters without a shape yet count as none.
+    Returns how many there are; lazy parameters without a shape yet count as none.
 
     Example:
         >>> parameter_count(nn.Linear(3, 2).requires_grad_(False))
@@ -43,11 +35,7 @@ def parameter_count(module: nn.Module) -> int:
 def trainable_names(module: nn.Module) -> tuple[str, ...] | None:
     """Name the parameters with ``requires_grad=True``.
 
-    Args:
-        module: any module.
-
-    Returns:
-        Their names; None for all.
+    Returns their names; None for all.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -62,10 +50,6 @@ def trainable_names(module: nn.Module) -> tuple[str, ...] | None:
 
 def set_trainable(module: nn.Module, names: Collection[str] | None) -> None:
     """Set each parameter's ``requires_grad`` as it was at a snapshot.
-
-    Args:
-        module: any module.
-        names: the trainable parameters; None for all.
 
     Example:
         >>> layer = nn.Linear(3, 2)

@@ -15,19 +15,8 @@ from lightning_attr.errors import StoreMismatchError
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """List parameters and buffers, those outside ``state_dict`` as well.
 
-    Args:
-        module: any module.
-
-    Returns:
-        Name -> tensor, not copied; a tied parameter under its first name only. A sparse tensor is there as its indices
-        and values, under names of their own.
-
-    Example:
-        >>> from torch import nn
-        >>> head, tied = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-        >>> tied.weight = head.weight
-        >>> list(weights_of(nn.Sequential(head, tied)))
-        ['0.weight']
+    Returns name -> tensor, not copied; a tied parameter under its first name only. A sparse tensor is there as its
+    indices and values, under names of their own.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
@@ -47,22 +36,7 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a module, in place.
-
-    Args:
-        module: a module of the same layout.
-        weights: as :func:`weights_of` lists them.
-
-    Raises:
-        StoreMismatchError: if names or shapes differ; the module is unchanged then.
-
-    Example:
-        >>> from torch import nn
-        >>> module = nn.Linear(1, 1)
-        >>> load_weights(module, {"weight": torch.ones(1, 1), "bias": torch.zeros(1)})
-        >>> module(torch.ones(1)).item()
-        1.0
-    """
+    """Copy weights into a module, in place."""
     check_fits(module, weights)
     with torch.no_grad():
         for name, tensor in weights_of(module).items():
@@ -71,13 +45,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def check_fits(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Check that weights are those of a module of this layout.
-
-    Args:
-        module: any module.
-        weights: as :func:`weights_of` lists them.
-
-    Raises:
-        StoreMismatchError: if names or shapes differ.
 
     Example:
         >>> check_fits(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1)})
@@ -105,23 +72,7 @@ def _write(tensor: Tensor, values: Tensor) -> None:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """Put the module's own weights back in the end.
-
-    Args:
-        module: any module.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> from torch import nn
-        >>> module = nn.Linear(1, 1, bias=False)
-        >>> before = module.weight.item()
-        >>> with loaded(module):
-        ...     load_weights(module, {"weight": torch.full((1, 1), 9.0)})
-        >>> module.weight.item() == before
-        True
-    """
+    """Put the module's own weights back in the end."""
     before = {name: tensor.clone() for name, tensor in weights_of(module).items()}
     try:
         yield

@@ -32,15 +32,7 @@ _WITH_TRAINER = "`pilots=Pilots({count}, trainer=...)` with a function `epochs -
 def module_again(module: L.LightningModule, count: int) -> Callable[[], L.LightningModule]:
     """Find out how a module was made, from its hyperparameters.
 
-    Args:
-        module: of the run.
-        count: of pilots, for messages.
-
-    Returns:
-        A function that makes a fresh one.
-
-    Raises:
-        AttributionError: if nothing tells what its constructor was called with.
+    Returns a function that makes a fresh one.
 
     Example:
         >>> class Line(L.LightningModule):
@@ -96,16 +88,7 @@ def module_again(module: L.LightningModule, count: int) -> Callable[[], L.Lightn
 def trainer_again(trainer: L.Trainer, run_epochs: int, count: int) -> Callable[[int], L.Trainer]:
     """Find out how a Trainer was made.
 
-    Args:
-        trainer: of the run, or of the same settings.
-        run_epochs: epochs of the run, which a limit in steps is for.
-        count: of pilots, for messages.
-
-    Returns:
-        A function of the number of epochs that makes one for one device, without callbacks and loggers.
-
-    Raises:
-        AttributionError: if it trains in several processes, or has parts that change training.
+    Returns a function of the number of epochs that makes one for one device, without callbacks and loggers.
 
     Example:
         >>> trainer = L.Trainer(max_epochs=12, accelerator="cpu", logger=False, gradient_clip_val=1.0)
@@ -165,11 +148,7 @@ def _other_parts(trainer: L.Trainer) -> Any:
 def acts_on_training(callback: Any) -> bool:
     """Say whether a callback may change what training does, beside ending it.
 
-    Args:
-        callback: of a Trainer.
-
-    Returns:
-        True if it comes in before steps, or is none that is known to watch only.
+    Returns True if it comes in before steps, or is none that is known to watch only.
 
     Example:
         >>> acts_on_training(ModelCheckpoint())
@@ -192,11 +171,7 @@ _BEFORE = (
 def training_settings(trainer: L.Trainer) -> dict[str, Any]:
     """List the settings of a Trainer that each training step depends on.
 
-    Args:
-        trainer: any.
-
-    Returns:
-        Argument of the Trainer -> plain value.
+    Returns argument of the Trainer -> plain value.
 
     Example:
         >>> training_settings(L.Trainer(accelerator="cpu", logger=False, precision="64-true"))["precision"]
@@ -233,14 +208,6 @@ def run_settings(trainer: L.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
 
 def check_settings(recorded: Mapping[str, Any] | None, trainer: L.Trainer, loader: DataLoader[Any]) -> None:
     """Refuse a Trainer of other settings than the run's, or a loader that takes samples in another order.
-
-    Args:
-        recorded: of the run; None where it kept no record.
-        trainer: that would train pilots.
-        loader: by which it would.
-
-    Raises:
-        AttributionError: naming the setting.
 
     Example:
         >>> check_settings(None, L.Trainer(accelerator="cpu", logger=False), DataLoader([1.0]))

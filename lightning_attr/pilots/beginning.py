@@ -26,19 +26,7 @@ def sizes_of_weights(module: Any) -> dict[str, list[float]]:
 def unlike_a_fresh_one(recorded: Mapping[str, Any], module: Any) -> str | None:
     """Name a weight of the run that chance does not explain, if modules begin as this one does.
 
-    Args:
-        recorded: from :func:`sizes_of_weights`, of the run when it began.
-        module: a fresh one, when it begins.
-
-    Returns:
-        Its name; None where all are as they would be.
-
-    Example:
-        >>> one, two = torch.nn.Linear(20, 20), torch.nn.Linear(20, 20)
-        >>> unlike_a_fresh_one(sizes_of_weights(one), two) is None
-        True
-        >>> unlike_a_fresh_one({name: [m, 2 * s] for name, (m, s) in sizes_of_weights(one).items()}, two)
-        'weight'
+    Returns its name; None where all are as they would be.
     """
     weights = weights_of(module)
     names = (name for name in recorded if name in weights and _counts(weights[name]) and _two(recorded[name]))

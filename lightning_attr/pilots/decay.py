@@ -77,11 +77,7 @@ class DecayToZero(L.Callback):
             remove()
 
     def lower(self, optimizer: Optimizer) -> None:
-        """Put learning rates below the line, for one step.
-
-        Args:
-            optimizer: about to make its step; nothing happens if that was done for it already.
-        """
+        """Put learning rates below the line, for one step."""
         if id(optimizer) in self._own:
             return
         self._own[id(optimizer)] = [group.get("lr") for group in optimizer.param_groups]
@@ -96,11 +92,7 @@ class DecayToZero(L.Callback):
                 group["lr"] = torch.full_like(rate, line) if isinstance(rate, Tensor) else line
 
     def restore(self, optimizer: Optimizer) -> None:
-        """Put the user's learning rates back.
-
-        Args:
-            optimizer: that has made its step.
-        """
+        """Put the user's learning rates back."""
         for group, rate in zip(optimizer.param_groups, self._own.pop(id(optimizer), []), strict=False):
             if rate is not None:
                 group["lr"] = rate

@@ -104,13 +104,7 @@ def check_pilots(pilots: Any) -> Pilots | None:
 def pilot_epochs(epochs: int, steps: int, module: Any) -> int:
     """Choose the length of a pilot.
 
-    Args:
-        epochs: of the run.
-        steps: optimizer steps of the run.
-        module: the user's, for its model output.
-
-    Returns:
-        Epochs, at least 1.
+    Returns epochs, at least 1.
 
     Example:
         >>> [pilot_epochs(*run, None) for run in ((40, 1800), (20, 460), (20, 60), (1, 9))]

@@ -59,25 +59,11 @@ class RecordedRun:
         return self.last.epoch + 1 if self.last.global_step > 0 else 0
 
     def steps_of(self, epochs: int) -> int:
-        """Count the optimizer steps of so many of its epochs.
-
-        Args:
-            epochs: how many.
-
-        Returns:
-            Steps.
-        """
+        """Count the optimizer steps of so many of its epochs."""
         return round(self.last.global_step * epochs / max(1, self.epochs))
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Refuse a Trainer that trains otherwise; to be called when it is about to make its first step.
-
-        Args:
-            trainer: of a pilot.
-
-        Raises:
-            AttributionError: if a setting, or the number of steps in an epoch, is not the run's.
-        """
+        """Refuse a Trainer that trains otherwise; to be called when it is about to make its first step."""
         check_settings(self.store.manifest.training, trainer, self.train.loader)
         last, batches = self.last, trainer.num_training_batches
         by_hand = not trainer.lightning_module.automatic_optimization  # which may step any number of times
@@ -103,15 +89,7 @@ class RecordedRun:
             )
 
     def check_module(self, module: L.LightningModule) -> None:
-        """Refuse another module than the run's, or one that shares its weights.
-
-        Args:
-            module: made again, not trained yet.
-
-        Raises:
-            AttributionError: if it begins with what the run has trained, or with other frozen weights.
-            StoreMismatchError: if it has other parameters, or another model output.
-        """
+        """Refuse another module than the run's, or one that shares its weights."""
         name = type(self.module).__name__
         taken = {id(p) for p in self.module.parameters()}
         shared = next((key for key, p in module.named_parameters() if id(p) in taken), None)
@@ -151,16 +129,7 @@ class RecordedRun:
         return {name for snapshot in self.snapshots for name in (snapshot.trainable or every)}
 
     def check_trained(self, number: int, module: L.LightningModule, trainer: L.Trainer) -> None:
-        """Refuse a pilot that is of no use.
-
-        Args:
-            number: of the pilot.
-            module: as it ended.
-            trainer: its own.
-
-        Raises:
-            AttributionError: if it was interrupted, diverged, trained other parameters, or came out like another.
-        """
+        """Refuse a pilot that is of no use."""
         for why in self._failures(module, trainer):
             raise AttributionError(f"Pilot {number} {why} Nothing of it was kept; pilots before it are.")
 
@@ -188,12 +157,6 @@ class RecordedRun:
 
 def weights_on_cpu(module: L.LightningModule) -> dict[str, Tensor]:
     """List parameters and buffers, as they are stored.
-
-    Args:
-        module: any.
-
-    Returns:
-        Name -> tensor.
 
     Example:
         >>> weights_on_cpu(L.LightningModule())

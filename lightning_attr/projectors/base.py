@@ -139,14 +139,6 @@ class Projector(ABC):
 def check_projector(owner: object, value: Any, name: str = "projector") -> None:
     """Check that a value is a projector.
 
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        value: what was passed.
-        name: of the argument.
-
-    Raises:
-        TypeError: if it is none, as a projector's class or its name.
-
     Example:
         >>> check_projector("TRAK", 512)
         Traceback (most recent call last):
@@ -258,12 +250,7 @@ class _Flattening(Projection):
 def flat_rows(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
     """Form a parameter's gradients as one row per sample.
 
-    Args:
-        gradient: for a batch of ``b``, ``(b, *shape)`` or factored.
-        shape: the parameter's; ``()`` for a scalar.
-
-    Returns:
-        ``(b, size)``.
+    Shapes: gradient (b, *shape). Returns ``(b, size)``.
 
     Example:
         >>> import torch
@@ -277,15 +264,7 @@ def flat_rows(gradient: ParameterGradient, shape: tuple[int, ...]) -> Tensor:
 def flat_slots(layout: ParameterLayout) -> dict[str, slice]:
     """Give each parameter its interval of the flattened gradient.
 
-    Args:
-        layout: the parameters.
-
-    Returns:
-        Parameter name -> interval.
-
-    Example:
-        >>> flat_slots(ParameterLayout({"a": (1, 2), "b": (2,)}))
-        {'a': slice(0, 2, None), 'b': slice(2, 4, None)}
+    Returns parameter name -> interval.
     """
     slots, start = {}, 0
     for name, shape in layout.shapes.items():
@@ -298,11 +277,7 @@ def flat_slots(layout: ParameterLayout) -> dict[str, slice]:
 def by_layer(slots: Mapping[str, slice]) -> dict[str, slice]:
     """Join the intervals of each layer's own parameters.
 
-    Args:
-        slots: parameter name -> interval; those of a layer follow each other.
-
-    Returns:
-        Module path -> interval.
+    Returns module path -> interval.
 
     Example:
         >>> by_layer({"0.weight": slice(0, 6), "0.bias": slice(6, 8), "2.weight": slice(8, 10)})

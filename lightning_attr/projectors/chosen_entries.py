@@ -45,10 +45,7 @@ class ChosenEntries:
     def add(self, features: Tensor, gradients: Mapping[str, ParameterGradient], fresh: bool) -> None:
         """Add the gradients of one use of the layer.
 
-        Args:
-            features: ``(b, dim)``, changed in place.
-            gradients: parameter name -> per-sample gradients; those of other parameters are not looked at.
-            fresh: whether what the slot holds is to be forgotten.
+        Shapes: features (b, dim).
         """
         if self.entries.device != features.device:  # moved once, then kept
             self.entries, self._row, self._column = (

@@ -47,8 +47,7 @@ class Covariance:
     def add(self, vectors: Tensor) -> None:
         """Add the outer products of vectors.
 
-        Args:
-            vectors: ``(n, size)``.
+        Shapes: vectors (n, size).
         """
         if self.size > _DIAGONAL:
             squares = vectors.square()
@@ -65,16 +64,14 @@ class Covariance:
     def add_diagonal(self, squares: Tensor) -> None:
         """Add what is on the diagonal alone: of vectors with one entry each.
 
-        Args:
-            squares: ``(size,)``, float64.
+        Shapes: squares (size,).
         """
         self.diagonal = squares if self.diagonal is None else self.diagonal + squares
 
     def leading(self) -> Tensor:
         """Find the leading eigenvectors, the leading ones first.
 
-        Returns:
-            ``(min(most, size), size)``, float32, orthonormal rows.
+        Returns ``(min(most, size), size)``, float32, orthonormal rows.
         """
         if self.total is None:
             diagonal = torch.zeros(self.size) if self.diagonal is None else self.diagonal

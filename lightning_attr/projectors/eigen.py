@@ -110,8 +110,7 @@ class DefaultProjector(EigenProjector):
     def random(self) -> KroneckerProjector:
         """Give the projector that takes its place.
 
-        Returns:
-            A random one of as many features.
+        Returns a random one of as many features.
         """
         return KroneckerProjector(self.proj_dim, self.seed)
 
@@ -140,11 +139,7 @@ class EigenProjection(LearnedProjection):
     def learning_rows(self, n_train: int) -> Sequence[int]:
         """Choose the training samples to learn from.
 
-        Args:
-            n_train: how many there are.
-
-        Returns:
-            Their rows, in order; all where there are no more.
+        Returns their rows, in order; all where there are no more.
         """
         count = min(self.samples, max(_LEAST_SAMPLES, n_train // _SHARE))
         if n_train <= count:
@@ -153,11 +148,7 @@ class EigenProjection(LearnedProjection):
         return [int(row) for row in np.sort(order[:count])]
 
     def learn(self, run: LearningRun) -> None:
-        """Learn the basis: covariances of both sides in one pass over the samples, second moments in another.
-
-        Args:
-            run: sends the gradients of the samples through the map it is given; for the second moments, of a part.
-        """
+        """Learn the basis: covariances of both sides in one pass over the samples, second moments in another."""
         moments = _SideMoments(self.blocks, self.names, self.side)
         run(moments, entries=VECTORS)
         wide = TwoSidedProjection([(block, moments.sides(block)) for block in self.blocks])
@@ -181,14 +172,7 @@ class EigenProjection(LearnedProjection):
         return self._basis
 
     def load(self, basis: Mapping[str, Tensor]) -> None:
-        """Take a basis that was learned before.
-
-        Args:
-            basis: from :attr:`basis` of an equal map.
-
-        Raises:
-            ValueError: if it is the basis of other parameters, or of another number of features.
-        """
+        """Take a basis that was learned before."""
         sides = []
         for block in self.blocks:
             left, right = basis.get(f"{block.weight}.left"), basis.get(f"{block.weight}.right")
@@ -226,11 +210,7 @@ class EigenProjection(LearnedProjection):
     def filling(self, features: Tensor) -> Iterator[Callable[[Mapping[str, ParameterGradient]], None]]:
         """Fill the features of a batch; layers without gradients become zero.
 
-        Args:
-            features: ``(b, dim)``, changed in place.
-
-        Yields:
-            A function that adds the gradients from one use of a layer.
+        Shapes: features (b, dim). Yields a function that adds the gradients from one use of a layer.
         """
         fresh = set(self._learned())
         yield partial(self._add, features, fresh)

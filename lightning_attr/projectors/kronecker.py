@@ -100,11 +100,7 @@ class MatrixBlock:
 def matrix_blocks(layout: ParameterLayout) -> list[MatrixBlock]:
     """See each weight of a layout as a matrix.
 
-    Args:
-        layout: the parameters.
-
-    Returns:
-        The blocks, in the order of the layout; a bias is in the block of its weight.
+    Returns the blocks, in the order of the layout; a bias is in the block of its weight.
 
     Example:
         >>> matrix_blocks(ParameterLayout({"weight": (8, 10), "bias": (8,)}))
@@ -165,11 +161,7 @@ class TwoSidedProjection(Projection):
     def filling(self, features: Tensor) -> Iterator[Callable[[Mapping[str, ParameterGradient]], None]]:
         """Fill the features of a batch; blocks without gradients become zero.
 
-        Args:
-            features: ``(b, dim)``, changed in place.
-
-        Yields:
-            A function that adds the gradients from one use of a layer.
+        Shapes: features (b, dim). Yields a function that adds the gradients from one use of a layer.
         """
         fresh = set(self.maps)
         yield partial(self._add, features, fresh)
@@ -179,11 +171,7 @@ class TwoSidedProjection(Projection):
     def known(self, gradients: Mapping[str, ParameterGradient]) -> dict[str, ParameterGradient]:
         """Leave out the gradients of parameters that are in no block.
 
-        Args:
-            gradients: parameter name -> per-sample gradients.
-
-        Returns:
-            Those that have features.
+        Returns those that have features.
         """
         return {name: g for name, g in gradients.items() if name in self.maps or name in self.last_columns}
 
@@ -227,20 +215,7 @@ class Sides:
     def draw(cls, side: int, rows: int, columns: int, key: tuple[object, ...], name: str) -> Sides:
         """Draw both, each to ``side`` dimensions; one that has no more is kept as it is.
 
-        Args:
-            side: dimensions to project to.
-            rows: of the weight.
-            columns: of the weight.
-            key: what the signs depend on, besides the name.
-            name: of the weight.
-
-        Returns:
-            Matrices of signs over ``sqrt(side)``.
-
-        Example:
-            >>> sides = Sides.draw(4, 3, 10, (0, "final"), "weight")
-            >>> sides.left is None, sides.right.shape
-            (True, torch.Size([4, 10]))
+        Returns matrices of signs over ``sqrt(side)``.
         """
         return cls(_side(side, rows, (*key, name, "rows")), _side(side, columns, (*key, name, "columns")), name)
 
@@ -253,27 +228,14 @@ class Sides:
         return columns if self.right is None else self.right.shape[0]
 
     def note(self, gradient: FactoredGradient, left: Tensor | None, right: Tensor | None) -> None:
-        """Log, once, which way is taken.
-
-        Args:
-            gradient: what is to be projected.
-            left: as in the constructor.
-            right: as in the constructor.
-        """
+        """Log, once, which way is taken."""
         if not self._noted:
             way = "materialised, then projected" if gradient.materialises(left, right) else "projected factor by factor"
             log.debug("%s: gradients are %s.", self.name, way)
             self._noted = True
 
     def on(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Put both on a device and into a dtype; moved once, then kept.
-
-        Args:
-            like: a tensor there.
-
-        Returns:
-            Left and right.
-        """
+        """Put both on a device and into a dtype; moved once, then kept."""
         if self._place != (like.device, like.dtype):
             self.left, self.right = (None if side is None else side.to(like) for side in (self.left, self.right))
             self._place = (like.device, like.dtype)
@@ -282,13 +244,7 @@ class Sides:
     def project(self, gradient: ParameterGradient, like: Tensor, columns: int | None = None) -> Tensor:
         """Project the gradients of a batch.
 
-        Args:
-            gradient: factored, or ``(b, rows, columns)``.
-            like: a tensor of the device and dtype of the result.
-            columns: columns of the gradient, where ``right`` has more: the first ones are used.
-
-        Returns:
-            ``(b, k_rows, k_columns)``.
+        Shapes: gradient (b, rows, columns). Returns ``(b, k_rows, k_columns)``.
         """
         left, right = self.on(like)
         right = right if right is None else right[:, :columns]

@@ -25,13 +25,7 @@ class LearningRun(Protocol):
     """
 
     def __call__(self, learner: Projection, every: int = 1, entries: int = 1) -> None:
-        """Send them through.
-
-        Args:
-            learner: the map; its features are not looked at.
-            every: only every n-th of the samples may be wanted.
-            entries: numbers that the learner holds of each sample that goes through at once.
-        """
+        """Send them through."""
 
 
 class LearnedProjection(Projection):

@@ -46,12 +46,7 @@ class BlockMoments:
     def add(self, weight: ParameterGradient | None, bias: ParameterGradient | None) -> list[Tensor]:
         """Add the gradients of a batch of ``b`` samples.
 
-        Args:
-            weight: of the weight; None where only the bias was used.
-            bias: of the bias, from the same use; None without one.
-
-        Returns:
-            What was looked at, ``(b * positions, size)`` of each side, sample after sample.
+        Returns what was looked at, ``(b * positions, size)`` of each side, sample after sample.
         """
         if isinstance(weight, GatherSum):
             self._add_table(weight)
@@ -64,8 +59,7 @@ class BlockMoments:
     def leading(self) -> tuple[Tensor, Tensor]:
         """Find the leading eigenvectors of both sides, the leading ones first.
 
-        Returns:
-            ``(k_rows, rows)`` and ``(k_columns, columns)``, float32, orthonormal rows.
+        Returns ``(k_rows, rows)`` and ``(k_columns, columns)``, float32, orthonormal rows.
         """
         return self.rows.leading(), self.columns.leading()
 

@@ -115,10 +115,7 @@ class Sketch:
     def add(self, features: Tensor, name: str, rows: Tensor) -> None:
         """Add the image of one part.
 
-        Args:
-            features: ``(b, dim)``, changed in place.
-            name: of the part.
-            rows: its entries, ``(b, size)``; always of one size for one name.
+        Shapes: features (b, dim), rows (b, size).
         """
         scaled = rows.to(features.dtype)
         if self.nonzeros > 1:

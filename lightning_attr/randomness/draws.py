@@ -114,10 +114,6 @@ class Samples:
     def batches(self, rows: Sequence[int] | None = None) -> Iterator[tuple[Sequence[int], Any]]:
         """Read samples.
 
-        Args:
-            rows: which; all by default.
-
-        Returns:
-            ``(rows, batch)``, batch after batch, in order.
+        Returns ``(rows, batch)``, batch after batch, in order.
         """
         return self.read(range(self.count) if rows is None else rows)

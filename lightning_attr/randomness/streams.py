@@ -20,16 +20,7 @@ _Words: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 def hashed_seed(*key: object) -> int:
     """Hash a key into a seed; nearby keys give unrelated seeds.
 
-    Args:
-        key: values with a stable ``str``: numbers and strings.
-
-    Returns:
-        An integer in ``[0, 2**63)``.
-
-    Example:
-        >>> seed = hashed_seed(0, "epoch=1")
-        >>> seed == hashed_seed(0, "epoch=1"), seed == hashed_seed(1, "epoch=1")
-        (True, False)
+    Returns an integer in ``[0, 2**63)``.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
@@ -38,17 +29,7 @@ def hashed_seed(*key: object) -> int:
 def rademacher(shape: tuple[int, ...], *key: object) -> Tensor:
     """Draw signs.
 
-    Args:
-        shape: of the result.
-        key: what the result depends on.
-
-    Returns:
-        -1 or +1, int8, on the CPU.
-
-    Example:
-        >>> signs = rademacher((2, 1000), 0, "weight")
-        >>> signs.dtype, sorted(set(signs.flatten().tolist())), abs(signs.float().mean().item()) < 0.1
-        (torch.int8, [-1, 1], True)
+    Returns -1 or +1, int8, on the CPU.
     """
     count = math.prod(shape)
     bits = torch.from_numpy(np.unpackbits(packed_bits(count, *key).numpy(), count=count))
@@ -58,12 +39,7 @@ def rademacher(shape: tuple[int, ...], *key: object) -> Tensor:
 def packed_bits(count: int, *key: object) -> Tensor:
     """Draw fair bits, eight in a byte, the first in the highest place.
 
-    Args:
-        count: how many.
-        key: what they depend on.
-
-    Returns:
-        ``(ceil(count / 64) * 8,)``, uint8, on the CPU.
+    Returns ``(ceil(count / 64) * 8,)``, uint8, on the CPU.
 
     Example:
         >>> packed_bits(100, 0, "weight").shape
@@ -76,13 +52,7 @@ def packed_bits(count: int, *key: object) -> Tensor:
 def packed_columns(rows: int, columns: int, *key: object) -> Tensor:
     """Draw the bits of a matrix, those of eight neighbouring columns in a byte; :func:`packed_bits` row by row.
 
-    Args:
-        rows: of the matrix.
-        columns: of the matrix.
-        key: what they depend on.
-
-    Returns:
-        ``(ceil(columns / 8), rows)``, uint8, on the CPU; the first column of a byte is in its highest place.
+    Returns ``(ceil(columns / 8), rows)``, uint8, on the CPU; the first column of a byte is in its highest place.
 
     Example:
         >>> packed_columns(3, 20, 0, "weight").shape
@@ -98,17 +68,7 @@ def packed_columns(rows: int, columns: int, *key: object) -> Tensor:
 def gaussian(shape: tuple[int, ...], *key: object) -> Tensor:
     """Draw standard normal numbers, by the Box-Muller transform in float64.
 
-    Args:
-        shape: of the result.
-        key: what the result depends on.
-
-    Returns:
-        Float32, on the CPU; equal on every machine to about one unit in the last place.
-
-    Example:
-        >>> x = gaussian((10000,), 0, "weight")
-        >>> abs(x.mean().item()) < 0.05, abs(x.std().item() - 1) < 0.05
-        (True, True)
+    Returns float32, on the CPU; equal on every machine to about one unit in the last place.
     """
     return row_gaussians(shape, [key])[0]
 
@@ -116,16 +76,7 @@ def gaussian(shape: tuple[int, ...], *key: object) -> Tensor:
 def row_gaussians(shape: tuple[int, ...], keys: Sequence[tuple[object, ...]]) -> Tensor:
     """Draw standard normal numbers for several keys at once, those that :func:`gaussian` gives for each.
 
-    Args:
-        shape: of one result.
-        keys: what each depends on, ``b`` of them.
-
-    Returns:
-        ``(b, *shape)``, float32, on the CPU.
-
-    Example:
-        >>> torch.equal(row_gaussians((3,), [(0, "a"), (0, "b")])[1], gaussian((3,), 0, "b"))
-        True
+    Returns ``(b, *shape)``, float32, on the CPU.
     """
     count = math.prod(shape)
     words = np.stack([random_words(2 * -(-count // 2), *key) for key in keys])
@@ -139,16 +90,7 @@ def row_gaussians(shape: tuple[int, ...], keys: Sequence[tuple[object, ...]]) ->
 def random_words(count: int, *key: object) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Draw 64-bit words.
 
-    Args:
-        count: how many; the first ones do not depend on it.
-        key: what they depend on.
-
-    Returns:
-        ``(count,)``, uint64.
-
-    Example:
-        >>> bool((random_words(9, 0, "w")[:5] == random_words(5, 0, "w")).all())
-        True
+    Returns ``(count,)``, uint64.
     """
     return np.random.Philox(key=hashed_seed(*key)).random_raw(count)
 
@@ -156,18 +98,7 @@ def random_words(count: int, *key: object) -> np.ndarray[tuple[int], np.dtype[np
 def row_uniforms(rows: Sequence[int], count: int, *key: object) -> Tensor:
     """Draw uniform numbers for rows of a data set, each row its own: no row's depend on the others asked for.
 
-    Args:
-        rows: non-negative row numbers, ``b`` of them in any order.
-        count: how many a row; the first ones do not depend on it.
-        key: what they depend on, besides the row.
-
-    Returns:
-        ``(b, count)``, float64, in the open interval (0, 1), on the CPU.
-
-    Example:
-        >>> u = row_uniforms([5, 3], 4, 0, "labels")
-        >>> bool((row_uniforms([3], 2, 0, "labels") == u[1:, :2]).all())
-        True
+    Returns ``(b, count)``, float64, in the open interval (0, 1), on the CPU.
     """
     seed = hashed_seed(*key)
     row = np.asarray(rows, dtype=np.uint64)[:, None]
@@ -181,12 +112,7 @@ def row_uniforms(rows: Sequence[int], count: int, *key: object) -> Tensor:
 def row_words(rows: Sequence[int], *key: object) -> Tensor:
     """Draw one word for each row of a data set, from which :func:`hashed_uniforms` draws more on any device.
 
-    Args:
-        rows: non-negative row numbers, ``b`` of them in any order.
-        key: what they depend on, besides the row.
-
-    Returns:
-        ``(b,)``, int64, on the CPU.
+    Returns ``(b,)``, int64, on the CPU.
 
     Example:
         >>> bool(row_words([3], 0, "labels") == row_words([5, 3], 0, "labels")[1])
@@ -201,12 +127,7 @@ def row_words(rows: Sequence[int], *key: object) -> Tensor:
 def hashed_uniforms(words: Tensor, count: int) -> Tensor:
     """Draw uniform numbers from a word a row by SplitMix64 (Steele et al., 2014): the same on every device.
 
-    Args:
-        words: ``(b,)``, int64, from :func:`row_words`.
-        count: how many a row; the first ones do not depend on it.
-
-    Returns:
-        ``(b, count)``, float64, in the open interval (0, 1), on the device of the words.
+    Shapes: words (b,). Returns ``(b, count)``, float64, in the open interval (0, 1), on the device of the words.
 
     Example:
         >>> u = hashed_uniforms(row_words([5, 3], 0), 1000)
@@ -235,17 +156,7 @@ def philox(counter: tuple[_Words, _Words, _Words, _Words], key: tuple[int, int])
 
     ``numpy.random.Philox`` draws for one counter at a time: for 1,000 rows of ten numbers it takes 32 times as long.
 
-    Args:
-        counter: four words of 32 bits in arrays of uint64, which broadcast.
-        key: two words of 32 bits.
-
-    Returns:
-        Four words of 32 bits, uint64, in the shape of the counters together.
-
-    Example:
-        >>> zero = np.zeros(1, dtype=np.uint64)
-        >>> [f"{int(word[0]):08x}" for word in philox((zero, zero, zero, zero), (0, 0))]
-        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    Returns four words of 32 bits, uint64, in the shape of the counters together.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*counter)
     k0, k1 = key

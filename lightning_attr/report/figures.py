@@ -19,13 +19,8 @@ _POINTS = 101
 def distributions(result: ShownResult, names: dict[int, str]) -> list[dict[str, Any]]:
     """Quantiles of data value and self-influence, over all samples and in each class.
 
-    Args:
-        result: what is shown.
-        names: of classes.
-
-    Returns:
-        A dictionary per figure: its title, the range of its axis, and its rows, each with a name, how many samples it
-        has, and the quantiles as shares of the range.
+    Returns a dictionary per figure: its title, the range of its axis, and its rows, each with a name, how many samples
+    it has, and the quantiles as shares of the range.
     """
     figures = []
     for title, column in {"Data value": result.data_value, "Self-influence": result.self_influence}.items():
@@ -55,11 +50,7 @@ def distributions(result: ShownResult, names: dict[int, str]) -> list[dict[str, 
 def detection_curve(result: ShownResult) -> dict[str, list[tuple[float, float]]] | None:
     """Share of the known noise found against the share of samples inspected, most suspicious first.
 
-    Args:
-        result: what is shown.
-
-    Returns:
-        Points by what samples are ranked by; None without known noise.
+    Returns points by what samples are ranked by; None without known noise.
     """
     mask = result.noise_mask
     if mask is None or not mask.any() or mask.all():

@@ -13,11 +13,7 @@ _SHOWN = 4
 def overview(result: ShownResult) -> str:
     """Write what a result holds.
 
-    Args:
-        result: to describe.
-
-    Returns:
-        At most ten lines.
+    Returns at most ten lines.
     """
     title, rows = _rows(result)
     width = max(len(name) for name, _ in rows)
@@ -25,14 +21,7 @@ def overview(result: ShownResult) -> str:
 
 
 def overview_html(result: ShownResult) -> str:
-    """Write the same for a notebook.
-
-    Args:
-        result: to describe.
-
-    Returns:
-        HTML.
-    """
+    """Write the same for a notebook."""
     title, rows = _rows(result)
     lines = [Markup("<tr><th style='text-align:left'>{}</th><td>{}</td></tr>").format(*row) for row in rows]
     return Markup("<p><b>{}</b></p><table>{}</table>").format(title, Markup("").join(lines))

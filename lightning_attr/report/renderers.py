@@ -53,15 +53,7 @@ class ImageRenderer:
     def __call__(self, sample: Any) -> Markup:
         """Draw a sample.
 
-        Args:
-            sample: an image.
-
-        Returns:
-            An ``<img>`` that holds the picture.
-
-        Raises:
-            ValueError: if it is no image.
-            MissingDependencyError: if Pillow is not installed.
+        Returns an ``<img>`` that holds the picture.
         """
         try:
             from PIL import Image
@@ -99,14 +91,7 @@ class TextRenderer:
         check_int(self, "width", self.width, 1)
 
     def __call__(self, sample: Any) -> Markup:
-        """Write a sample.
-
-        Args:
-            sample: a string, or a text with marked tokens.
-
-        Returns:
-            A ``<span>``.
-        """
+        """Write a sample."""
         if isinstance(sample, HighlightedText):
             return Markup('<span class="text">{}</span>').format(Markup(sample.html()))
         text = str(sample)
@@ -141,14 +126,7 @@ class AudioRenderer:
     def __call__(self, sample: Any) -> Markup:
         """Draw a recording.
 
-        Args:
-            sample: ``(T,)`` or ``(channels, T)``, floating-point from -1 to 1; the mean of the channels is played.
-
-        Returns:
-            A picture, and an ``<audio>`` that holds the sound.
-
-        Raises:
-            ValueError: if it is no recording.
+        Shapes: sample (T,). Returns a picture, and an ``<audio>`` that holds the sound.
         """
         values = np.atleast_2d(_array(sample))
         if values.ndim != 2 or not values.size:
@@ -190,17 +168,7 @@ class TabularRenderer:
             check_words(self, "names", self.names, "a list of names, or None")
 
     def __call__(self, sample: Any) -> Markup:
-        """Write a row.
-
-        Args:
-            sample: a mapping, a sequence, or an array or tensor, which is read flat.
-
-        Returns:
-            A ``<table>``.
-
-        Raises:
-            ValueError: if there are not as many names as values.
-        """
+        """Write a row."""
         keyed = isinstance(sample, Mapping)
         values = list(sample.values()) if keyed else list(sample if _is_sequence(sample) else _array(sample).flat)
         names = list(sample) if keyed and self.names is None else self.names

@@ -29,16 +29,7 @@ class Drawings:
     def draw(self, dataset: Any, index: int, item: Any) -> str | None:
         """Draw a sample.
 
-        Args:
-            dataset: that the item is of, for messages.
-            index: of the item.
-            item: the sample, with or without a label.
-
-        Returns:
-            HTML, or None if nothing is left of the budget.
-
-        Raises:
-            ValueError: if it cannot be drawn; the message names it.
+        Returns HTML, or None if nothing is left of the budget.
         """
         if self.left <= 0:
             self.without += 1
@@ -54,15 +45,7 @@ class Drawings:
         return drawn
 
     def draw_all(self, dataset: Any, indices: Iterable[int]) -> dict[int, str]:
-        """Draw samples, in this order as far as the budget goes.
-
-        Args:
-            dataset: of items.
-            indices: of samples; some may come twice.
-
-        Returns:
-            Index -> HTML.
-        """
+        """Draw samples, in this order as far as the budget goes."""
         drawn: dict[int, str] = {}
         for index in dict.fromkeys(indices):
             item = read_item(dataset, index) if self.left > 0 else None
@@ -73,18 +56,7 @@ class Drawings:
 
 
 def read_item(dataset: Any, index: int) -> Any:
-    """Read an item of a data set.
-
-    Args:
-        dataset: the data set.
-        index: of the item.
-
-    Returns:
-        The item.
-
-    Raises:
-        ValueError: if that fails; the message names it.
-    """
+    """Read an item of a data set."""
     try:
         return dataset[index]
     except Exception as error:
@@ -95,14 +67,7 @@ def read_item(dataset: Any, index: int) -> Any:
 
 
 def sample_of(item: Any) -> Any:
-    """What is to be seen of an item: the first of a tuple, a mapping without its label, else the item.
-
-    Args:
-        item: of a data set.
-
-    Returns:
-        The sample.
-    """
+    """What is to be seen of an item: the first of a tuple, a mapping without its label, else the item."""
     if isinstance(item, tuple) and item:
         return item[0]
     if isinstance(item, Mapping):
@@ -114,11 +79,7 @@ def sample_of(item: Any) -> Any:
 def label_of(item: Any) -> int | str | None:
     """Read the label of an item: its second entry, or a field of this name, if that is a class or a word.
 
-    Args:
-        item: of a data set.
-
-    Returns:
-        The label, or None if there is none that can be written in a word.
+    Returns the label, or None if there is none that can be written in a word.
     """
     label = item[1] if isinstance(item, tuple) and len(item) > 1 else None
     if isinstance(item, Mapping):

@@ -13,20 +13,7 @@ if TYPE_CHECKING:
 def data_frame(data: Any, index: tuple[str, Any], columns: tuple[str, Any] | None = None) -> pd.DataFrame:
     """Make a DataFrame.
 
-    Args:
-        data: values ``(rows, columns)``, not copied where pandas can help it, or columns by name.
-        index: name and labels of the rows.
-        columns: the same of the columns; None where ``data`` names them.
-
-    Returns:
-        The DataFrame.
-
-    Raises:
-        MissingDependencyError: if pandas is not installed.
-
-    Example:
-        >>> import numpy as np
-        >>> frame = data_frame(np.eye(2), ("train", [3, 5]), ("target", [0, 1]))  # doctest: +SKIP
+    Shapes: data (rows, columns).
     """
     try:
         import pandas as pd

@@ -14,11 +14,7 @@ from lightning_attr.report.shown import ShownResult
 def result_metrics(result: ShownResult) -> dict[str, float]:
     """Compute the figures of :attr:`AttributionResult.metrics`; with a noise mask also how well the noise is found.
 
-    Args:
-        result: whose; its data value is known already.
-
-    Returns:
-        Figure by name; those by self-influence and data value stand beside those by plain loss.
+    Returns figure by name; those by self-influence and data value stand beside those by plain loss.
     """
     drawn = slice(None) if result.trained_on is None else result.trained_on
     value, loss, self_influence = result.data_value[drawn], result.loss[drawn], result.self_influence[drawn]

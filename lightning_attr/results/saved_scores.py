@@ -29,12 +29,6 @@ _FILES = {"matrix": "scores.safetensors", "top": "top_scores.safetensors"}
 def save_scores(folder: Path, kind: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
     """Write scores; those that were there before are replaced.
 
-    Args:
-        folder: where.
-        kind: "matrix" or "top".
-        tensors: name -> tensor.
-        provenance: what they are scores of, as plain values.
-
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,14 +45,7 @@ def save_scores(folder: Path, kind: str, tensors: Mapping[str, Tensor], provenan
 def saved_scores(folder: Path) -> dict[str, Any]:
     """Read what is known of saved scores.
 
-    Args:
-        folder: where they are.
-
-    Returns:
-        Their ``kind``, the hash of their ``content``, and their ``provenance``.
-
-    Raises:
-        CorruptedStoreError: if there are none, or the record is damaged.
+    Returns their ``kind``, the hash of their ``content``, and their ``provenance``.
     """
     path = folder / _RECORD
     record = read_record(path, "scores", FORMAT, REMEDY)
@@ -75,17 +62,7 @@ def load_scores(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`save_scores` wrote.
 
-    Args:
-        folder: where.
-        kind: as it was given there.
-        expected: name of each tensor -> its number of dimensions, and whether it holds floating-point numbers.
-        optional: names among them that may be missing.
-
-    Returns:
-        The tensors, mapped from the file, and the provenance.
-
-    Raises:
-        CorruptedStoreError: if something is missing, damaged, of another result, or no scores of this kind.
+    Returns the tensors, mapped from the file, and the provenance.
     """
     record = saved_scores(folder)
     if record["kind"] != kind:
@@ -105,15 +82,6 @@ def check_tensors(
     optional: frozenset[str] = frozenset(),
 ) -> None:
     """Refuse tensors of other names, dimensions or kinds than a file must have.
-
-    Args:
-        path: of the file, for the message.
-        tensors: what it holds.
-        expected: as for :func:`load_scores`.
-        optional: names among them that may be missing.
-
-    Raises:
-        CorruptedStoreError: naming the tensor.
 
     Example:
         >>> import torch

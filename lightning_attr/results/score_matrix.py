@@ -227,21 +227,7 @@ def _row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def zeros(n: int, m: int, folder: Callable[[], Path], dtype: torch.dtype = torch.float32) -> Tensor:
     """Make room for scores, in memory or, when large, in a file.
 
-    Args:
-        n: training samples.
-        m: targets.
-        folder: gives the directory for a file, called only when one is needed.
-        dtype: of the scores.
-
-    Returns:
-        Zeros ``(n, m)``.
-
-    Raises:
-        AttributionError: if the disk has no room for them.
-
-    Example:
-        >>> zeros(2, 3, Path.cwd).shape
-        torch.Size([2, 3])
+    Returns zeros ``(n, m)``.
     """
     size = n * m * dtype.itemsize
     if size <= _IN_MEMORY:

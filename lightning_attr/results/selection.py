@@ -19,18 +19,7 @@ _OWNER = "AttributionResult.select"
 def select(result: ShownResult, fraction: float, by: str, per_class: bool, objective: str | None) -> Tensor:
     """Choose training samples to keep; see :meth:`lightning_attr.AttributionResult.select`.
 
-    Args:
-        result: whose.
-        fraction: share to keep.
-        by: what ranks them, without an objective.
-        per_class: keep this share of every class.
-        objective: "prune", "coreset" or None.
-
-    Returns:
-        Indices into the training data set, ascending.
-
-    Raises:
-        ValueError: if an argument is out of range, or there are no labels for ``per_class``.
+    Returns indices into the training data set, ascending.
     """
     fraction = check_float(_OWNER, "fraction", fraction, above=0, maximum=1)
     values: dict[str, Callable[[], Tensor]] = {
@@ -58,15 +47,7 @@ def select(result: ShownResult, fraction: float, by: str, per_class: bool, objec
 def effect_of(scores: Any, keep: Any) -> PredictedEffect:
     """Predict what training on some samples does; see :meth:`lightning_attr.AttributionResult.predicted_effect`.
 
-    Args:
-        scores: of all samples and targets.
-        keep: indices into the training data set.
-
-    Returns:
-        The changes of the targets' mean loss and output.
-
-    Raises:
-        ValueError: if an index is none of the training set's, or comes twice.
+    Returns the changes of the targets' mean loss and output.
     """
     owner, expected = "AttributionResult.predicted_effect", "indices into the training data set, each once"
     indices = check_numbers(owner, "keep", keep, expected)

@@ -8,22 +8,7 @@ from collections.abc import Sequence
 def text_table(rows: Sequence[tuple[str, str, Sequence[tuple[float, str, str]]]], width: int = 100) -> str:
     """Write each target above the samples that explain it, a line each.
 
-    Args:
-        rows: caption and text of a target, and ``(score, caption, text)`` of its proponents and opponents, in the order
-            in which they are to be shown.
-        width: characters per line; longer texts are cut and line breaks become spaces.
-
-    Returns:
-        The table, with an empty line between targets.
-
-    Raises:
-        ValueError: if the width leaves no room for texts.
-
-    Example:
-        >>> print(text_table([("#7", "To be, or not", [(2.5, "#12", "not to be"), (-0.25, "#3", "Hello world")])], 30))
-        target #7  To be, or not
-            +2.50   #12  not to be
-          -0.250   #3   Hello world
+    Shapes: rows (score, caption, text). Returns the table, with an empty line between targets.
     """
     found = [(f"{score:+#.3g}", caption) for _, _, samples in rows for score, caption, _ in samples]
     number, name = (max((len(pair[side]) for pair in found), default=0) for side in (0, 1))

@@ -29,19 +29,7 @@ _SAVED = {
 def check_topk(topk: Any, n_train: int) -> int | None:
     """Check how many scores a target keeps.
 
-    Args:
-        topk: the argument; None stands for all.
-        n_train: training samples.
-
-    Returns:
-        The number as Python's int, or None.
-
-    Raises:
-        ValueError: if it is no integer between 1 and ``n_train``.
-
-    Example:
-        >>> check_topk(10, n_train=100)
-        10
+    Returns the number as Python's int, or None.
     """
     if topk is None:
         return None
@@ -204,17 +192,7 @@ class TopScoresSum:
         self.positive = torch.zeros(2, n_target, dtype=torch.float64)
 
     def add(self, rows: range, targets: slice, scores: Tensor, left_out: Tensor | None = None) -> None:
-        """Add a block.
-
-        Args:
-            rows: training rows; each comes once for each target.
-            targets: columns of the whole matrix.
-            scores: ``(len(rows), targets)``, float32 or float64, on the CPU.
-            left_out: ``(len(rows),)``, bool: rows that are neither proponents nor opponents; None for none.
-
-        Raises:
-            ValueError: if there are NaN or infinite scores.
-        """
+        """Add a block."""
         if not scores.sum().isfinite():  # a sum needs no memory of the block's size
             check_finite("scores", scores)
         for end in self.ends:
@@ -228,12 +206,7 @@ class TopScoresSum:
     ) -> TopScores:
         """Join what the processes found.
 
-        Args:
-            share: number of this process, and how many there are.
-            reduce: sums a tensor over all processes.
-
-        Returns:
-            The scores, the same in all processes.
+        Returns the scores, the same in all processes.
         """
         (up, up_scores), (down, down_scores) = (end.total(share, reduce) for end in self.ends)
         value = reduce(self.sums) / max(1, self.positive.shape[1])

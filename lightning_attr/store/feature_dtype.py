@@ -40,36 +40,14 @@ _LARGEST = 15
 
 
 def check_feature_dtype(feature_dtype: str, owner: object = "FeatureStore") -> None:
-    """Check the name of a dtype for features.
-
-    Args:
-        feature_dtype: "float16", "bfloat16" or "float32".
-        owner: whose argument it is: an object, or the name of a function.
-
-    Raises:
-        ValueError: if it is none of these.
-
-    Example:
-        >>> check_feature_dtype("float16")
-    """
+    """Check the name of a dtype for features."""
     check_choice(owner, "feature_dtype", feature_dtype, _DTYPES)
 
 
 def check_columns(columns: Mapping[str, Tensor], rows: range) -> None:
     """Check what is to be stored.
 
-    Args:
-        columns: column name -> values ``(rows, ...)``.
-        rows: row numbers of the shard.
-
-    Raises:
-        ValueError: if a column has another number of rows, or holds NaN or Inf.
-
-    Example:
-        >>> check_columns({"loss": torch.ones(3)}, range(4, 8))
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected column 'loss' to have the 4 rows 4 to 7 of its shard, but got 3.
+    Shapes: columns (rows, ...).
     """
     for name, values in columns.items():
         if len(values) != len(rows):
@@ -88,18 +66,8 @@ def check_columns(columns: Mapping[str, Tensor], rows: range) -> None:
 def encode(columns: Mapping[str, Tensor], feature_dtype: str) -> dict[str, Tensor]:
     """Bring the columns of a shard into the form that is stored.
 
-    Args:
-        columns: column name -> values ``(rows, ...)``. Only ``features`` and ``second_features`` change, and only if
-            they are float32: a float64 module asks for all digits, and keeps them.
-        feature_dtype: "float16", "bfloat16" or "float32".
-
-    Returns:
-        The columns; with float16 a column ``features_scale`` ``(1,)``, float32, more: the features are ``features *
-        features_scale``.
-
-    Example:
-        >>> encode({"features": torch.tensor([[1.0, -3.0]])}, "float16")
-        {'features': tensor([[  8192., -24576.]], dtype=torch.float16), 'features_scale': tensor([0.0001])}
+    Shapes: columns (rows, ...). Returns the columns; with float16 a column ``features_scale`` ``(1,)``, float32, more:
+    the features are ``features * features_scale``.
     """
     stored, dtype = dict(columns), _DTYPES[feature_dtype]
     if SECOND in stored:
@@ -131,15 +99,7 @@ def _encoded(name: str, features: Tensor, dtype: torch.dtype) -> dict[str, Tenso
 def decode(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo :func:`encode`.
 
-    Args:
-        columns: as stored.
-
-    Returns:
-        Column name -> values, with ``features`` in float32 (float64 if they are stored so).
-
-    Example:
-        >>> decode(encode({"features": torch.tensor([[1.0, -3.0]]), "loss": torch.ones(1)}, "float16"))
-        {'features': tensor([[ 1., -3.]]), 'loss': tensor([1.])}
+    Returns column name -> values, with ``features`` in float32 (float64 if they are stored so).
     """
     decoded = {name: values for name, values in columns.items() if name not in _NOT_BY_ROW}
     for name in _FEATURES & columns.keys():
@@ -154,16 +114,7 @@ def decode(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def decode_features(columns: Mapping[str, Tensor], name: str = "features") -> Tensor:
     """Give the features alone.
 
-    Args:
-        columns: as stored.
-        name: of the column.
-
-    Returns:
-        ``(rows, dim)``, float32 (float64 if they are stored so).
-
-    Example:
-        >>> decode_features({"features": torch.ones(1, 2).half(), "features_scale": torch.tensor([0.5])})
-        tensor([[0.5000, 0.5000]])
+    Returns ``(rows, dim)``, float32 (float64 if they are stored so).
     """
     features, scale = columns[name], f"{name}_scale"
     if features.dtype not in {torch.float16, torch.bfloat16}:
@@ -175,12 +126,6 @@ def decode_features(columns: Mapping[str, Tensor], name: str = "features") -> Te
 def by_row(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take those of a file's columns that have a value for each row.
 
-    Args:
-        columns: as stored.
-
-    Returns:
-        These.
-
     Example:
         >>> list(by_row({"features": torch.ones(1, 2).half(), "features_scale": torch.tensor([0.5])}))
         ['features']
@@ -189,19 +134,7 @@ def by_row(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def row_bytes(columns: Mapping[str, Tensor], feature_dtype: str) -> int:
-    """Tell how many bytes a row takes on disk.
-
-    Args:
-        columns: column name -> values of a few rows.
-        feature_dtype: "float16", "bfloat16" or "float32".
-
-    Returns:
-        Bytes.
-
-    Example:
-        >>> row_bytes({"features": torch.ones(3, 100), "loss": torch.ones(3)}, "float16")
-        204
-    """
+    """Tell how many bytes a row takes on disk."""
     dtype = _DTYPES[feature_dtype]
     return sum(values[0].numel() * _stored_dtype(name, values, dtype).itemsize for name, values in columns.items())
 

@@ -17,21 +17,7 @@ _NONE = "not recorded"
 def described(store: FeatureStore) -> str:
     """Describe a store.
 
-    Args:
-        store: read only.
-
-    Returns:
-        Its settings, and a line per snapshot.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from lightning_attr.store.manifest import Fingerprint
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> store = FeatureStore.create(folder.name, Fingerprint(3, None, {"w": (2,)}, None))
-        >>> snapshot = store.add_snapshot("epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=2, learning_rate=0.1)
-        >>> print(described(store).splitlines()[-1].split("  ")[0], "has", snapshot.global_step, "steps")
-        epoch=0 has 2 steps
-        >>> folder.cleanup()
+    Returns its settings, and a line per snapshot.
     """
     written, manifest = store.fingerprint, store.manifest
     entries = sum(math.prod(shape) for shape in written.layout.values())
@@ -61,11 +47,7 @@ def described(store: FeatureStore) -> str:
 def damages(store: FeatureStore) -> list[str]:
     """Read every file of a store that its manifest names, and compare it with its digest and its place.
 
-    Args:
-        store: read only.
-
-    Returns:
-        What is wrong, a message per file; empty if nothing is.
+    Returns what is wrong, a message per file; empty if nothing is.
     """
     reads: list[Callable[[], object]] = []
     for snapshot in store.snapshots:

@@ -72,10 +72,7 @@ class Landing:
     def add(self, rows: Sequence[int], columns: Columns, settle: Settle | None = None) -> None:
         """Take a batch.
 
-        Args:
-            rows: its row numbers.
-            columns: column name -> values ``(b, ...)``, all on one device.
-            settle: looks at the columns on the CPU, and gives those to go on with.
+        Shapes: columns (b, ...).
         """
         if all(values.device.type == "cpu" for values in columns.values()):
             self.finish()

@@ -62,15 +62,7 @@ class Fingerprint:
     mode: str | None = None
 
     def check(self, found: Fingerprint, where: str) -> None:
-        """Compare the fingerprint on record with the one at hand.
-
-        Args:
-            found: the one at hand.
-            where: the store's path, for the message.
-
-        Raises:
-            StoreMismatchError: naming what differs, and what to do.
-        """
+        """Compare the fingerprint on record with the one at hand."""
         difference = self.difference(found)
         if difference is not None:
             raise StoreMismatchError(
@@ -81,11 +73,7 @@ class Fingerprint:
     def difference(self, found: Fingerprint) -> str | None:
         """Say how another fingerprint differs.
 
-        Args:
-            found: the other.
-
-        Returns:
-            What this one was written for, and what the other has instead; None if they fit together.
+        Returns what this one was written for, and what the other has instead; None if they fit together.
         """
         if self.length != found.length:
             return f"was written for a training data set of {self.length:,} samples, but this one has {found.length:,}"
@@ -266,11 +254,7 @@ class Manifest:
         return tuple(snapshot for snapshot in self.snapshots if snapshot.key != incomplete)
 
     def write(self, path: Path) -> None:
-        """Write the file, at once.
-
-        Args:
-            path: where.
-        """
+        """Write the file, at once."""
         length, rows = self.fingerprint.length, self.shard_rows
         record = {"format": FORMAT, **dataclasses.asdict(self)}
         for name in ("stopped", "trained_on", "training"):
@@ -286,17 +270,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read the file, and check every field: it may come from anywhere.
-
-        Args:
-            path: where.
-
-        Returns:
-            The manifest.
-
-        Raises:
-            CorruptedStoreError: if it is missing, changed, or no manifest of this format.
-        """
+        """Read the file, and check every field: it may come from anywhere."""
         record = read_record(path, "attribution store", FORMAT)
         del record["format"]
         for name in ("stopped", "trained_on", "training"):
@@ -327,16 +301,8 @@ class Manifest:
     def joined(cls, manifests: Sequence[tuple[Path, Manifest]]) -> Manifest:
         """Join the snapshots of several stores.
 
-        Args:
-            manifests: path and manifest of each store.
-
-        Returns:
-            One manifest; the snapshots of store ``i`` are named and placed ``run<i>/<key>``. Each shard tells its own
-            dtype; new ones take the first store's.
-
-        Raises:
-            StoreMismatchError: if data, parameters, projection or shards differ.
-            ValueError: if there are none.
+        Returns one manifest; the snapshots of store ``i`` are named and placed ``run<i>/<key>``. Each shard tells its
+        own dtype; new ones take the first store's.
         """
         if not manifests:
             raise ValueError("Expected argument `stores` to name at least one store, but got none.")

@@ -57,13 +57,7 @@ class ShardWriter:
     def add(self, rows: Sequence[int], columns: Mapping[str, Tensor], settle: Settle | None = None) -> None:
         """Add a batch; the batches of a shard come one after the other, in order.
 
-        Args:
-            rows: its row numbers, all of one shard.
-            columns: column name -> values ``(b, ...)``, on any device.
-            settle: looks at the columns on the CPU, and gives those to keep.
-
-        Raises:
-            AttributionError: if the shard before could not be written.
+        Shapes: columns (b, ...).
         """
         beat(self.store.path)
         self._landing.add(rows, columns, settle)
@@ -91,13 +85,7 @@ class ShardWriter:
     def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
         """Give the place of the next batch's features, where :meth:`add` looks for them.
 
-        Args:
-            rows: of the batch.
-            dim: number of features.
-            dtype: theirs.
-
-        Returns:
-            ``(b, dim)``, with any values; None in the middle of a shard that began without.
+        Returns ``(b, dim)``, with any values; None in the middle of a shard that began without.
         """
         if self.features is None and not self.rows:
             shape, spare = (self.store.manifest.shard_rows, dim), self.spare.pop() if self.spare else None
@@ -111,11 +99,7 @@ class ShardWriter:
             self.spare.append(features)
 
     def close(self) -> None:
-        """Wait until everything is written; the thread is gone then, and more can be added all the same.
-
-        Raises:
-            AttributionError: if the last shard could not be written.
-        """
+        """Wait until everything is written; the thread is gone then, and more can be added all the same."""
         try:
             self._landing.finish()
             self._wait()
@@ -168,10 +152,7 @@ class RowTable:
     def add(self, rows: Sequence[int], columns: Mapping[str, Tensor], settle: Settle | None = None) -> None:
         """Add a batch.
 
-        Args:
-            rows: its row numbers.
-            columns: column name -> values ``(b, ...)``, on any device.
-            settle: looks at the columns on the CPU, and gives those to keep.
+        Shapes: columns (b, ...).
         """
         self._landing.add(rows, columns, settle)
 
@@ -188,13 +169,7 @@ class RowTable:
     def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
         """Give the place of a batch's features, where :meth:`add` looks for them.
 
-        Args:
-            rows: its row numbers.
-            dim: number of features.
-            dtype: theirs.
-
-        Returns:
-            ``(b, dim)``; None where rows are not in sequence.
+        Returns ``(b, dim)``; None where rows are not in sequence.
         """
         if not _ordered(rows):
             return None

@@ -18,12 +18,7 @@ def clear_unfinished(folder: Path, rewritten: Collection[str]) -> bool:
 
     Features are another matter: they may be of other weights, so that the caller moves them aside.
 
-    Args:
-        folder: a snapshot's, which only the caller writes to.
-        rewritten: names of the files that are written before a manifest lists the snapshot.
-
-    Returns:
-        Whether the folder is free now.
+    Returns whether the folder is free now.
     """
     for rest in remains(folder):
         rest.unlink()

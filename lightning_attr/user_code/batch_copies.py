@@ -91,9 +91,6 @@ class OwnBatch:
         """Whether a tensor or an array of :attr:`batch` has been written to.
 
         Flags and gradients that were set on its tensors are put back.
-
-        Returns:
-            True if so.
         """
         with torch._C.DisableTorchFunction():
             for tensor, flag in zip(self._tensors, self._flags, strict=True):

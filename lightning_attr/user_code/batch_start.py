@@ -30,13 +30,7 @@ def with_batch_start(module: Any, value: Callable[[], Tensor], step: Callable[..
 
     Whether it is, is found out once: most hooks count, log or take the time, and attribution does not call them.
 
-    Args:
-        module: the user's module.
-        value: computes the loss of a batch by this step.
-        step: takes a batch, and what else ``training_step`` takes.
-
-    Returns:
-        A function of batch, batch index and the rest of the step's arguments.
+    Returns a function of batch, batch index and the rest of the step's arguments.
     """
     if module not in _needed and torch._C._functorch.peek_interpreter_stack() is None:
         _needed[module] = False

@@ -89,23 +89,7 @@ def observed(
     beside: Mapping[str, object] | None = None,
     values: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Iterator[None]:
-    """Look after the calls of a module's functions, and put back in the end what is left of their changes.
-
-    Args:
-        module: the module.
-        beside: name -> further objects that its code reaches, such as optimizers.
-        values: gives the values of tensors by name, of which there is no copy: the weights of a snapshot.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> layer = nn.Linear(1, 1)
-        >>> with observed(layer):
-        ...     layer.count = 1
-        >>> hasattr(layer, "count")
-        False
-    """
+    """Look after the calls of a module's functions, and put back in the end what is left of their changes."""
     known = _known.setdefault(module, _Known())
     roots = {"": module, **(beside or {})}
     before = _observed.get(module)
@@ -121,12 +105,7 @@ def observed(
 
 
 def set_surroundings(module: nn.Module, surroundings: Surroundings | None) -> None:
-    """Say what world the calls of a module's functions are to see from now on.
-
-    Args:
-        module: the module.
-        surroundings: name of a function -> context around its calls; None for the world as it is.
-    """
+    """Say what world the calls of a module's functions are to see from now on."""
     if surroundings is None:
         _surroundings.pop(module, None)
     else:
@@ -136,11 +115,7 @@ def set_surroundings(module: nn.Module, surroundings: Surroundings | None) -> No
 def surroundings_of(module: nn.Module) -> Surroundings | None:
     """Give what :func:`set_surroundings` has set.
 
-    Args:
-        module: the module.
-
-    Returns:
-        The surroundings; None if there are none.
+    Returns the surroundings; None if there are none.
     """
     return _surroundings.get(module)
 
@@ -150,24 +125,6 @@ def called(module: nn.Module, function: str, run: Callable[[Any], Result], batch
 
     A call that is found to change tensors is made again: its graph holds tensors that have been put back since, of
     which calls keep the values once it is known that they change.
-
-    Args:
-        module: the user's module.
-        function: name of what is called.
-        run: calls it with a batch.
-        batch: the batch; its caller may use it again.
-
-    Returns:
-        What ``run`` returns.
-
-    Example:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> def step(x):
-        ...     layer.weight.data = torch.full_like(layer.weight, 3.0)
-        ...     return layer(x).square().sum()
-        >>> x = torch.ones(1, 1, requires_grad=True)
-        >>> torch.autograd.grad(called(layer, "step", step, x), x)
-        (tensor([[18.]]),)
     """
     known = _known.setdefault(module, _Known())
     count = len(known.changing)
@@ -200,30 +157,7 @@ def _try_again_with_streams(module: nn.Module, function: str, run: Callable[[Any
 def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[Any]:
     """Surround one call of the user's code, so that no trace of it is left.
 
-    Args:
-        module: the user's module.
-        function: name of what is called.
-        batch: what it is called with; its caller may use it again.
-
-    Yields:
-        The batch to call it with.
-
-    Raises:
-        AttributionError: if the call changes what cannot be put back, or differentiates with torch.func beside that.
-        RuntimeError: whatever the call raises.
-
-    Example:
-        >>> class Counts(nn.Linear):
-        ...     count = 0
-        ...     def forward(self, x):
-        ...         self.count += 1
-        ...         return super().forward(x.mul_(self.count))
-        >>> module, x = Counts(1, 1), torch.ones(1, 1)
-        >>> for _ in range(2):
-        ...     with user_call(module, "forward", x) as own:
-        ...         _ = module(own)
-        >>> module.count, x.item()
-        (0, 1.0)
+    Yields the batch to call it with.
     """
     known = _known.setdefault(module, _Known())
     observed = _observed.get(module)
@@ -263,15 +197,7 @@ def user_call(module: nn.Module, function: str, batch: Any = None) -> Iterator[A
 
 @contextmanager
 def lasting_call(module: nn.Module, function: str) -> Iterator[None]:
-    """Surround a call of the user's code whose changes are wanted until :func:`observed` ends.
-
-    Args:
-        module: the user's module.
-        function: name of what is called.
-
-    Yields:
-        Nothing.
-    """
+    """Surround a call of the user's code whose changes are wanted until :func:`observed` ends."""
     observed = _observed.get(module)
     silenced = nullcontext() if observed is None else _silenced(observed.current())
     try:
@@ -313,11 +239,7 @@ _REPORTS = dict.fromkeys(("log", "log_dict", "print"), _nothing)
 def failed_metrics(module: nn.Module) -> str:
     """Say which metrics raised in calls beside training, and were answered with NaN.
 
-    Args:
-        module: the user's module.
-
-    Returns:
-        What to show: names, and what they raised; empty if there are none.
+    Returns what to show: names, and what they raised; empty if there are none.
 
     Example:
         >>> failed_metrics(nn.Linear(1, 1))
@@ -330,12 +252,6 @@ def failed_metrics(module: nn.Module) -> str:
 def changed_state(module: nn.Module) -> list[str]:
     """Name all that functions of a module change, of its tensors first.
 
-    Args:
-        module: the user's module.
-
-    Returns:
-        The names.
-
     Example:
         >>> changed_state(nn.Linear(1, 1))
         []
@@ -347,11 +263,7 @@ def changed_state(module: nn.Module) -> list[str]:
 def known_changes(module: nn.Module) -> list[str]:
     """Name what functions of a module change, as far as it is none of its parameters and buffers.
 
-    Args:
-        module: the user's module.
-
-    Returns:
-        The names, in order.
+    Returns the names, in order.
 
     Example:
         >>> known_changes(nn.Linear(1, 1))

@@ -33,21 +33,13 @@ class Contents:
         self._others = [item for item, is_plain in zip(named, plain, strict=True) if not is_plain]
 
     def taken(self) -> tuple[list[dict[Any, Any]], list[Any]]:
-        """Take note of all items.
-
-        Returns:
-            What :meth:`put_back` takes.
-        """
+        """Take note of all items."""
         return list(map(dict.copy, self._dicts)), [_items(container) for _, container in self._others]
 
     def same(self, before: tuple[list[dict[Any, Any]], list[Any]]) -> bool:
         """Say whether all items are what they were.
 
-        Args:
-            before: from :meth:`taken`.
-
-        Returns:
-            True if they are.
+        Returns True if they are.
         """
         dicts, others = before
         now = (_items(container) for _, container in self._others)
@@ -56,11 +48,7 @@ class Contents:
     def put_back(self, before: tuple[list[dict[Any, Any]], list[Any]]) -> list[str]:
         """Put items back where they are others now; items are compared by identity, for they may be tensors.
 
-        Args:
-            before: from :meth:`taken`.
-
-        Returns:
-            The names of attributes that had changed; of any other container, its own.
+        Returns the names of attributes that had changed; of any other container, its own.
         """
         dicts, others = before
         changed = []

@@ -17,38 +17,13 @@ from lightning_attr.user_code.reachable import Reachable
 def find_generators(root: object) -> list[Any]:
     """Find the random generators that an object keeps, through attributes, containers, closures and partials.
 
-    Args:
-        root: a data set, for instance; its transforms and the data sets that it wraps are searched as well, and the
-            variables that its own code uses.
-
-    Returns:
-        The ``random.Random``, numpy ``Generator`` and ``RandomState``, and ``torch.Generator`` objects, each once.
-
-    Example:
-        >>> import torch
-        >>> class Noisy(torch.utils.data.Dataset):
-        ...     def __init__(self):
-        ...         self.rng = torch.Generator()
-        >>> len(find_generators(torch.utils.data.Subset(Noisy(), [0])))
-        1
+    Returns the ``random.Random``, numpy ``Generator`` and ``RandomState``, and ``torch.Generator`` objects, each once.
     """
     return [generator for _, generator in Reachable({"": root}, reading=True).generators]
 
 
 def reseed_generator(generator: Any, seed: int) -> None:
-    """Start a generator afresh.
-
-    Args:
-        generator: one of those that :func:`find_generators` lists.
-        seed: a non-negative integer.
-
-    Example:
-        >>> import random
-        >>> generator = random.Random()
-        >>> reseed_generator(generator, 3)
-        >>> generator.random() == random.Random(3).random()
-        True
-    """
+    """Start a generator afresh."""
     if isinstance(generator, torch.Generator):
         generator.manual_seed(seed)
     elif isinstance(generator, np.random.Generator):
@@ -61,19 +36,7 @@ def reseed_generator(generator: Any, seed: int) -> None:
 def restore_generator(generator: Any) -> Callable[[], object]:
     """Remember the state of a generator.
 
-    Args:
-        generator: one of those that :func:`find_generators` lists.
-
-    Returns:
-        A function that puts the state back.
-
-    Example:
-        >>> import random
-        >>> generator = random.Random(3)
-        >>> restore, first = restore_generator(generator), generator.random()
-        >>> restore()
-        >>> generator.random() == first
-        True
+    Returns a function that puts the state back.
     """
     if isinstance(generator, np.random.Generator):
         return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
@@ -85,11 +48,7 @@ def restore_generator(generator: Any) -> Callable[[], object]:
 def generator_state(generator: Any) -> Any:
     """Give the state of a generator, to compare.
 
-    Args:
-        generator: one of those that :func:`find_generators` lists.
-
-    Returns:
-        The state, equal to another if the generators go on alike.
+    Returns the state, equal to another if the generators go on alike.
 
     Example:
         >>> generator_state(random.Random(3)) == generator_state(random.Random(3))
@@ -106,8 +65,7 @@ def generator_state(generator: Any) -> Any:
 def remembered_rng() -> Callable[[], None]:
     """Remember all random streams that do not belong to an object.
 
-    Returns:
-        A function that puts them back.
+    Returns a function that puts them back.
 
     Example:
         >>> restore, first = remembered_rng(), torch.rand(())
@@ -161,19 +119,7 @@ def _seeds_to_come(module: Any) -> list[Callable[[], None]]:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Restore all random streams in the end that do not belong to an object.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> import random
-        >>> state = random.getstate()
-        >>> with preserved_rng():
-        ...     _ = random.random()
-        >>> random.getstate() == state
-        True
-    """
+    """Restore all random streams in the end that do not belong to an object."""
     restore = remembered_rng()
     try:
         yield

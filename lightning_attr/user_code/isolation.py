@@ -26,26 +26,6 @@ def undisturbed(
     Restored are the RNG streams of python, numpy and torch on every device, what ``data`` keep and change, each
     submodule's ``training`` flag, each parameter's ``requires_grad`` flag and ``grad``, the buffers, and all other
     state that is reached through the attributes of the module; parameters where :func:`user_call` has changed them.
-
-    Args:
-        module: the module.
-        data: data sets, collate functions and loaders, as :func:`unchanged_data` takes them.
-        beside: name -> further objects that the code of the module reaches, such as optimizers.
-        values: gives the values of tensors by name, of which there is no copy: the weights of a snapshot.
-
-    Yields:
-        Nothing.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> module = nn.Dropout()
-        >>> state = torch.get_rng_state()
-        >>> with undisturbed(module):
-        ...     module.training, torch.rand(1).shape
-        (False, torch.Size([1]))
-        >>> module.training, torch.equal(state, torch.get_rng_state())
-        (True, True)
     """
     modes = [(submodule, submodule.training) for submodule in module.modules()]  # a scripted one keeps its own
     with unchanged_data(*data), observed(module, beside, values):

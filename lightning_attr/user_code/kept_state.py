@@ -72,17 +72,7 @@ class KeptState:
     def kept(self, recording: bool = False, by_value: bool = False) -> Iterator[list[str]]:
         """Put everything back in the end.
 
-        Args:
-            recording: find out what is written to, operation by operation, which is slow: for the first call. The graph
-                of a call that changes tensors unforeseen is of no use, for these are put back.
-            by_value: compare the values of tensors that were copied, as some statistics are written to without a new
-                version, and leave those alone of which there is no copy: others put them back.
-
-        Yields:
-            The names of what has changed, in the end.
-
-        Raises:
-            AttributionError: if tensors have changed of which no copy is at hand.
+        Yields the names of what has changed, in the end.
         """
         changed: list[str] = []
         with torch._C.DisableTorchFunction():  # these are no calls of the module's, for modes around

@@ -22,15 +22,7 @@ _HERE, _OTHER = "lightning", "pytorch_lightning"
 def both(*kinds: type[_Kind]) -> tuple[type[_Kind], ...]:
     """List classes under both names, for ``isinstance``.
 
-    Args:
-        kinds: classes of ``lightning.pytorch``.
-
-    Returns:
-        They, and those of the same names in ``pytorch_lightning`` if that is imported.
-
-    Example:
-        >>> isinstance(L.LightningModule(), both(L.LightningModule, L.LightningDataModule))
-        True
+    Returns they, and those of the same names in ``pytorch_lightning`` if that is imported.
     """
     others = [_other(kind) for kind in kinds]
     return (*kinds, *(kind for kind in others if kind is not None))
@@ -39,35 +31,14 @@ def both(*kinds: type[_Kind]) -> tuple[type[_Kind], ...]:
 def own(kind: type[_Kind], owner: object) -> type[_Kind]:
     """Find the class that an object knows by this name.
 
-    Args:
-        kind: a class of ``lightning.pytorch``.
-        owner: a Trainer, module or datamodule of either name.
-
-    Returns:
-        ``kind`` itself, or that of ``pytorch_lightning``.
-
-    Example:
-        >>> own(L.LightningModule, L.Trainer(barebones=True)).__module__
-        'lightning.pytorch.core.module'
+    Returns ``kind`` itself, or that of ``pytorch_lightning``.
     """
     other = _other(kind) if _world(owner) == _OTHER else None
     return other or kind
 
 
 def overrides(hook: str, owner: object) -> bool:
-    """Say whether a module or datamodule defines a hook itself.
-
-    Args:
-        hook: name of a method.
-        owner: a ``LightningModule`` or ``LightningDataModule`` of either name.
-
-    Returns:
-        True if it does.
-
-    Example:
-        >>> overrides("train_dataloader", L.LightningDataModule())
-        False
-    """
+    """Say whether a module or datamodule defines a hook itself."""
     bases = both(L.LightningModule, L.LightningDataModule)
     base = next(base for base in bases if isinstance(owner, base))
     return bool(is_overridden(hook, owner, base))
@@ -76,19 +47,7 @@ def overrides(hook: str, owner: object) -> bool:
 def as_lightning_module(kind: type[_Module], trainer: L.Trainer) -> type[_Module]:
     """Make a class of modules one that a Trainer takes.
 
-    Args:
-        kind: the class, which has Lightning's hooks; defined at the top of its file.
-        trainer: a Trainer of either name.
-
-    Returns:
-        A subclass of ``kind`` and of the ``LightningModule`` of that name; its objects can be pickled.
-
-    Example:
-        >>> class Doubles(nn.Module):
-        ...     def predict_step(self, batch):
-        ...         return 2 * batch
-        >>> isinstance(as_lightning_module(Doubles, L.Trainer(barebones=True))(), L.LightningModule)
-        True
+    Returns a subclass of ``kind`` and of the ``LightningModule`` of that name; its objects can be pickled.
     """
     bases: tuple[Any, Any] = kind, own(L.LightningModule, trainer)
     found: type[_Module] = _joined(*bases)
@@ -97,13 +56,6 @@ def as_lightning_module(kind: type[_Module], trainer: L.Trainer) -> type[_Module
 
 def check_one_world(trainer: L.Trainer, *parts: object) -> None:
     """Refuse what Lightning refuses to run together: a Trainer of one name with a module or datamodule of the other.
-
-    Args:
-        trainer: the Trainer.
-        parts: modules, datamodules; anything else passes.
-
-    Raises:
-        TypeError: naming both.
 
     Example:
         >>> check_one_world(L.Trainer(barebones=True), L.LightningModule())

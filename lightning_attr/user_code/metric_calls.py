@@ -17,12 +17,7 @@ _CALLS = ("forward", "update", "compute")
 def answered_metrics(metrics: Sequence[tuple[str, Metric]], failed: dict[str, str]) -> Iterator[None]:
     """Answer with NaN where metrics raise: a step that only reports them goes on, and a loss of them becomes NaN.
 
-    Args:
-        metrics: ``(name, metric)``.
-        failed: name -> what the metric raised, to be added to.
-
-    Yields:
-        Nothing.
+    Shapes: metrics (name, metric).
 
     Example:
         >>> from torchmetrics import R2Score

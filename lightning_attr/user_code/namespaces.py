@@ -162,11 +162,7 @@ class GlobalVariables(Namespace):
 def builtin_kind(container: Any) -> Any:
     """Give the class whose functions read and fill a container, past what a class of the user's makes of them.
 
-    Args:
-        container: any object.
-
-    Returns:
-        ``OrderedDict``, ``dict``, ``list``, ``deque``, ``set`` or ``tuple``; None for what is none of these.
+    Returns ``OrderedDict``, ``dict``, ``list``, ``deque``, ``set`` or ``tuple``; None for what is none of these.
 
     Example:
         >>> class Doubled(list):
@@ -181,12 +177,6 @@ def builtin_kind(container: Any) -> Any:
 
 def functions_of(kind: type) -> Iterator[FunctionType]:
     """Give the functions that a class defines itself: methods, properties, and what decorators wrap.
-
-    Args:
-        kind: the class.
-
-    Yields:
-        The functions.
 
     Example:
         >>> class Step:
@@ -208,12 +198,6 @@ def functions_of(kind: type) -> Iterator[FunctionType]:
 @lru_cache(maxsize=4096)
 def names_in(code: CodeType) -> frozenset[str]:
     """Give the names that a piece of code uses which are none of its own variables: global ones, and attributes.
-
-    Args:
-        code: of a function; that of functions inside counts.
-
-    Returns:
-        The names.
 
     Example:
         >>> sorted(names_in((lambda x: [y.a for y in numbers(x)]).__code__))

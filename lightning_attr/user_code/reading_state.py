@@ -14,24 +14,7 @@ _kept: list[int] = []
 
 @contextmanager
 def unchanged_data(*data: object) -> Iterator[None]:
-    """Put back all random streams, and the state of what data are read with.
-
-    Args:
-        data: data sets, collate functions, samplers, loaders.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        AttributionError: if tensors were written to that are too large to be copied for that, or an iterator was read.
-
-    Example:
-        >>> cache = {"rows": []}
-        >>> with unchanged_data(cache):
-        ...     cache["rows"].append(3)
-        >>> cache
-        {'rows': []}
-    """
+    """Put back all random streams, and the state of what data are read with."""
     new = [item for item in data if item is not None and id(item) not in _kept]
     _kept.extend(map(id, new))
     state = KeptState(_named(new), set(), reading=True) if new else None

@@ -28,17 +28,6 @@ def after_start_hooks(module: L.LightningModule, run: Callable[[], T]) -> T:
     A module is looked at before its first epoch, when these have not run. What they change of the module is put back
     with all else, by :func:`lightning_attr.user_code.calls.observed`, and the user's callbacks are put back at once.
 
-    Args:
-        module: the user's module.
-        run: calls the module's code.
-
-    Returns:
-        What ``run`` returns.
-
-    Raises:
-        AttributionError: if the module's code reads an attribute of the module that nothing has set.
-        Exception: whatever ``run`` raises, the first time if hooks do not change that.
-
     Example:
         >>> from lightning_attr.user_code.isolation import undisturbed
         >>> class Late(L.LightningModule):

@@ -115,12 +115,7 @@ class StepWorld:
     def at(self, epoch: int, global_step: int) -> Surroundings:
         """Give the world of a snapshot.
 
-        Args:
-            epoch: index of the epoch; -1 before the first.
-            global_step: optimizer steps taken.
-
-        Returns:
-            Name of a function of the user's -> the world around its calls.
+        Returns name of a function of the user's -> the world around its calls.
         """
         epochs = self.trainer.fit_loop.epoch_progress.current
         loop = self.trainer.fit_loop.epoch_loop
@@ -180,11 +175,7 @@ class StepWorld:
 def configured_optimizers(module: L.LightningModule) -> list[Optimizer]:
     """Make the optimizers of a module, as at the start of a fit.
 
-    Args:
-        module: attached to its trainer.
-
-    Returns:
-        Those that ``configure_optimizers`` gives, in its order.
+    Returns those that ``configure_optimizers`` gives, in its order.
     """
     return configured(module, module.trainer)[0]
 
@@ -231,15 +222,7 @@ class _Exchanged:
 
 @contextmanager
 def replayed(module: L.LightningModule, world: Surroundings) -> Iterator[None]:
-    """Let the user's code see a world for some time.
-
-    Args:
-        module: the user's module.
-        world: from :meth:`StepWorld.at`.
-
-    Yields:
-        Nothing.
-    """
+    """Let the user's code see a world for some time."""
     before = surroundings_of(module)
     set_surroundings(module, world)
     try:
@@ -251,12 +234,6 @@ def replayed(module: L.LightningModule, world: Surroundings) -> Iterator[None]:
 @contextmanager
 def silent_loggers(trainer: L.Trainer | None) -> Iterator[None]:
     """Put loggers that write nothing into the places of a trainer's.
-
-    Args:
-        trainer: the trainer, if there is one.
-
-    Yields:
-        Nothing.
 
     Example:
         >>> with silent_loggers(None):

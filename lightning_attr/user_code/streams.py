@@ -90,14 +90,7 @@ class Streams:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Put copies in the places of what can be copied, and a :class:`HeldStream` in those of all else.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            AttributionError: if something else was read, whatever became of the first report of that.
-        """
+        """Put copies in the places of what can be copied, and a :class:`HeldStream` in those of all else."""
         if not (self._places or self._files):
             yield
             return

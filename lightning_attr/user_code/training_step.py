@@ -21,36 +21,13 @@ from lightning_attr.user_code.step_world import silent_loggers
 def has_training_step(module: Any) -> bool:
     """Say whether a module is a ``LightningModule`` with a ``training_step``.
 
-    Args:
-        module: any object.
-
-    Returns:
-        True if it is.
-
-    Example:
-        >>> has_training_step(L.LightningModule())
-        False
+    Returns True if it is.
     """
     return isinstance(module, both(L.LightningModule)) and overrides("training_step", module)
 
 
 def check_training_step(module: L.LightningModule) -> None:
-    """Check that a ``training_step`` can be called with a batch, for its loss alone.
-
-    Args:
-        module: a module that has one.
-
-    Raises:
-        TypeError: if the module optimizes by hand, or takes an iterator instead of a batch.
-
-    Example:
-        >>> class Iterates(L.LightningModule):
-        ...     def training_step(self, dataloader_iter): ...
-        >>> check_training_step(Iterates())
-        Traceback (most recent call last):
-        ...
-        TypeError: Expected `training_step` of Iterates to take a batch, but it takes `dataloader_iter`...
-    """
+    """Check that a ``training_step`` can be called with a batch, for its loss alone."""
     name = type(module).__name__
     remedy = (
         f"Write `class Attributed{name}(AttributionMixin, {name})`, and train that: the mixin's `attribution_step` "
@@ -71,25 +48,7 @@ def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
     What the step logs or prints through the module goes nowhere; for what it changes see
     :func:`lightning_attr.user_code.calls.called`.
 
-    Args:
-        module: a module that :func:`check_training_step` passes.
-        batch: what its ``training_step`` takes.
-        batch_idx: likewise.
-
-    Returns:
-        The loss, a scalar, with its graph where gradients are enabled.
-
-    Raises:
-        TypeError: if the step returns no loss of one value.
-
-    Example:
-        >>> import torch
-        >>> class Line(L.LightningModule):
-        ...     def training_step(self, batch, batch_idx):
-        ...         self.log("mean", batch.mean())
-        ...         return {"loss": batch.square().mean()}
-        >>> training_loss(Line(), torch.tensor([1.0, 3.0]))
-        tensor(5.)
+    Returns the loss, a scalar, with its graph where gradients are enabled.
     """
     return training_losses(module, [batch], batch_idx)[0]
 
@@ -97,13 +56,7 @@ def training_loss(module: L.LightningModule, batch: Any, batch_idx: int = 0) -> 
 def training_losses(module: L.LightningModule, batches: Sequence[Any], batch_idx: int = 0) -> list[Tensor]:
     """Compute the training losses of some batches, each from the state that the one before has left.
 
-    Args:
-        module: as in :func:`training_loss`.
-        batches: at least one.
-        batch_idx: as there.
-
-    Returns:
-        The losses; afterwards all state is put back.
+    Returns the losses; afterwards all state is put back.
 
     Example:
         >>> import torch

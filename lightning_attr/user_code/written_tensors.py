@@ -66,15 +66,7 @@ class WrittenTensors(TorchDispatchMode):
 def copied(tensor: Tensor) -> Tensor:
     """Copy the values of a tensor.
 
-    Args:
-        tensor: any; one made in inference mode as well.
-
-    Returns:
-        The copy, without a graph.
-
-    Example:
-        >>> copied(torch.ones(1, requires_grad=True))
-        tensor([1.])
+    Returns the copy, without a graph.
     """
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         return tensor.detach().clone()
@@ -82,11 +74,6 @@ def copied(tensor: Tensor) -> Tensor:
 
 def put_back(tensor: Tensor, place: Tensor | None, values: Tensor | None) -> None:
     """Put a tensor back into its memory, and its values into it.
-
-    Args:
-        tensor: the tensor, which keeps its identity.
-        place: the memory that it had, as a tensor; None if it is where it was.
-        values: what it held; None if that was not written to.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))

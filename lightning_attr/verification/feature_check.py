@@ -32,27 +32,7 @@ def check_features(featurizer: Featurizer, batch: Any, rows: Sequence[int], feat
     A random combination of their outputs is differentiated at once, in all parameters, and projected: one number a
     feature. What differs depends on the samples beside, or on a path that the check of the module did not see.
 
-    Args:
-        featurizer: that made the features.
-        batch: ``b`` samples.
-        rows: their row numbers.
-        features: ``(b, dim)``.
-
-    Raises:
-        BatchDependenceError: if they differ by more than rounding.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_attr import AttributionMixin
-        >>> from lightning_attr.features.featurizer import plan
-        >>> from lightning_attr.parameters.layout import ParameterLayout
-        >>> from lightning_attr.projectors import IdentityProjector
-        >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> module, batch = Classifier(2, 3).eval(), (torch.randn(4, 2), torch.tensor([0, 1, 2, 0]))
-        >>> projection = IdentityProjector().bind(ParameterLayout.of(module), "final")
-        >>> featurize = Featurizer(module, plan(module, batch, 4), projection)
-        >>> columns = featurize(batch, range(4))
-        >>> check_features(featurize, batch, range(4), columns["features"])
+    Shapes: features (b, dim).
     """
     projection, plan = featurizer.projection, featurizer.plan
     linear = type(projection).finish is Projection.finish

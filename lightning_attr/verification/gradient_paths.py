@@ -58,8 +58,7 @@ class Plans:
     def probe(self) -> tuple[AttributionPlan, Any, list[int]]:
         """Check the module as it is.
 
-        Returns:
-            The plan, and the few samples that it was checked on, with their rows.
+        Returns the plan, and the few samples that it was checked on, with their rows.
         """
         layout = ParameterLayout.of(self._data[1])
         plan, batch, rows = after_start_hooks(self._data[1], lambda: probe(*self._data, self.mode))
@@ -70,8 +69,7 @@ class Plans:
     def current(self) -> tuple[ParameterLayout, AttributionPlan]:
         """Give the parameters that are trained now, and their gradient paths.
 
-        Returns:
-            Layout and plan; the module is checked if this layout is new.
+        Returns layout and plan; the module is checked if this layout is new.
         """
         layout = ParameterLayout.of(self._data[1])
         if layout.digest not in self._known:

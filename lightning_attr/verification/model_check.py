@@ -14,16 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def check_model(store: FeatureStore, module: nn.Module, first: bool = True) -> None:
-    """Refuse a module that the snapshots do not fit, and say where its weights are those of none of them.
-
-    Args:
-        store: of the run, with the parameters of the module, and snapshots to attribute at.
-        module: the module.
-        first: whether this is the process that says so.
-
-    Raises:
-        StoreMismatchError: if its tensors have other names or shapes than those of a snapshot.
-    """
+    """Refuse a module that the snapshots do not fit, and say where its weights are those of none of them."""
     usable = [snapshot for snapshot in store.manifest.usable if snapshot.pilot is None] or store.manifest.usable
     weights = weights_of(module)
     content = digest(weights)

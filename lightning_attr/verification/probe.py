@@ -26,29 +26,7 @@ def probe(
 ) -> tuple[AttributionPlan, Any, list[int]]:
     """Check the module on samples across the data set, in the trainer's precision and on its device.
 
-    Args:
-        trainer: the trainer.
-        module: the user's module, in eval mode; it is put into that of the plan.
-        datamodule: the user's datamodule, if any.
-        source: the training data; how samples lie in its batches is found and kept in its ``form``.
-        mode: "eval" or "train"; by default as :func:`lightning_attr.features.featurizer.plan` chooses.
-
-    Returns:
-        The gradient path of each parameter, and the samples as a batch with their rows.
-
-    Example:
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(2, 2)
-        ...     def forward(self, x):
-        ...         return self.layer(x)
-        >>> source = DataSource.of(DataLoader(TensorDataset(torch.eye(2), torch.tensor([0, 1]))), "training")
-        >>> trainer = L.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-        >>> probe(trainer, Classifier().eval(), None, source)[0].hooked
-        ('layer.weight', 'layer.bias')
+    Returns the gradient path of each parameter, and the samples as a batch with their rows.
     """
     check = look_at(trainer, module, datamodule, source, source)
     batch, rows = check.probed(PROBE_SIZE)
@@ -72,15 +50,7 @@ def look_at(
 ) -> RowCheck:
     """Find how samples lie in the batches of a source, and refuse batches that do not hold them.
 
-    Args:
-        trainer: as in :func:`probe`.
-        module: as in :func:`probe`.
-        datamodule: as in :func:`probe`.
-        source: as in :func:`probe`; targets as well.
-        train: the training data, of which the module computes what it needs before it runs; None where it has.
-
-    Returns:
-        The check, with the samples that it was made on.
+    Returns the check, with the samples that it was made on.
 
     Example:
         >>> from torch.utils.data import DataLoader

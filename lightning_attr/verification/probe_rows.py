@@ -25,17 +25,7 @@ def probe_rows(source: DataSource, count: int = 8) -> list[int]:
     set, the shortest and the longest sample, those with values or structures that others have not (missing labels, a
     None in place of what cannot be read), one of each class, and some more.
 
-    Args:
-        source: the data.
-        count: how many rows are wanted.
-
-    Returns:
-        At most ``count`` rows, not in order.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> sorted(probe_rows(DataSource.of(DataLoader([3.0, 4.0, 5.0]), "training")))
-        [0, 1, 2]
+    Returns at most ``count`` rows, not in order.
     """
     spread = list(dict.fromkeys([*without_label(source.dataset), *_spread(len(source))]))
     traits: dict[int, tuple[Any, ...]] = {}

@@ -38,18 +38,6 @@ def check_recorded_losses(
     A step may use what only its fit had, such as the Trainer's ``max_epochs``. Where features are on record and targets
     come later, a difference would go unseen. It costs a forward pass of four samples. Where no features are on record
     and only the losses are, samples and targets are seen alike, and a difference is told.
-
-    Args:
-        featurizer: of the training samples, with the snapshot's weights in its module.
-        store: of the run.
-        key: the snapshot.
-        samples: the training samples, on the module's device.
-        precision: the context that forward passes run in.
-        form: what is known of how the training samples are read.
-        world: that the step has seen, which has noted what it asked for.
-
-    Raises:
-        StoreMismatchError: if they differ by more than rounding.
     """
     name, asked = type(featurizer.module).__name__, world.asked if world is not None else set()
     snapshot, rows = store.snapshot(key), store.rows(0)[:_SAMPLES]

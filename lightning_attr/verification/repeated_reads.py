@@ -27,24 +27,6 @@ def check_repeated_reads(source: DataSource, rows: Sequence[int]) -> None:
     Where data set and collate function keep state that changes what is read, it is put back after each reading from
     now on: all samples are seen from the same state. Where they draw random numbers that cannot be repeated, that is
     said.
-
-    Args:
-        source: the data.
-        rows: some rows.
-
-    Raises:
-        AttributionError: if reading writes to data that are too large to be put back.
-
-    Example:
-        >>> from functools import partial
-        >>> from torch.utils.data import DataLoader
-        >>> def drifting(calls, items):
-        ...     calls.append(len(items))
-        ...     return torch.tensor(items) + len(calls)
-        >>> source = DataSource.of(DataLoader([3.0, 4.0], collate_fn=partial(drifting, [])), "training")
-        >>> check_repeated_reads(source, [0, 1])
-        >>> source.form.put_back, source.collated([0]).item(), source.collated([0]).item()
-        (True, 4.0, 4.0)
     """
     with unchanged_data(source.dataset, source.loader.collate_fn):  # once for all: not after each reading
         _check(source, list(rows[:2]))

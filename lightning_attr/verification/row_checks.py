@@ -49,14 +49,7 @@ class RowCheck:
     _alone: list[Any] = field(default_factory=list)
 
     def batch(self, rows: Sequence[int]) -> Any:
-        """Read, collate and move rows, as featurizing does.
-
-        Args:
-            rows: row numbers.
-
-        Returns:
-            The batch.
-        """
+        """Read, collate and move rows, as featurizing does."""
         device = self.trainer.strategy.root_device
         return placed(self._collated(rows), rows, self.module, self.datamodule, device, self.source)
 
@@ -79,11 +72,7 @@ class RowCheck:
     def look(self) -> str | None:
         """Compare the batches themselves.
 
-        Returns:
-            None if each sample is in its batch as it is alone, to the last bit; else what is not so.
-
-        Raises:
-            BatchDependenceError: if a transfer hook is random.
+        Returns None if each sample is in its batch as it is alone, to the last bit; else what is not so.
         """
         source, rows, form = self.source, self.rows, self.source.form
         hooks = own_hooks(self.module, self.datamodule)
@@ -120,14 +109,7 @@ class RowCheck:
     # By what the module makes of them ---------------------------------------------------------------------------
 
     def settle(self, difference: str) -> None:
-        """Compare what the module gives for samples in a batch and alone; take them apart where only that is right.
-
-        Args:
-            difference: what :meth:`look` has found.
-
-        Raises:
-            BatchDependenceError: if the batch is not made of the samples: mixed, or of a loss that no sample has.
-        """
+        """Compare what the module gives for samples in a batch and alone; take them apart where only that is right."""
         with torch.enable_grad(), plain_execution():  # a step may differentiate inside
             alone = torch.cat([self._value(one, row) for row, one in zip(self.rows, self._each(), strict=True)])
             together = self._together()
@@ -148,11 +130,7 @@ class RowCheck:
         )
 
     def run_alone(self, position: int) -> None:
-        """Run a sample that is collated alone, to see whether it goes through.
-
-        Args:
-            position: of the sample among the rows.
-        """
+        """Run a sample that is collated alone, to see whether it goes through."""
         one = completed(self.module, self._each()[position], self._draw([self.rows[position]]))
         with torch.enable_grad(), plain_execution():
             sample_values(self.module, one, 1)
@@ -236,14 +214,7 @@ class RowCheck:
         return Draw(rows, device=self.trainer.strategy.root_device)
 
     def probed(self, count: int) -> tuple[Any, list[int]]:
-        """Give the samples with which a module is checked.
-
-        Args:
-            count: how many.
-
-        Returns:
-            Batch and rows.
-        """
+        """Give the samples with which a module is checked."""
         rows = self.rows[:count]
         if self.source.form.apart:
             one_by_one = [self.batch([row]) for row in rows]

@@ -31,18 +31,6 @@ def check_target_function(
 ) -> None:
     """Try what is measured of targets on some of them.
 
-    Args:
-        measured: the user's function, of the module at a snapshot.
-        samples: the targets, on its device.
-        snapshot: key of the snapshot.
-        precision: the context that forward passes run in.
-        seeded: whether samples go through one by one, with random numbers of their own.
-
-    Raises:
-        BatchDependenceError: if a target's value depends on the targets beside it.
-        NonFiniteGradientError: if a value is NaN or Inf.
-        ValueError: if there is not one value per target, or no trainable parameter has a part in it.
-
     Example:
         >>> from lightning_attr.objectives.target_function import MeasuredOutput
         >>> layer, data = torch.nn.Linear(2, 1), torch.eye(2)

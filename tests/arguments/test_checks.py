@@ -14,7 +14,7 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, KNNShapley, LiSSA
 
 
-@pytest.mark.parametrize("wrong", [*wrong_calls()], ids=str)
+@pytest.mark.parametrize("wrong", wrong_calls(), ids=str)
 def test_wrong_calls_are_named(wrong: WrongCall) -> None:
     verdict, message = wrong.verdict()
     assert verdict == "named", message

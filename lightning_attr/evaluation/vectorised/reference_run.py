@@ -133,14 +133,7 @@ class Pilot:
     def train(cls, one: LightningRetraining, retraining: Retraining, kept: Tensor, beat: Any) -> Pilot:
         """Train it, as any other; to be called in :func:`lightning_attr.evaluation.train_one.isolated`.
 
-        Args:
-            one: trains one at a time.
-            retraining: which.
-            kept: ``(n_train,)``, bool: its training samples.
-            beat: called after each batch.
-
-        Returns:
-            The pilot.
+        Shapes: kept (n_train,).
         """
         recorder = Recorder()
         fitted = one.fit(retraining, kept, beat, [recorder])
@@ -152,11 +145,7 @@ class Pilot:
         return len(self.recorder.options)
 
     def check_kind(self) -> None:
-        """Refuse what is not the same for every model, or not known to be.
-
-        Raises:
-            NotVectorisableError: saying what.
-        """
+        """Refuse what is not the same for every model, or not known to be."""
         for why in self._refusals():
             raise NotVectorisableError(why)
 
@@ -196,15 +185,7 @@ class Pilot:
             yield "the training loader has persistent_workers=True, which draws other random numbers"
 
     def check_state(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Compare with a model that was trained otherwise, if this step was recorded.
-
-        Args:
-            step: optimizer steps done.
-            state: its weights and buffers.
-
-        Raises:
-            NotVectorisableError: if it differs by more than rounding.
-        """
+        """Compare with a model that was trained otherwise, if this step was recorded."""
         own = self.recorder.states.get(step)
         if own is None:
             return
@@ -222,11 +203,7 @@ class Pilot:
     def check_outputs(self, outputs: Tensor) -> None:
         """Compare the outputs of a model that was trained otherwise.
 
-        Args:
-            outputs: ``(n_target,)``.
-
-        Raises:
-            NotVectorisableError: if they differ by more than rounding, measured by their spread.
+        Shapes: outputs (n_target,).
         """
         tolerance = _TOLERANCES[torch.float64 if outputs.dtype == torch.float64 else torch.float32][1]
         apart, size = (outputs - self.outputs).norm(), self.outputs.norm()
@@ -251,15 +228,7 @@ def _optimizer_refusals(trainer: L.Trainer) -> Iterable[str]:
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """List what makes up a model.
 
-    Args:
-        module: the model.
-
-    Returns:
-        Name -> parameter or buffer, each once.
-
-    Example:
-        >>> list(state_of(nn.BatchNorm1d(1)))
-        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    Returns name -> parameter or buffer, each once.
     """
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 

@@ -32,12 +32,6 @@ _FEWEST = 4
 def check_vectorise(vectorise: object) -> None:
     """Check the argument ``vectorise``.
 
-    Args:
-        vectorise: what the user gave.
-
-    Raises:
-        ValueError: if it is neither True, False, "auto" nor a number of models.
-
     Example:
         >>> check_vectorise("always")
         Traceback (most recent call last):
@@ -105,17 +99,7 @@ class VectorisedRetraining:
     def train_groups(
         self, records: Records, keep_checkpoints: bool, show: Callable[[], None], stopped: Callable[[], bool]
     ) -> None:
-        """Train subsets of equal size at once; see :class:`lightning_attr.evaluation.queue.TrainGroups`.
-
-        Args:
-            records: as there.
-            keep_checkpoints: as there.
-            show: as there.
-            stopped: as there.
-
-        Raises:
-            AttributionError: if a retraining failed, or many at once is demanded but not possible.
-        """
+        """Train subsets of equal size at once; see :class:`lightning_attr.evaluation.queue.TrainGroups`."""
         groups: dict[int, list[Retraining]] = defaultdict(list)
         for retraining in records.unfinished():
             groups[int(records.plan.masks[retraining.subset].sum())].append(retraining)

@@ -87,14 +87,7 @@ class Stack:
         _silence(self.module, self.trainer)
 
     def fitting(self) -> int:
-        """Say how many models fit into memory.
-
-        Returns:
-            A number.
-
-        Raises:
-            NotVectorisableError: if not even two do.
-        """
+        """Say how many models fit into memory."""
         free = free_bytes(self.device)
         if free is None:
             return 2**31
@@ -112,17 +105,8 @@ class Stack:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Train models, and compute their outputs.
 
-        Args:
-            group: what to train, each with its samples ``(n_train,)``, bool; as many samples in each as in the pilot's.
-            beat: called often.
-            check: whether the first is the pilot's own retraining, to be compared.
-
-        Returns:
-            Name -> weights or buffer of every model ``(len(group), ...)``, and their outputs ``(len(group),
-            n_target)``; NaN or Inf where training diverged.
-
-        Raises:
-            NotVectorisableError: if they can not be trained at once, or the first is not what the pilot is.
+        Shapes: group (n_train,). Returns name -> weights or buffer of every model ``(len(group), ...)``, and their
+        outputs ``(len(group), n_target)``; NaN or Inf where training diverged.
         """
         pilot = self.pilot
         state = self._initial([retraining for retraining, _ in group])
@@ -153,12 +137,7 @@ class Stack:
         return int(self.trainer.num_training_batches)
 
     def load(self, state: dict[str, Tensor], model: int) -> None:
-        """Put the weights of a model into the pilot's module.
-
-        Args:
-            state: of all models.
-            model: which.
-        """
+        """Put the weights of a model into the pilot's module."""
         with torch.no_grad():
             for name, tensor in state_of(self.module).items():
                 tensor.copy_(state[name][model])

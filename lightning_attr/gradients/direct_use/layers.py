@@ -20,16 +20,7 @@ _ONE = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "
 
 
 def by_rule(rule: GradientRule, names: str, **constants: Any) -> Handler:
-    """Make the handler of the functional form of a layer, by the rule of the layer.
-
-    Args:
-        rule: the rule.
-        names: of the function's arguments, in order.
-        constants: what the rule reads from the layer and the function does not take, or has as a default.
-
-    Returns:
-        The handler.
-    """
+    """Make the handler of the functional form of a layer, by the rule of the layer."""
 
     def handle(use: Use) -> Any:
         given = {**constants, **dict(zip(names.split(), use.args, strict=False)), **use.kwargs}

@@ -12,17 +12,7 @@ _REPETITIONS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
 def repeats_rows(func: Any, args: Any, kwargs: Any, single: bool) -> bool:
-    """Tell whether a call without values of the batch repeats a value along a new, or single, first dimension.
-
-    Args:
-        func: the function.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        single: whether once counts, too.
-
-    Returns:
-        Whether it does.
-    """
+    """Tell whether a call without values of the batch repeats a value along a new, or single, first dimension."""
     if func.__name__ not in _REPETITIONS or not isinstance(args[0], Tensor):
         return False
     value = args[0].detach()

@@ -120,13 +120,7 @@ class DirectUses(TorchFunctionMode):
     def copy(self, value: Tensor, ndim: int, dtype: torch.dtype | None = None) -> Tensor | None:
         """Give each sample its own copy of a value, as a view, aligned to tensors of ``ndim`` dimensions.
 
-        Args:
-            value: derived from a parameter.
-            ndim: how many dimensions the copies have, the batch among them.
-            dtype: that of the copies.
-
-        Returns:
-            ``(b, 1, ..., *value.shape)``; None if the first dimension of the value stands where the batch does.
+        Returns ``(b, 1, ..., *value.shape)``; None if the first dimension of the value stands where the batch does.
         """
         if value.ndim >= ndim and not (value.ndim == ndim and value.shape[0] == 1):
             return None
@@ -189,12 +183,7 @@ class DirectUses(TorchFunctionMode):
         self._sink({name: tensor.to(dtype) for name, tensor, dtype in zip(sources, pulled, dtypes, strict=True)})
 
     def enter(self, x: Any, parameters: Mapping[str, Tensor]) -> None:
-        """Begin a layer whose own rule covers some parameters, unless its input is the same for all samples.
-
-        Args:
-            x: its first input.
-            parameters: the parameters, by name.
-        """
+        """Begin a layer whose own rule covers some parameters, unless its input is the same for all samples."""
         with torch._C.DisableTorchFunction():
             shared = isinstance(x, Tensor) and self.is_free(x) and self._is_shared(x, parameters)
             if shared:

@@ -61,12 +61,7 @@ class SolvedKernel:
     def leverage(self, features: Tensor, rows: range) -> Tensor:
         r"""Compute :math:`\phi^\top K^{-1} \phi` of each training sample, once.
 
-        Args:
-            features: ``(b, k)``.
-            rows: which samples these are.
-
-        Returns:
-            ``(b,)``.
+        Shapes: features (b, k). Returns ``(b,)``.
         """
         if rows not in self.known:
             norms = [_norms(features[:, columns], inverse) for columns, inverse in self.inverses]
@@ -76,11 +71,7 @@ class SolvedKernel:
     def solve(self, features: Tensor) -> Tensor:
         r"""Compute :math:`K^{-1} \phi` of each sample.
 
-        Args:
-            features: ``(b, k)``.
-
-        Returns:
-            ``(b, k)``.
+        Shapes: features (b, k). Returns ``(b, k)``.
         """
         return torch.cat([features[:, columns] @ inverse.T @ inverse for columns, inverse in self.inverses], dim=1)
 

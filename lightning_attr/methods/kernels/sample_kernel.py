@@ -133,29 +133,13 @@ class DualKernel:
 
     @classmethod
     def at(cls, snapshot: SnapshotFeatures, weighted: bool) -> DualKernel:
-        """Give the kernel of a snapshot, kept for the next targets where it is small.
-
-        Args:
-            snapshot: with its model.
-            weighted: as in the constructor.
-
-        Returns:
-            The kernel.
-        """
+        """Give the kernel of a snapshot, kept for the next targets where it is small."""
         return kept_where_small(snapshot, _KERNEL.at(weighted), lambda: cls(snapshot, weighted))
 
     def solve(self, snapshot: SnapshotFeatures, ridge: float) -> SolvedSamples:
         """Solve for the targets of a snapshot.
 
-        Args:
-            snapshot: with its model and ``target_rows``.
-            ridge: what is added to the diagonal.
-
-        Returns:
-            Terms and leverages of all training samples, in the features' precision.
-
-        Raises:
-            ValueError: if the kernel is singular.
+        Returns terms and leverages of all training samples, in the features' precision.
         """
         targets = model_of(snapshot).targets(self.factors, snapshot.target_rows)["features"]
         if not self.kernel.any():
@@ -171,17 +155,7 @@ class DualKernel:
         return SolvedSamples(terms.to(targets), leverage.to(targets), (1 - left).sum().item())
 
     def factor(self, ridge: float) -> Tensor:
-        """Factor the damped kernel.
-
-        Args:
-            ridge: what is added to the diagonal.
-
-        Returns:
-            Lower triangular, float64.
-
-        Raises:
-            ValueError: if the kernel is singular.
-        """
+        """Factor the damped kernel."""
         damped = self.kernel.clone()
         damped.diagonal().add_(ridge)
         factor: Tensor
@@ -198,11 +172,7 @@ class DualKernel:
 def newton_roots(weights: Tensor) -> Tensor:
     """Take the roots of Newton weights, none of them so small that it cannot be divided by.
 
-    Args:
-        weights: ``(n,)``.
-
-    Returns:
-        ``(n,)``, float64.
+    Shapes: weights (n,). Returns ``(n,)``, float64.
 
     Example:
         >>> newton_roots(torch.tensor([4.0, 9.0]))
@@ -215,13 +185,7 @@ def newton_roots(weights: Tensor) -> Tensor:
 def gathered(snapshot: SnapshotFeatures, found: Sequence[tuple[range, Tensor]], *width: int) -> Tensor:
     """Bring the rows of all processes together; one may have none.
 
-    Args:
-        snapshot: with its model.
-        found: rows of this process, and their values ``(b, *width)``.
-        width: of a row.
-
-    Returns:
-        ``(n, *width)``.
+    Shapes: found (b, *width). Returns ``(n, *width)``.
     """
     model = model_of(snapshot)
     whole = torch.zeros(model.n_train, *width, dtype=model.dtype, device=model.device)

@@ -14,16 +14,7 @@ _LEAF = 128
 def triangular_inverse(lower: Tensor) -> Tensor:
     """Invert a lower triangular matrix, halves first, so that nearly all work is products of matrices.
 
-    Args:
-        lower: ``(k, k)``, without zeros on the diagonal.
-
-    Returns:
-        ``(k, k)``, lower triangular.
-
-    Example:
-        >>> triangular_inverse(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
-        tensor([[ 0.5000,  0.0000],
-                [-0.5000,  1.0000]])
+    Shapes: lower (k, k). Returns ``(k, k)``, lower triangular.
     """
     if len(lower) <= _LEAF:
         whole: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
@@ -39,16 +30,7 @@ def triangular_inverse(lower: Tensor) -> Tensor:
 def squared_norms(features: Tensor, lower: Tensor) -> Tensor:
     """Compute the squared norms of ``features @ lower.T`` without the half of the product that is zeros.
 
-    Args:
-        features: ``(b, k)``.
-        lower: lower triangular, ``(k, k)``.
-
-    Returns:
-        ``(b,)``.
-
-    Example:
-        >>> squared_norms(torch.ones(1, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
-        tensor([5.])
+    Shapes: features (b, k), lower (k, k). Returns ``(b,)``.
     """
     norms = features.new_zeros(len(features))
     for start in range(0, len(lower), _STRIP):

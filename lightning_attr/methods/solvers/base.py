@@ -183,15 +183,7 @@ class _Factored(Inverse):
 def absolute_damping(curvature: TrainingCurvature, damping: float) -> float:
     r"""Turn a relative damping into :math:`\lambda = \lambda_{rel} \operatorname{tr}(C) / p`.
 
-    Args:
-        curvature: the curvature.
-        damping: relative to its mean eigenvalue.
-
-    Returns:
-        What is added to the diagonal.
-
-    Raises:
-        NegativeCurvatureError: if the mean eigenvalue is negative.
+    Returns what is added to the diagonal.
     """
     if damping == 0:
         return 0.0

@@ -33,14 +33,7 @@ _EXACT_TRACE, _PROBES = 1024, 128
 
 
 def check_outputs(model: SnapshotModel) -> None:
-    """Check that a module shows its outputs, and how the loss depends on them.
-
-    Args:
-        model: the module at a snapshot.
-
-    Raises:
-        TypeError: if there is only the loss of its training step.
-    """
+    """Check that a module shows its outputs, and how the loss depends on them."""
     if not isinstance(model.plan.objective, MixinOutput):
         name = type(model.module).__name__
         raise TypeError(
@@ -128,11 +121,7 @@ class TrainingCurvature:
     def product(self, rows: Tensor) -> Tensor:
         """Multiply with the curvature of the whole objective, weight decay included; all processes call it together.
 
-        Args:
-            rows: ``(r, p)``.
-
-        Returns:
-            ``(r, p)``, in the same dtype.
+        Shapes: rows (r, p). Returns ``(r, p)``, in the same dtype.
         """
         if self._written is not None:
             return rows @ self._written
@@ -141,8 +130,7 @@ class TrainingCurvature:
     def write(self, matrix: Tensor) -> None:
         """Take the curvature as it was written out, with which products are cheap.
 
-        Args:
-            matrix: ``(p, p)``, weight decay included.
+        Shapes: matrix (p, p).
         """
         self._written = matrix
         self.release()
@@ -150,13 +138,7 @@ class TrainingCurvature:
     def sampled_product(self, rows: Tensor, batch_size: int, *key: object) -> Tensor:
         """Multiply with the curvature of some training samples, drawn by a key; all processes call it together.
 
-        Args:
-            rows: ``(r, p)``.
-            batch_size: samples drawn, without repetition.
-            key: what the draw depends on.
-
-        Returns:
-            ``(r, p)``, whose expectation over keys is :meth:`product`.
+        Shapes: rows (r, p). Returns ``(r, p)``, whose expectation over keys is :meth:`product`.
         """
         drawn = random_words(self.model.n_train, *key, "curvature").argsort()[:batch_size]
         return self._mean(rows, self._products(set(drawn.tolist())), len(drawn))
@@ -164,12 +146,7 @@ class TrainingCurvature:
     def group_product(self, rows: Tensor, group: Sequence[int]) -> Tensor:
         """Multiply with the sum of the curvatures of some training samples, without weight decay.
 
-        Args:
-            rows: ``(r, p)``.
-            group: their row numbers.
-
-        Returns:
-            ``(r, p)``.
+        Shapes: rows (r, p). Returns ``(r, p)``.
         """
         return self._sum(rows, self._products(set(group)))
 
@@ -179,8 +156,7 @@ class TrainingCurvature:
         Exact up to 1024 parameters; above, from 128 random signs a parameter (Hutchinson, 1989), the same for every
         solver, batch size and number of processes.
 
-        Returns:
-            The mean of the eigenvalues.
+        Returns the mean of the eigenvalues.
         """
         if self._mean_eigenvalue is None:
             exact = self.size <= _EXACT_TRACE
@@ -197,8 +173,8 @@ class TrainingCurvature:
     def gradients(self) -> Iterator[tuple[range, Tensor, Tensor]]:
         """Go through the gradients of this process's training samples.
 
-        Yields:
-            Rows, the gradients of the model outputs ``(b, p)``, and ``q`` ``(b,)``; that of the loss is ``-q`` times.
+        Yields rows, the gradients of the model outputs ``(b, p)``, and ``q`` ``(b,)``; that of the loss is ``-q``
+        times.
         """
         identity = IdentityProjector().bind(self.model.layout, self.model.key)
         for rows, columns in self.model.train(identity):

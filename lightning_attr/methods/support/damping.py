@@ -112,26 +112,7 @@ def choose_damping(
 
 
 def check_damping(owner: object, damping: float | str, truth: SubsetTruth | None) -> float | str:
-    """Check a method's arguments.
-
-    Args:
-        owner: the method.
-        damping: a number, or "auto".
-        truth: what "auto" chooses by.
-
-    Returns:
-        The damping.
-
-    Raises:
-        AttributionError: if the truth is not finished.
-        ValueError: if the damping is neither, or does not go with the truth.
-
-    Example:
-        >>> check_damping("TRAK", "auto", None)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected argument `truth` with `damping="auto"`, models retrained on subsets to choose by, ...
-    """
+    """Check a method's arguments."""
     if isinstance(damping, str) and damping == "auto":
         if truth is None:
             raise ValueError(

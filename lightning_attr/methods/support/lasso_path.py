@@ -22,18 +22,7 @@ def follow(columns: Array, slope: Array, rows: int, penalties: Array) -> Array:
     with their signs s, until another column is as correlated with what is left as these are, or one of their weights
     is zero (Osborne et al., 2000). Where rounding ends that early, the last weights are given: look at the duality gap.
 
-    Args:
-        columns: those of Z, ``(n, r)``, rows of it, so that they are in sequence in memory.
-        slope: y / m, ``(r,)``.
-        rows: m.
-        penalties: :math:`\lambda`, ``(k,)``, in falling order.
-
-    Returns:
-        Weights ``(n, k)``.
-
-    Example:
-        >>> follow(np.array([[1.0, -1.0]]), np.array([1.5, -1.5]), 2, np.array([2.0, 0.75]))
-        array([[1.  , 2.25]])
+    Shapes: columns (n, r), slope (r,), penalties (k,). Returns weights ``(n, k)``.
     """
     found = np.zeros((len(columns), len(penalties)))
     path = _Path(columns, slope, rows)

@@ -50,27 +50,7 @@ class Observation:
 def observe(model: SnapshotModel, batch: Any, batch_size: int, layer: str | None = None) -> Observation:
     """Run a batch, and look at one layer.
 
-    Args:
-        model: the module, with its weights loaded.
-        batch: ``batch_size`` samples.
-        batch_size: how many.
-        layer: name of the layer; None for the last ``nn.Linear`` that is called.
-
-    Returns:
-        What went in and out, detached.
-
-    Raises:
-        ValueError: if there is no such layer, the forward pass never calls it or calls it several times, or it does not
-            have one row per sample.
-
-    Example:
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, nn.Sequential): ...
-        >>> module = Classifier(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
-        >>> batch = (torch.eye(2), torch.tensor([0, 1]))
-        >>> seen = observe(SnapshotModel.of(module, [batch], [batch]), batch, 2)
-        >>> seen.name, tuple(seen.input.shape), tuple(seen.output.shape)
-        ('2', (2, 4), (2, 3))
+    Returns what went in and out, detached.
     """
     watched = _watched(model.module, layer)
     calls: list[tuple[str, Any, Any]] = []
@@ -107,27 +87,7 @@ def observed(
 ) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
     """Look at one layer for batch after batch.
 
-    Args:
-        model: the module, with its weights loaded.
-        batches: ``(rows, batch)``.
-        columns: takes what is wanted from an observation, each ``(b, ...)``.
-        layer: as for :func:`observe`.
-
-    Yields:
-        The rows of a batch, and their columns.
-
-    Raises:
-        AttributionError: see :meth:`SnapshotModel.completed`.
-        NonFiniteGradientError: if a value is NaN or Inf.
-        ValueError: see :func:`observe`.
-
-    Example:
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, nn.Linear): ...
-        >>> batch = (torch.eye(2), torch.tensor([0, 1]))
-        >>> model = SnapshotModel.of(Classifier(2, 3).eval(), [batch], [batch])
-        >>> [(rows, c["x"].shape) for rows, c in observed(model, model.train_batches(), lambda seen: {"x": seen.input})]
-        [(range(0, 2), torch.Size([2, 2]))]
+    Shapes: batches (rows, batch), columns (b, ...). Yields the rows of a batch, and their columns.
     """
 
     def run(batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -151,16 +111,7 @@ def observed(
 def class_labels(targets: Any, batch_size: int) -> Tensor | None:
     """Read class labels from the targets of an attribution step.
 
-    Args:
-        targets: anything.
-        batch_size: samples.
-
-    Returns:
-        Int64 ``(b,)`` of integers, booleans, or floating-point numbers that are all 0 or 1; None for anything else.
-
-    Example:
-        >>> class_labels(torch.tensor([[0.0], [1.0]]), 2), class_labels(torch.tensor([0.5, 1.0]), 2)
-        (tensor([0, 1]), None)
+    Returns int64 ``(b,)`` of integers, booleans, or floating-point numbers that are all 0 or 1; None for anything else.
     """
     if not isinstance(targets, Tensor) or targets.shape not in {(batch_size,), (batch_size, 1)}:
         return None
@@ -172,13 +123,6 @@ def class_labels(targets: Any, batch_size: int) -> Tensor | None:
 
 def refuse_target_function(model: SnapshotModel, method: str) -> None:
     """Refuse a function of the targets, for a method whose scores are about something else.
-
-    Args:
-        model: what is attributed.
-        method: name of the method.
-
-    Raises:
-        AttributionError: if a function of the targets is to be measured.
 
     Example:
         >>> from lightning_attr import AttributionMixin
@@ -216,15 +160,7 @@ def _watched(module: nn.Module, layer: str | None) -> dict[str, nn.Module]:
 def check_layer_name(owner: object, layer: Any) -> str | None:
     """Check the argument that names a layer; whether the module has it shows later.
 
-    Args:
-        owner: the method.
-        layer: what was passed.
-
-    Returns:
-        The name, or None.
-
-    Raises:
-        TypeError: if it is neither.
+    Returns the name, or None.
 
     Example:
         >>> check_layer_name("RPS", "head")

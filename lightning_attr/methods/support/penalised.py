@@ -35,13 +35,7 @@ class Ridge:
     def solve(self, outputs: Tensor, strengths: Tensor) -> Tensor:
         r"""Solve for each output.
 
-        Args:
-            outputs: ``(m, q)``, float64, centred.
-            strengths: ``(q,)``: :math:`\lambda` of each in multiples of the mean diagonal entry of :math:`Z^\top Z /
-                m`; 0 gives the smallest of the least-squares solutions.
-
-        Returns:
-            Weights ``(n, q)``.
+        Shapes: outputs (m, q), strengths (q,). Returns weights ``(n, q)``.
         """
         penalty = self.rows * self.unit * strengths.to(outputs)
         values = self.values[:, None]
@@ -53,12 +47,7 @@ class Ridge:
     def path(self, outputs: Tensor, strengths: Tensor) -> Tensor:
         """Solve for each output with each strength.
 
-        Args:
-            outputs: as of :meth:`solve`.
-            strengths: ``(k,)``.
-
-        Returns:
-            Weights ``(n, q, k)``.
+        Shapes: strengths (k,). Returns weights ``(n, q, k)``.
         """
         count = outputs.shape[1]
         weights = self.solve(outputs.repeat_interleave(len(strengths), 1), strengths.repeat(count))
@@ -94,30 +83,14 @@ class Lasso:
     def solve(self, outputs: Tensor, strengths: Tensor) -> Tensor:
         r"""Solve for each output.
 
-        Args:
-            outputs: ``(m, q)``, float64, centred.
-            strengths: ``(q,)``, positive: :math:`\lambda` of each in multiples of the smallest that leaves no weight.
-
-        Returns:
-            Weights ``(n, q)``.
-
-        Raises:
-            ArithmeticError: if a gap does not close.
+        Shapes: outputs (m, q), strengths (q,). Returns weights ``(n, q)``.
         """
         return self._solved(outputs, strengths[:, None])[..., 0]
 
     def path(self, outputs: Tensor, strengths: Tensor) -> Tensor:
         """Solve for each output with each strength, which takes hardly longer than with the smallest.
 
-        Args:
-            outputs: as of :meth:`solve`.
-            strengths: ``(k,)``, positive, in falling order.
-
-        Returns:
-            Weights ``(n, q, k)``.
-
-        Raises:
-            ArithmeticError: if a gap does not close.
+        Shapes: strengths (k,). Returns weights ``(n, q, k)``.
         """
         return self._solved(outputs, strengths.expand(outputs.shape[1], -1))
 

@@ -14,11 +14,7 @@ from lightning_attr.methods.base import SnapshotFeatures
 def relative_rates(snapshot: SnapshotFeatures) -> Mapping[str, float] | None:
     """Give the learning rate of each parameter as a multiple of the snapshot's own.
 
-    Args:
-        snapshot: any.
-
-    Returns:
-        Parameter name -> multiple; None where all are one, or nothing was trained.
+    Returns parameter name -> multiple; None where all are one, or nothing was trained.
 
     Example:
         >>> features = {"features": torch.ones(1, 1)}
@@ -32,15 +28,7 @@ def relative_rates(snapshot: SnapshotFeatures) -> Mapping[str, float] | None:
 def column_scales(snapshot: SnapshotFeatures, method: str) -> Tensor | None:
     """Scale features so that their products are those of gradients, each parameter's weighed by its learning rate.
 
-    Args:
-        snapshot: with features that keep layers apart, if the rates of its parameters differ.
-        method: name of the method, for the message.
-
-    Returns:
-        ``(k,)``: the root of the relative learning rate of each column's layer; None where all are one.
-
-    Raises:
-        AttributionError: if a feature mixes parameters of different learning rates.
+    Returns ``(k,)``: the root of the relative learning rate of each column's layer; None where all are one.
 
     Example:
         >>> from dataclasses import replace

@@ -19,18 +19,7 @@ _LEAST = 1e-12
 def divisor(relative: str | None, own_loss: Tensor, squared_change: Tensor) -> Tensor | float:
     r"""Give what the scores of each training sample are divided by.
 
-    Args:
-        relative: "theta" for :math:`|\Delta_i|`, "loss" for :math:`\sqrt{g_i \cdot \Delta_i}`, None for one.
-        own_loss: :math:`g_i \cdot \Delta_i`, ``(b,)``.
-        squared_change: :math:`|\Delta_i|^2`, ``(b,)``.
-
-    Returns:
-        ``(b,)``, positive.
-
-    Example:
-        >>> import torch
-        >>> divisor("theta", torch.tensor([4.0]), torch.tensor([9.0]))
-        tensor([3.])
+    Shapes: own_loss (b,), squared_change (b,). Returns ``(b,)``, positive.
     """
     if relative is None:
         return 1.0

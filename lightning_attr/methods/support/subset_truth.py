@@ -40,29 +40,7 @@ class SubsetTruth(Protocol):
 def check_subset_truth(
     owner: object, truth: SubsetTruth, n_train: int | None = None, n_target: int | None = None
 ) -> None:
-    """Check that there is enough to choose by, and of the data at hand.
-
-    Args:
-        owner: whose argument it is: an object, or the name of a function.
-        truth: of random subsets.
-        n_train: training samples; None before they are known.
-        n_target: targets, likewise.
-
-    Raises:
-        AttributionError: if a retraining is not finished.
-        StoreMismatchError: if the numbers of samples differ.
-        TypeError: if it is no ground truth.
-        ValueError: if the subsets are not random ones, or fewer than 20.
-
-    Example:
-        >>> import torch
-        >>> from types import SimpleNamespace
-        >>> masks, outputs = torch.ones(20, 3, dtype=torch.bool), torch.zeros(1, 20, 2)
-        >>> check_subset_truth("TRAK", SimpleNamespace(kind="lds", masks=masks, outputs=outputs), n_train=4)
-        Traceback (most recent call last):
-        ...
-        lightning_attr.errors.StoreMismatchError: Expected argument `truth` to be of the data at hand, but it has 3 ...
-    """
+    """Check that there is enough to choose by, and of the data at hand."""
     if not all(hasattr(truth, attribute) for attribute in ("kind", "masks", "outputs")):
         remedy = "Open a directory with `GroundTruth.open(dirpath)`."
         raise TypeError(argument_message(owner, "truth", "a GroundTruth of `retrain_lds`", truth, remedy))
@@ -93,16 +71,6 @@ def check_subset_truth(
 def mask_digests(masks: Tensor) -> list[str]:
     """Name subsets by their content, so that an evaluation can tell those that something was fitted to.
 
-    Args:
-        masks: ``(num_subsets, n_train)``, bool or 0/1.
-
-    Returns:
-        A SHA-256 in hexadecimal for each.
-
-    Example:
-        >>> import torch
-        >>> first, second = mask_digests(torch.tensor([[True, False], [False, True]]))
-        >>> first == mask_digests(torch.tensor([[1, 0]]))[0], first == second
-        (True, False)
+    Shapes: masks (num_subsets, n_train). Returns a SHA-256 in hexadecimal for each.
     """
     return [digest({"mask": mask.bool()}) for mask in masks]

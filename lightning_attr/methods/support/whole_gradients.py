@@ -21,30 +21,7 @@ def exact_scores(
 ) -> Iterator[ScoreBlock]:
     r"""Score by :math:`-\omega \nabla\ell_i \cdot \nabla f_j` at one snapshot.
 
-    Args:
-        snapshot: with its model.
-        weight: :math:`\omega`.
-        normalize: as in :class:`lightning_attr.methods.TracIn`.
-        rates: parameter name -> weight of its gradients' products beside the others'; None for ones.
-
-    Yields:
-        Blocks of this process's training rows.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from lightning_attr import AttributionMixin
-        >>> from lightning_attr.outputs import Regression
-        >>> from lightning_attr.features.snapshot_model import SnapshotModel
-        >>> class Line(AttributionMixin, nn.Linear):
-        ...     model_output = Regression()
-        >>> line = Line(1, 1, bias=False).eval()
-        >>> _ = nn.init.zeros_(line.weight)
-        >>> train, targets = (torch.tensor([[1.0], [2.0]]), torch.ones(2)), (torch.tensor([[5.0]]), torch.zeros(1))
-        >>> model = SnapshotModel.of(line, [train], [targets])
-        >>> (block,) = exact_scores(SnapshotFeatures.at(model, {}))
-        >>> block.scores.flatten(), block.self_influence                       # x_i x_j (y_i - f_i)
-        (tensor([ 5., 10.]), tensor([1., 4.]))
+    Yields blocks of this process's training rows.
     """
     model = model_of(snapshot)
     factors = model.gradient_factors(rates)
@@ -79,14 +56,7 @@ def exact_sum(
 ) -> Iterator[ScoreBlock]:
     """Add up the scores of several snapshots, one after the other: weights are loaded once.
 
-    Args:
-        snapshots: with their models.
-        weights: one number per snapshot.
-        normalize: as in :class:`lightning_attr.methods.TracIn`.
-        rates: as in :func:`exact_scores`, one a snapshot; None for none.
-
-    Yields:
-        Blocks of this process's training rows: of a single snapshot as they come, of several when all are there.
+    Yields blocks of this process's training rows: of a single snapshot as they come, of several when all are there.
     """
     rates = rates or [None] * len(snapshots)
     if len(snapshots) == 1:
