@@ -27,13 +27,12 @@ from lightning_attr.data.sources import target_source, train_source
 from lightning_attr.errors import AttributionError
 from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.choice import settled
-from lightning_attr.methods.stored_projection import on_store
+from lightning_attr.methods.stored_projection import chosen_as, on_store
 from lightning_attr.objectives.modes import MODES, check_mode
 from lightning_attr.objectives.objective import check_module, describe_output
 from lightning_attr.objectives.target_function import TargetFunction
 from lightning_attr.parameters.trainable import parameter_count, parameter_shapes
 from lightning_attr.pilots import Pilots, check_pilots
-from lightning_attr.projectors import projector_from_config
 from lightning_attr.results.top_scores import check_topk
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Stopped
@@ -161,8 +160,9 @@ def resolve(
             raise ValueError("Expected argument `pilots` to come without `ckpt_path`: pilots join a recorded run.")
         if path is None and files is None:
             path = _recorded_path(trainer, record)
-        method = _on_store(method, path, record) if method is not None else _default_method(path, record)
-        method = settled(method, len(train), parameter_count(module))
+        sizes = len(train), parameter_count(module)
+        method = _default_method(path, record, sizes) if method is None else _on_store(method, path, record, sizes)
+        method = settled(method, *sizes)
         moments, optimizers = method.needs_optimizer_state, partial(configured_optimizers, module)
         mode = mode or _recorded_mode(path)
         request = AttributionRequest(
@@ -203,20 +203,22 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def _default_method(path: Path | None, record: AttributionRecord | None) -> AttributionMethod:
+def _default_method(path: Path | None, record: AttributionRecord | None, sizes: tuple[int, int]) -> AttributionMethod:
     if record is not None and path in {None, record.store_path}:
         return record.method
     config = FeatureStore.open(path).fingerprint.projector if path is not None and FeatureStore.exists(path) else None
-    return TRAK(projector=projector_from_config(config)) if config is not None else TRAK()
+    return TRAK() if config is None else chosen_as(TRAK(), config, *sizes)
 
 
-def _on_store(method: AttributionMethod, path: Path | None, record: AttributionRecord | None) -> AttributionMethod:
+def _on_store(
+    method: AttributionMethod, path: Path | None, record: AttributionRecord | None, sizes: tuple[int, int]
+) -> AttributionMethod:
     """Let the method read the features that the store has, or will have of the callback's method."""
     config = FeatureStore.open(path, writer=False).fingerprint.projector if path and FeatureStore.exists(path) else None
     if config is None and record is not None and path is not None and path == record.store_path:
         config = record.method.projector_config
-    reads = on_store(method, config)
-    if reads is not method:
+    reads = on_store(method, config, *sizes)
+    if reads.projector_config != settled(method, *sizes).projector_config:
         rank_zero_info(f"{type(method).__name__} reads the features of {path}: no projector was passed.")
     return reads
 
