@@ -190,7 +190,7 @@ def target_data() -> TensorDataset:
     return TensorDataset(x, torch.tensor([1, 0, 1, 0, 1]))
 
 
-def record(folder: Path) -> Path:
+def record(folder: Path, shard_rows: int = 8) -> Path:
     """Train once; the store has snapshots only, and takes any order of the training samples."""
     callback = AttributionCallback(
         folder, method=TRAK(proj_dim=4), snapshots=[0, 3, 9], featurize=False, log=False, optimizer_state=True
@@ -199,7 +199,7 @@ def record(folder: Path) -> Path:
     torch.manual_seed(0)
     trainer.fit(Classifier(), loader_of(training_data(), shuffle=True))
     found = FeatureStore.open(folder)
-    found.manifest = replace(found.manifest, fingerprint=replace(found.fingerprint, data=None), shard_rows=8)
+    found.manifest = replace(found.manifest, fingerprint=replace(found.fingerprint, data=None), shard_rows=shard_rows)
     found._save(found.manifest)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import pkgutil
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from method_cases import CASES, Classifier, scored, training_data
+from method_cases import CASES, N_TRAIN, Classifier, record, scored, training_data
 from process_cases import connect, run
 
 from cases import loader_of, quiet_trainer
@@ -36,11 +37,12 @@ _RANKS = 2
 
 
 def attribute_all(rank: int, count: int, group: dict[str, str], folder: Path) -> None:
-    """Score with every method: 24 samples, one shard."""
+    """Score with every method, each on a store of its own."""
     connect(rank, count, group)
     for number, case in enumerate(METHODS):
         trainer = quiet_trainer(strategy="ddp" if count > 1 else "auto", devices=count)
-        scored(case.make(), None, trainer=trainer, batch_size=5).save(folder / f"{number}-{rank}")
+        store = folder / "stores" / str(number)
+        scored(case.make(), store, trainer=trainer, batch_size=5).save(folder / f"{number}-{rank}")
 
 
 def equal(one: AttributionResult, folder: Path, number: int, ranks: int) -> bool:
@@ -59,10 +61,17 @@ def equal(one: AttributionResult, folder: Path, number: int, ranks: int) -> bool
 
 def methods(counts: tuple[int, ...] = COUNTS) -> list[dict[str, Any]]:
     """Every method on so many processes, beside one."""
-    expected = [scored(case.make(), None, batch_size=5) for case in METHODS]
     found = []
     for count in counts:
         with tempfile.TemporaryDirectory() as name:
+            run_of = record(Path(name) / "run", shard_rows=N_TRAIN)
+            for number in range(len(METHODS)):
+                shutil.copytree(run_of, Path(name) / "one" / str(number))
+                shutil.copytree(run_of, Path(name) / "stores" / str(number))
+            expected = [
+                scored(case.make(), Path(name) / "one" / str(number), batch_size=5)
+                for number, case in enumerate(METHODS)
+            ]
             ended = run(count, attribute_all, Path(name), seconds=2 * _SECONDS)
             same = [equal(one, Path(name), number, count) for number, one in enumerate(expected)]
         waiting = sum(code is None for code in ended)
