@@ -18,6 +18,7 @@ from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError
 from lightning_attr.gradients.functional import call_with
 from lightning_attr.gradients.inner_autograd import watch_autograd
 from lightning_attr.gradients.plain_execution import plain_execution
+from lightning_attr.objectives.moved_weights import losses_elsewhere
 from lightning_attr.objectives.reductions import Reductions, weighted_shares
 from lightning_attr.objectives.remedies import mixin_lines
 from lightning_attr.user_code.batch_start import look_anew
@@ -220,12 +221,19 @@ def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> Trainin
     # Parts of unequal size: of equal halves, a mean weighted by class or by length may be the mean of means.
     parts = [everything, everything[:1], everything[1:], everything[: batch_size // 2], everything[batch_size // 2 :]]
     batches = [select_rows(batch, batch_size, part) for part in parts]
-    found = [_value(module, part) for part in batches]
+    points = [(losses, [_value(module, part) for part in batches])]
+    if _close(module, losses.min(), losses.max(), losses.abs().max()):
+        points += losses_elsewhere(module, batch, batch_size, batches)
     for reduction in ("mean", "sum"):
-        if all(_reduces_to(module, reduction, losses[part], loss) for part, loss in zip(parts, found, strict=True)):
+        if all(
+            _reduces_to(module, reduction, apart[part], loss)
+            for apart, found in points
+            for part, loss in zip(parts, found, strict=True)
+        ):
             break
     else:
-        raise _not_of_terms(module, batch, losses, list(zip(parts, found, strict=True)))
+        apart, found = points[-1]
+        raise _not_of_terms(module, batch, apart, list(zip(parts, found, strict=True)))
     captured = TrainingLoss(module, reduction, captured=True, weights=_weights(module, batch, batch_size, reduction))
     with torch.enable_grad(), plain_execution():
         runs = [_detached(captured, part, len(rows)) for part, rows in zip(batches, parts, strict=True)]
