@@ -206,7 +206,11 @@ def test_spawned_processes_attribute(tmp_path: Path) -> None:
         "    torch.testing.assert_close(*found)\n"
     )
     (tmp_path / "script.py").write_text(code)
-    subprocess.run([sys.executable, "script.py"], env=environment(), check=True, timeout=300)
+    run = partial(subprocess.run, [sys.executable, "script.py"], env=environment(), timeout=300, text=True)
+    ended = run(stderr=subprocess.PIPE, check=False)
+    if "terminate called without an active exception" in ended.stderr:  # once in eight, at exit
+        ended = run(stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 # Retraining -----------------------------------------------------------------------------------------------------------
