@@ -16,6 +16,7 @@ OPTIONAL = frozenset({
     "captum",
     "dattri",
     "diffusers",
+    "docstring_parser",
     "fast_jl",
     "jsonargparse",
     "matplotlib",
