@@ -204,6 +204,24 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
+def attempt(
+    rng: random.Random, source: Path, file: Path, others: list[Path], reference: subject.Reading, damaged: Path
+) -> tuple[str, str]:
+    """Damage a file in a copy of its directory until something has changed; give the damage, and what came of it."""
+    while True:
+        shutil.copytree(source, damaged)
+        target = damaged / file.relative_to(source)
+        damage, before = rng.choice(DAMAGES), target.read_bytes()
+        damage(rng, target, others)
+        changed = damage in _BESIDE or not target.is_file() or target.read_bytes() != before
+        found = outcome(source.parent.name, damaged, target, reference) if changed else ""
+        for path in (damaged, *damaged.rglob("*")):
+            path.chmod(0o700)
+        shutil.rmtree(damaged)
+        if changed:
+            return damage.__name__, found
+
+
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Try ``options.damages`` damages, and count what came of them by kind of file."""
     rng, counts = random.Random(options.seed), defaultdict[str, Counter[str]](Counter)
@@ -221,18 +239,11 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             what = sorted(files)[number % len(files)]
             kind = what.split()[0]
             file = rng.choice([f for f in files[what] if f.relative_to(whole).parts[1] == "a"])
-            shutil.copytree(whole / kind / "a", damaged)
-            target = damaged / file.relative_to(whole / kind / "a")
-            damage, before = rng.choice(DAMAGES), target.read_bytes()
-            damage(rng, target, [other for other in files[what] if other != file and other.suffix == file.suffix])
-            if damage in _BESIDE or not target.is_file() or target.read_bytes() != before:
-                found = outcome(kind, damaged, target, references[kind])
-                counts[what][found] += 1
-                if found in {"raw", "silent"}:
-                    print(f"{found}: {damage.__name__} of {file.relative_to(whole)} (damage {number})")
-            for changed in (damaged, *damaged.rglob("*")):
-                changed.chmod(0o700)
-            shutil.rmtree(damaged)
+            others = [other for other in files[what] if other != file and other.suffix == file.suffix]
+            name_of, found = attempt(rng, whole / kind / "a", file, others, references[kind], damaged)
+            counts[what][found] += 1
+            if found in {"raw", "silent"}:
+                print(f"{found}: {name_of} of {file.relative_to(whole)} (damage {number})")
     return [
         {"table": "damages", "what": what, "tried": sum(own.values()), **{name: own[name] for name in OUTCOMES}}
         for what, own in sorted(counts.items())

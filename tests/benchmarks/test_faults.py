@@ -20,7 +20,7 @@ def total(rows: list[dict[str, Any]], name: str) -> int:
 @pytest.mark.parametrize("damages", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_damage_is_silent_or_raw(damages: int) -> None:
     rows = faults_damages.rows(argparse.Namespace(seed=3, damages=damages))
-    assert total(rows, "tried") > 0.8 * damages  # some change nothing, and are not counted
+    assert total(rows, "tried") > 0.9 * damages
     assert (total(rows, "raw"), total(rows, "silent")) == (0, 0)
     print(faults.table(rows))
 
