@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_attr.arguments.checks import check_choice, check_float, check_int
 from lightning_attr.callbacks.attribution import AttributionCallback
 from lightning_attr.callbacks.guard import Guard, describe
+from lightning_attr.callbacks.listening import recorder_of
 from lightning_attr.callbacks.schedule import epoch_limit
 from lightning_attr.data.curated_sampler import CuratedSampler, curable
 from lightning_attr.errors import AttributionError
@@ -76,15 +77,7 @@ class DataCuration(AnyCallback):
         """Find the callback that knows what is suspicious."""
         if stage != "fit":
             return
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
-        recorder = next((c for c in callbacks if isinstance(c, AttributionCallback)), None)
-        if recorder is None or not recorder.featurize:
-            found = "none" if recorder is None else "one with featurize=False"
-            raise ValueError(
-                "Expected an AttributionCallback that featurizes among the Trainer's callbacks, because DataCuration "
-                f"acts on what it computes, but found {found}. Use "
-                f"callbacks=[AttributionCallback(), DataCuration(epoch={self.epoch})]."
-            )
+        recorder = recorder_of(trainer, "DataCuration acts on", f"DataCuration(epoch={self.epoch})")
         self._recorder, self._news = recorder, None
         if self._hear not in recorder.listeners:
             recorder.listeners.append(self._hear)

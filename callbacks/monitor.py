@@ -18,6 +18,7 @@ from lightning_attr.arguments.checks import check_flag, check_int
 from lightning_attr.batches.nested import float_tensors
 from lightning_attr.callbacks.attribution import AttributionCallback
 from lightning_attr.callbacks.featurizing import scores_at
+from lightning_attr.callbacks.listening import recorder_of
 from lightning_attr.data.sample_errors import read_sample
 from lightning_attr.files.io import write_bytes
 from lightning_attr.methods import AttributionMethod
@@ -69,15 +70,7 @@ class AttributionMonitor(AnyCallback):
         """Find the callback that computes the features."""
         if stage != "fit":
             return
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
-        recorder = next((c for c in callbacks if isinstance(c, AttributionCallback)), None)
-        if recorder is None or not recorder.featurize:
-            found = "none" if recorder is None else "one with featurize=False"
-            raise ValueError(
-                "Expected an AttributionCallback that featurizes among the Trainer's callbacks, because "
-                f"AttributionMonitor shows what it computes, but found {found}. Use "
-                "callbacks=[AttributionCallback(), AttributionMonitor()]."
-            )
+        recorder = recorder_of(trainer, "AttributionMonitor shows", "AttributionMonitor()")
         if self.figure:
             figures.new_figure()  # without matplotlib fail here, not after the first epoch
         if self.report and type(recorder.method).bind_targets is not AttributionMethod.bind_targets:

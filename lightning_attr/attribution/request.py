@@ -160,11 +160,11 @@ def resolve(
             raise ValueError("Expected argument `pilots` to come without `ckpt_path`: pilots join a recorded run.")
         if path is None and files is None:
             path = _recorded_path(trainer, record)
-        sizes = len(train), parameter_count(module)
-        method = _default_method(path, record, sizes) if method is None else _on_store(method, path, record, sizes)
+        sizes, stored = (len(train), parameter_count(module)), _fingerprint(path)
+        method = _chosen_method(method, path, stored, record, sizes)
         method = settled(method, *sizes)
         moments, optimizers = method.needs_optimizer_state, partial(configured_optimizers, module)
-        mode = mode or _recorded_mode(path)
+        mode = mode or _recorded_mode(stored)
         request = AttributionRequest(
             module,
             datamodule,
@@ -203,34 +203,40 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def _default_method(path: Path | None, record: AttributionRecord | None, sizes: tuple[int, int]) -> AttributionMethod:
-    if record is not None and path in {None, record.store_path}:
-        return record.method
-    config = FeatureStore.open(path).fingerprint.projector if path is not None and FeatureStore.exists(path) else None
-    return TRAK() if config is None else chosen_as(TRAK(), config, *sizes)
+def _fingerprint(path: Path | None) -> Fingerprint | None:
+    """Read what a store was written for; None where there is none yet."""
+    return FeatureStore.open(path, writer=False).fingerprint if path and FeatureStore.exists(path) else None
 
 
-def _on_store(
-    method: AttributionMethod, path: Path | None, record: AttributionRecord | None, sizes: tuple[int, int]
+def _chosen_method(
+    method: AttributionMethod | None,
+    path: Path | None,
+    stored: Fingerprint | None,
+    record: AttributionRecord | None,
+    sizes: tuple[int, int],
 ) -> AttributionMethod:
     """Let the method read the features that the store has, or will have of the callback's method."""
-    config = FeatureStore.open(path, writer=False).fingerprint.projector if path and FeatureStore.exists(path) else None
-    if config is None and record is not None and path is not None and path == record.store_path:
-        config = record.method.projector_config
+    own = record if record is not None and path in {None, record.store_path} else None
+    config = None if stored is None else stored.projector
+    if method is None and own is not None:
+        return own.method
+    if method is None:
+        return TRAK() if config is None else chosen_as(TRAK(), config, *sizes)
+    if config is None and own is not None and path is not None:
+        config = own.method.projector_config
     reads = on_store(method, config, *sizes)
     if reads.projector_config != settled(method, *sizes).projector_config:
         rank_zero_info(f"{type(method).__name__} reads the features of {path}: no projector was passed.")
     return reads
 
 
-def _recorded_mode(path: Path | None) -> str | None:
+def _recorded_mode(stored: Fingerprint | None) -> str | None:
     """Give the mode that a store was written in: eval where features are older than the record of it."""
-    if path is None or not FeatureStore.exists(path):
+    if stored is None:
         return None
-    fingerprint = FeatureStore.open(path, writer=False).fingerprint
-    if fingerprint.mode is None:
-        return "eval" if fingerprint.projector is not None else None
-    return fingerprint.mode if fingerprint.mode in MODES else None
+    if stored.mode is None:
+        return "eval" if stored.projector is not None else None
+    return stored.mode if stored.mode in MODES else None
 
 
 def _check_store(request: AttributionRequest, record: AttributionRecord | None, first: bool) -> None:
