@@ -41,6 +41,20 @@ def quiet_trainer(kind: type[L.Trainer] = AttributionTrainer, **settings: Any) -
     return kind(**{**QUIET, **settings})
 
 
+class PlainClassifier(L.LightningModule):
+    """A step without the mixin, on :func:`blobs`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 def leave_group_at_exit() -> None:
     """Let a process leave its process group before the interpreter ends, as Lightning does it for NCCL alone.
 

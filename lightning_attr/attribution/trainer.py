@@ -21,99 +21,6 @@ from lightning_attr.results.result import AttributionResult
 from lightning_attr.user_code.lightning_names import check_one_world
 
 
-class AttributionTrainer(L.Trainer):
-    """A ``lightning.Trainer`` with one more step, :meth:`attribute`.
-
-    Example:
-        >>> import lightning as L, torch
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_attr import AttributionMixin
-        >>> class Classifier(AttributionMixin, L.LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = torch.nn.Linear(2, 2)
-        ...     def forward(self, x):
-        ...         return self.layer(x)
-        >>> x, y = torch.eye(2).repeat(4, 1), torch.tensor([0, 1]).repeat(4)
-        >>> loader = DataLoader(TensorDataset(x, y), batch_size=4)
-        >>> trainer = AttributionTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
-        >>> result = trainer.attribute(model=Classifier(), train_dataloaders=loader, target_dataloaders=loader)
-        >>> result.scores.shape
-        (8, 8)
-    """
-
-    if not TYPE_CHECKING:  # its signature is Lightning's own
-
-        @wraps(L.Trainer.fit)
-        def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
-            """Train as ``lightning.Trainer`` does; for parts of ``pytorch_lightning`` say which Trainer they need."""
-            check_one_world(self, model, *args, *kwargs.values())
-            super().fit(model, *args, **kwargs)
-
-    def check(self, model: Any, datamodule: Any = None, train_dataloaders: Any = None) -> RunCheck:
-        """Say what the AttributionCallback of this trainer would do in a run, and what it would cost, without training.
-
-        Args:
-            model: the module, as it would be passed to ``fit``.
-            datamodule: gives the training data.
-            train_dataloaders: the training loader, in place of the datamodule's.
-
-        Returns:
-            As :meth:`lightning_attr.callbacks.AttributionCallback.check`.
-
-        Raises:
-            ValueError: if the trainer has no such callback.
-        """
-        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
-        recorder = next(
-            (one for one in callbacks if isinstance(one, AttributionRecord) and hasattr(one, "check")), None
-        )
-        if recorder is None:
-            raise ValueError(
-                "Expected an AttributionCallback among the Trainer's callbacks, because it says what it would do, but "
-                "found none. Use AttributionTrainer(callbacks=[AttributionCallback()])."
-            )
-        found: RunCheck = recorder.check(model, datamodule, train_dataloaders=train_dataloaders, trainer=self)
-        return found
-
-    def attribute(
-        self,
-        datamodule: L.LightningDataModule | None = None,
-        *,
-        model: L.LightningModule | None = None,
-        train_dataloaders: Any = None,
-        target_dataloaders: Any = None,
-        targets: str = "auto",
-        ckpt_path: str | Path | Sequence[str | Path] | None = None,
-        method: AttributionMethod | None = None,
-        store: str | Path | None = None,
-        noise_mask: Tensor | None = None,
-        topk: int | None = None,
-        memory_budget: int | None = None,
-        target_function: TargetFunction | None = None,
-        mode: str | None = None,
-        pilots: int | Pilots | None = None,
-    ) -> AttributionResult:
-        """Score every training sample for every target; see :func:`attribute`, which has the same arguments."""
-        return attribute(
-            self,
-            datamodule,
-            model=model,
-            train_dataloaders=train_dataloaders,
-            target_dataloaders=target_dataloaders,
-            targets=targets,
-            ckpt_path=ckpt_path,
-            method=method,
-            store=store,
-            noise_mask=noise_mask,
-            topk=topk,
-            memory_budget=memory_budget,
-            target_function=target_function,
-            mode=mode,
-            pilots=pilots,
-        )
-
-
 def attribute(
     trainer: L.Trainer,
     datamodule: L.LightningDataModule | None = None,
@@ -217,3 +124,61 @@ def attribute(
     with predicted(trainer, request, AttributionStep) as step:
         # A spawning strategy computed the result in other processes.
         return step.result if step.result is not None else AttributionResult.load(step.folder)
+
+
+class AttributionTrainer(L.Trainer):
+    """A ``lightning.Trainer`` with one more step, :meth:`attribute`.
+
+    Example:
+        >>> import lightning as L, torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_attr import AttributionMixin
+        >>> class Classifier(AttributionMixin, L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        >>> x, y = torch.eye(2).repeat(4, 1), torch.tensor([0, 1]).repeat(4)
+        >>> loader = DataLoader(TensorDataset(x, y), batch_size=4)
+        >>> trainer = AttributionTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> result = trainer.attribute(model=Classifier(), train_dataloaders=loader, target_dataloaders=loader)
+        >>> result.scores.shape
+        (8, 8)
+    """
+
+    if not TYPE_CHECKING:  # its signature is Lightning's own
+
+        @wraps(L.Trainer.fit)
+        def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
+            """Train as ``lightning.Trainer`` does; for parts of ``pytorch_lightning`` say which Trainer they need."""
+            check_one_world(self, model, *args, *kwargs.values())
+            super().fit(model, *args, **kwargs)
+
+    def check(self, model: Any, datamodule: Any = None, train_dataloaders: Any = None) -> RunCheck:
+        """Say what the AttributionCallback of this trainer would do in a run, and what it would cost, without training.
+
+        Args:
+            model: the module, as it would be passed to ``fit``.
+            datamodule: gives the training data.
+            train_dataloaders: the training loader, in place of the datamodule's.
+
+        Returns:
+            As :meth:`lightning_attr.callbacks.AttributionCallback.check`.
+
+        Raises:
+            ValueError: if the trainer has no such callback.
+        """
+        callbacks: list[Any] = self.callbacks  # type: ignore[attr-defined]  # set by Lightning's connectors
+        recorder = next(
+            (one for one in callbacks if isinstance(one, AttributionRecord) and hasattr(one, "check")), None
+        )
+        if recorder is None:
+            raise ValueError(
+                "Expected an AttributionCallback among the Trainer's callbacks, because it says what it would do, but "
+                "found none. Use AttributionTrainer(callbacks=[AttributionCallback()])."
+            )
+        found: RunCheck = recorder.check(model, datamodule, train_dataloaders=train_dataloaders, trainer=self)
+        return found
+
+    attribute = attribute  # with this trainer as its first argument

@@ -176,21 +176,31 @@ def _tell_carried_state(module: Any, batch: Any) -> None:
 
     In train mode random numbers would differ as well.
     """
-    names = changed_state(module)
-    if not names or module.training:
+    state = "" if module.training else _changed_state(module)
+    if not state:
         return
-    with plain_execution():
-        first, second = (loss.detach() for loss in training_losses(module, [batch, batch]))
+    first, second = _losses_in_turn(module, [batch, batch])
     if not _close(module, second, first, first.abs()):
         log.warning(
             "%s: the loss of `training_step` depends on what it keeps from the batch before, in %s: the same samples "
             "have the loss %.6g, and %.6g right after themselves. Each sample is attributed with this state as it is "
             "at a snapshot, as if it came next; what samples do to those of later batches is left out.",
             type(module).__name__,
-            ", ".join(f"`{name}`" for name in names[:4]),
+            state,
             first.item(),
             second.item(),
         )
+
+
+def _changed_state(module: Any) -> str:
+    """Name some of what the step changes; empty if nothing."""
+    return ", ".join(f"`{name}`" for name in changed_state(module)[:4])
+
+
+def _losses_in_turn(module: Any, batches: Sequence[Any]) -> list[Tensor]:
+    """Compute the losses of batches without their graphs, each from the state that the one before has left."""
+    with plain_execution():
+        return [loss.detach() for loss in training_losses(module, batches)]
 
 
 def _checked(module: Any, batch: Any, batch_size: int, whole: Tensor) -> TrainingLoss:
@@ -347,16 +357,14 @@ def _tolerance(module: Any, loss: Tensor) -> float:
 
 def _own_state(module: Any, batch: Any, part: Any) -> str:
     """Say so if the loss depends on state that the step itself changes: observers, running scales, counters."""
-    with plain_execution():
-        alone = training_losses(module, [batch])[0].detach()
-        after = training_losses(module, [part, batch])[1].detach()
-    names = changed_state(module)
-    if not names or torch.equal(alone, after):
+    (alone,), (_, after) = _losses_in_turn(module, [batch]), _losses_in_turn(module, [part, batch])
+    state = _changed_state(module)
+    if not state or torch.equal(alone, after):
         return ""
     return (
-        f" The step also changes {', '.join(f'`{name}`' for name in names[:4])}, and its loss depends on that "
-        f"({alone.item():.6g}, and {after.item():.6g} after another batch). If that is the cause, change such state in "
-        "`on_train_batch_end`, or only `if self.training`: attribution runs the step in eval mode."
+        f" The step also changes {state}, and its loss depends on that ({alone.item():.6g}, and {after.item():.6g} "
+        "after another batch). If that is the cause, change such state in `on_train_batch_end`, or only `if "
+        "self.training`: attribution runs the step in eval mode."
     )
 
 

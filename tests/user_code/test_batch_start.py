@@ -7,25 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from cases import blobs, loader_of, quiet_trainer
+from cases import PlainClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import BatchDependenceError
 from lightning_attr.methods import GradDot
-
-
-class Plain(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(blobs(1)[0][0].numel(), 3)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.layer(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class SetsScale(L.Callback):
@@ -38,7 +26,7 @@ class SetsScale(L.Callback):
 
 
 def test_a_step_may_need_what_callbacks_set_when_an_epoch_starts() -> None:
-    class Scaled(Plain):
+    class Scaled(PlainClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) * self.scale
 
@@ -52,7 +40,7 @@ def test_a_step_may_need_what_callbacks_set_when_an_epoch_starts() -> None:
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-class Weighted(Plain):
+class Weighted(PlainClassifier):
     """Loses the form of a plain step: the hook weighs the batch that comes."""
 
     weights: Any = 1.0
@@ -85,7 +73,7 @@ def test_what_a_hook_makes_of_a_whole_batch_is_no_sample_alone() -> None:
 
 
 def test_a_hook_that_the_loss_does_not_need_is_not_called() -> None:
-    class Counts(Plain):
+    class Counts(PlainClassifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             seen.append(batch_idx)
 
@@ -96,7 +84,7 @@ def test_a_hook_that_the_loss_does_not_need_is_not_called() -> None:
     assert seen == list(range(trainer.num_training_batches))
 
 
-class Observed(Plain):
+class Observed(PlainClassifier):
     """Scales a batch by what it has seen of the largest input, itself included."""
 
     def __init__(self) -> None:
@@ -116,7 +104,7 @@ def test_a_loss_that_reads_state_which_the_step_writes_is_told_of(tmp_path: Any)
 
 
 def test_a_counter_is_not_blamed_for_a_loss_that_compares_samples(tmp_path: Any) -> None:
-    class Compares(Plain):
+    class Compares(PlainClassifier):
         calls = 0
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

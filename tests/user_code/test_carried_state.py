@@ -4,29 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from cases import blobs, loader_of, quiet_trainer
+from cases import PlainClassifier, blobs, loader_of, quiet_trainer
 from lightning_attr.callbacks import AttributionCallback
 
 
-class Plain(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(blobs(1)[0][0].numel(), 3)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.layer(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Recurrent(Plain):
+class Recurrent(PlainClassifier):
     """Adds to its logits a share of the last ones, where batches have the same size."""
 
     def __init__(self) -> None:
@@ -41,7 +28,7 @@ class Recurrent(Plain):
         return F.cross_entropy(logits, batch[1])
 
 
-class Keeps(Plain):
+class Keeps(PlainClassifier):
     """Keeps its logits for a log."""
 
     last: Tensor | None = None
