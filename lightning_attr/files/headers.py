@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from lightning_attr.errors import CorruptedStoreError
@@ -25,7 +27,7 @@ def header_of(metadata: Mapping[str, str], content: str) -> dict[str, str]:
     return {_ENTRY: json.dumps({**header, _SEAL: config_digest(header)}, sort_keys=True)}
 
 
-def check_header(metadata: Mapping[str, str] | None, place: Mapping[str, str]) -> dict[str, str]:
+def check_header(metadata: Mapping[str, str] | None, place: Mapping[str, str]) -> Mapping[str, str]:
     """Check that a header is as it was written, and that its file is the one that belongs in its place.
 
     Returns what the file says about itself.
@@ -36,9 +38,8 @@ def check_header(metadata: Mapping[str, str] | None, place: Mapping[str, str]) -
         ...
         lightning_attr.errors.CorruptedStoreError: is not the file that belongs here: it is of store a, not b.
     """
-    own = _parsed((metadata or {}).get(_ENTRY, ""))
-    sealed = own.pop(_SEAL, None)
-    if _CONTENT not in own or sealed != config_digest(own):
+    own = _sealed((metadata or {}).get(_ENTRY, ""))
+    if own is None:
         raise CorruptedStoreError(
             "is damaged: its header does not match its checksum, or was not written by this version of lightning_attr."
         )
@@ -51,6 +52,14 @@ def check_header(metadata: Mapping[str, str] | None, place: Mapping[str, str]) -
             f"is not the file that belongs here: it is of {name} {own[name][:80]}, not {place[name][:80]}."
         )
     return own
+
+
+@lru_cache(1024)  # shards are read again and again
+def _sealed(entry: str) -> Mapping[str, str] | None:
+    """What the entry says without its seal; None where that does not match."""
+    own = _parsed(entry)
+    seal = own.pop(_SEAL, None)
+    return MappingProxyType(own) if _CONTENT in own and seal == config_digest(own) else None
 
 
 def _parsed(entry: str) -> dict[str, str]:

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from lightning_attr.arguments.checks import check_instance, check_int, check_path
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
-from lightning_attr.files.headers import config_digest
 from lightning_attr.files.io import digest, read_tensors, remains, write_tensors
 from lightning_attr.files.paths import inside
 from lightning_attr.files.writer_lock import WriterLock, one_writer
@@ -284,9 +283,9 @@ class FeatureStore(SnapshotStore):
             "basis": snapshot.basis,
             "curvature": snapshot.curvature,
             "directions": None if snapshot.directions is None else str(snapshot.directions),
+            "mode": None if written.mode == "auto" else written.mode,
+            "projection": written.projector_digest,
         }
-        known["mode"] = None if written.mode == "auto" else written.mode
-        known["projection"] = None if written.projector is None else config_digest(dict(written.projector))
         place = {**self.place(key, "features"), "rows": f"{rows.start}-{rows.stop - 1}"}
         return {**place, **{name: value for name, value in known.items() if value is not None}}
 

@@ -6,6 +6,7 @@ import dataclasses
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_attr.files.fields import (
     sha256,
     text,
 )
+from lightning_attr.files.headers import config_digest
 from lightning_attr.files.io import RESTORE
 from lightning_attr.files.paths import check_key
 from lightning_attr.files.sealed_records import read_record, write_record
@@ -60,6 +62,11 @@ class Fingerprint:
     projector: Mapping[str, Any] | None
     output: str | None = None
     mode: str | None = None
+
+    @cached_property
+    def projector_digest(self) -> str | None:
+        """A hash of the projector's ``config``, which every file of features names."""
+        return None if self.projector is None else config_digest(dict(self.projector))
 
     def check(self, found: Fingerprint, where: str) -> None:
         """Compare the fingerprint on record with the one at hand."""
