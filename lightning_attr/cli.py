@@ -60,6 +60,7 @@ class AttributionCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Name the subcommands, and the arguments that a command line cannot give."""
         objects = {"model", "datamodule", "train_dataloaders", "target_dataloaders", "noise_mask", "target_function"}
+        objects.add("model_or_datamodule")
         return {**LightningCLI.subcommands(), "attribute": objects, "check": objects}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

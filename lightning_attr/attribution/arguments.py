@@ -20,7 +20,29 @@ MASK = "a mask with one True or False a training sample"
 """What a noise mask is, in messages."""
 
 
+def by_position(first: Any, model: Any, datamodule: Any) -> tuple[Any, Any]:
+    """Tell whether a model or a datamodule was passed by position.
+
+    Returns both, model first.
+
+    Example:
+        >>> by_position(None, "model", "datamodule")
+        ('model', 'datamodule')
+    """
+    if first is None:
+        return model, datamodule
+    is_model = isinstance(first, nn.Module) or (inspect.isclass(first) and issubclass(first, nn.Module))
+    name, named = ("model", model) if is_model else ("datamodule", datamodule)
+    if named is not None:
+        raise TypeError(
+            f"Expected argument `{name}` of attribute once, but got {type(first).__name__} by position and "
+            f"{type(named).__name__} by name. Leave one of them out."
+        )
+    return (first, datamodule) if is_model else (model, first)
+
+
 def check_attribute_arguments(
+    owner: str,
     trainer: Any,
     datamodule: Any,
     model: Any,
@@ -33,20 +55,20 @@ def check_attribute_arguments(
     """Check what can be told before anything is looked up.
 
     Example:
-        >>> check_attribute_arguments(L.Trainer(barebones=True), None, None, None, None, None, 2**30, None)
+        >>> check_attribute_arguments("attribute", L.Trainer(barebones=True), None, None, None, None, None, 2**30, None)
     """
-    check_instance("attribute", "trainer", trainer, both(L.Trainer), "a Trainer")
-    check_datamodule("attribute", datamodule)
+    check_instance(owner, "trainer", trainer, both(L.Trainer), "a Trainer")
+    check_datamodule(owner, datamodule)
     if model is not None:
-        check_instance("attribute", "model", model, nn.Module, "a LightningModule")
+        check_instance(owner, "model", model, nn.Module, "a LightningModule")
     if method is not None:
-        check_method("attribute", method)
+        check_method(owner, method)
     for name, loaders in (("train_dataloaders", train_dataloaders), ("target_dataloaders", target_dataloaders)):
-        check_loaders("attribute", name, loaders)
+        check_loaders(owner, name, loaders)
     if memory_budget is not None:
-        check_memory_budget("attribute", memory_budget)
+        check_memory_budget(owner, memory_budget)
     if target_function is not None:
-        check_callable("attribute", "target_function", target_function, "a function (module, batch) -> (b,)")
+        check_callable(owner, "target_function", target_function, "a function (module, batch) -> (b,)")
 
 
 def check_loaders(owner: object, name: str, loaders: Any) -> None:
@@ -82,7 +104,7 @@ def check_datamodule(owner: object, datamodule: Any) -> None:
     raise TypeError(argument_message(owner, "datamodule", "a LightningDataModule", datamodule, remedy))
 
 
-def check_noise_mask(noise_mask: Any, num_rows: int, owner: object = "attribute") -> Tensor | None:
+def check_noise_mask(noise_mask: Any, num_rows: int, owner: object) -> Tensor | None:
     """Check that a noise mask fits the training data.
 
     Returns bool ``(num_rows,)``, or None.

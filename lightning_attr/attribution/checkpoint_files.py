@@ -25,7 +25,7 @@ _EXPECTED = '"best", "last", a path or URL of a checkpoint, or a list of these'
 _PARTS = ("state_dict", "epoch", "global_step")
 
 
-def checkpoint_paths(trainer: L.Trainer, ckpt_path: Any) -> list[str]:
+def checkpoint_paths(trainer: L.Trainer, ckpt_path: Any, owner: str) -> list[str]:
     """Say which files a ``ckpt_path`` means.
 
     Returns paths or URLs, in the order given.
@@ -33,12 +33,12 @@ def checkpoint_paths(trainer: L.Trainer, ckpt_path: Any) -> list[str]:
     several = isinstance(ckpt_path, Sequence) and not isinstance(ckpt_path, (str, bytes))
     wanted = list(ckpt_path) if several else [ckpt_path]
     if not wanted:
-        raise ValueError(argument_message("attribute", "ckpt_path", f"{_EXPECTED}, at least one", ckpt_path))
+        raise ValueError(argument_message(owner, "ckpt_path", f"{_EXPECTED}, at least one", ckpt_path))
     for path in wanted:
         if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(argument_message("attribute", "ckpt_path", _EXPECTED, path))
+            raise TypeError(argument_message(owner, "ckpt_path", _EXPECTED, path))
         if not os.fspath(path):
-            raise ValueError(argument_message("attribute", "ckpt_path", _EXPECTED, path))
+            raise ValueError(argument_message(owner, "ckpt_path", _EXPECTED, path))
     named = {"best": _best, "last": _last}
     return [named[path](trainer) if path in named else os.fspath(path) for path in wanted]
 

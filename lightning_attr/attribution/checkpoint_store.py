@@ -67,6 +67,7 @@ def from_checkpoints(
             target_function=None,
             mode=mode,
             pilots=None,
+            owner=owner,
         )
     assert request.checkpoints is not None  # of the `ckpt_path`
     checkpoints = replace(request.checkpoints, moments=moments or request.checkpoints.moments)

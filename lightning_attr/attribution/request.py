@@ -129,11 +129,11 @@ def resolve(
     target_function: TargetFunction | None,
     mode: str | None,
     pilots: int | Pilots | None,
+    owner: str = "attribute",
 ) -> AttributionRequest:
-    """Check the arguments of :func:`lightning_attr.attribute`, and look up those that were left out."""
-    check_attribute_arguments(
-        trainer, datamodule, model, train_dataloaders, target_dataloaders, method, memory_budget, target_function
-    )
+    """Check the arguments of :func:`lightning_attr.attribute`, or of its ``owner``, and look up those left out."""
+    loaders = train_dataloaders, target_dataloaders
+    check_attribute_arguments(owner, trainer, datamodule, model, *loaders, method, memory_budget, target_function)
     module = model if model is not None else trainer.lightning_module
     if module is None:
         raise ValueError(
@@ -152,10 +152,10 @@ def resolve(
         target = target_source(trainer, module, datamodule, target_dataloaders, targets, train)
         target = None if target is None else target.wrapped_as(train)
         noise_mask = noise_mask if noise_mask is not None or record is None else record.noise_mask
-        noise_mask = check_noise_mask(noise_mask, len(train))
+        noise_mask = check_noise_mask(noise_mask, len(train), owner)
         topk = check_topk(topk, len(train))
-        path = check_path("attribute", "store", store) if store is not None else None
-        files = None if ckpt_path is None else checkpoint_paths(trainer, ckpt_path)
+        path = check_path(owner, "store", store) if store is not None else None
+        files = None if ckpt_path is None else checkpoint_paths(trainer, ckpt_path, owner)
         if wanted is not None and files is not None:
             raise ValueError("Expected argument `pilots` to come without `ckpt_path`: pilots join a recorded run.")
         if path is None and files is None:

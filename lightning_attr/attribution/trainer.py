@@ -1,4 +1,4 @@
-"""The predict-style step: ``trainer.attribute(datamodule)``."""
+"""The predict-style step: ``trainer.attribute(datamodule)``, or ``trainer.attribute(model, datamodule=...)``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch import Tensor
 
+from lightning_attr.attribution.arguments import by_position
 from lightning_attr.attribution.predict_step import AttributionStep
 from lightning_attr.attribution.request import AttributionRecord, resolve
 from lightning_attr.attribution.run import predicted, processes_of
@@ -23,9 +24,10 @@ from lightning_attr.user_code.lightning_names import check_one_world
 
 def attribute(
     trainer: L.Trainer,
-    datamodule: L.LightningDataModule | None = None,
+    model_or_datamodule: L.LightningModule | L.LightningDataModule | None = None,
     *,
     model: L.LightningModule | None = None,
+    datamodule: L.LightningDataModule | None = None,
     train_dataloaders: Any = None,
     target_dataloaders: Any = None,
     targets: str = "auto",
@@ -45,11 +47,15 @@ def attribute(
     ``dataset[i]`` of the training data and column ``j`` is ``dataset[j]`` of the targets, whatever the loaders
     shuffle, drop or pad. Trainer and module are put back as they were.
 
+    ``trainer.attribute(datamodule)`` after a fit, ``trainer.attribute(model, datamodule=datamodule, ckpt_path="best")``
+    as ``trainer.predict`` has it, and ``trainer.attribute(datamodule, model=model)`` are all understood.
+
     Args:
         trainer: any ``Trainer`` of ``lightning`` or ``pytorch_lightning``.
-        datamodule: gives training data and targets; by default the one of the fit before.
+        model_or_datamodule: the one of both that is passed by position, in place of its name.
         model: the module; by default the one of the fit before. Without :class:`lightning_attr.AttributionMixin`, what
             is attributed is the loss of its ``training_step``.
+        datamodule: gives training data and targets; by default the one of the fit before.
         train_dataloaders: the training loader, instead of the datamodule's. Only its data set, collation, workers and
             batch size are used.
         target_dataloaders: the loader of the targets, likewise.
@@ -82,8 +88,8 @@ def attribute(
         Scores, self-influence, data value and metrics.
 
     Raises:
-        TypeError: if an argument is of another class than its own, the model can not be attributed, or model and
-            trainer are of ``lightning`` and ``pytorch_lightning`` in turn.
+        TypeError: if an argument is of another class than its own, model or datamodule came twice, the model can not
+            be attributed, or model and trainer are of ``lightning`` and ``pytorch_lightning`` in turn.
         ValueError: if model or data are missing, or the noise mask or ``topk`` does not fit.
         AttributionError: if the strategy shards parameters, the callback has recorded nothing, the store has no
             snapshots, or pilots cannot be trained as the run was.
@@ -104,6 +110,7 @@ def attribute(
         torch.Size([2])
     """
     with processes_of(trainer).together():  # what one of them finds here, the others would wait for ever
+        model, datamodule = by_position(model_or_datamodule, model, datamodule)
         request = resolve(
             trainer,
             datamodule,

@@ -26,11 +26,11 @@ their places ``second_rows`` ``(number,)``. Features are in half precision by de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,28 @@ from lightning_attr.store.feature_dtype import (
 )
 from lightning_attr.store.manifest import Fingerprint, Manifest
 from lightning_attr.store.snapshot_store import OPTIMIZER, SnapshotStore
+
+
+class FromCheckpoints(Protocol):
+    """How ``FeatureStore.from_checkpoints`` is called, for type checkers: the function itself needs a Trainer."""
+
+    def __call__(
+        self,
+        ckpt_path: str | Path | Sequence[str | Path],
+        model: Any,
+        datamodule: Any = None,
+        *,
+        dirpath: str | Path,
+        train_dataloaders: Any = None,
+        method: Any = None,
+        trainer: Any = None,
+        feature_dtype: str = "float16",
+        memory_budget: int | None = None,
+        optimizer_state: bool = False,
+        mode: str | None = None,
+    ) -> FeatureStore:
+        """Make a store of the checkpoints of a run."""
+
 
 _SHARD_ROWS = 512
 """Fewest rows a shard: what a killed run loses at most."""
@@ -76,7 +98,7 @@ class FeatureStore(SnapshotStore):
         >>> folder.cleanup()
     """
 
-    from_checkpoints: ClassVar[Callable[..., FeatureStore]]
+    from_checkpoints: ClassVar[FromCheckpoints]
     """See :func:`lightning_attr.attribution.checkpoint_store.from_checkpoints`; ``lightning_attr`` sets it."""
 
     def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:

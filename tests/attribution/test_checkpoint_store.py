@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from cases import QUIET, BlobClassifier, blobs, loader_of, quiet_trainer, told
 from lightning_attr import FeatureStore
 from lightning_attr.attribution import checkpoint_files
+from lightning_attr.attribution.checkpoint_store import from_checkpoints
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreInUseError, StoreMismatchError
 from lightning_attr.files.writer_lock import WriterLock
 from lightning_attr.methods import LESS, TRAK, GradDot, Influence
 from lightning_attr.projectors import KroneckerProjector
+from lightning_attr.store.feature_store import FromCheckpoints
 
 METHOD = TRAK(projector=KroneckerProjector(16))
 
@@ -150,16 +153,29 @@ def test_nothing_stays_of_checkpoints_that_cannot_be_used(
     assert not where.exists()
 
 
+def test_type_checkers_see_the_arguments_of_the_function() -> None:
+    function, shown = (inspect.signature(call) for call in (from_checkpoints, FromCheckpoints.__call__))
+    seen = [parameter for name, parameter in shown.parameters.items() if name != "self"]
+    assert [(own.name, own.kind, own.default) for own in seen] == [
+        (own.name, own.kind, own.default) for own in function.parameters.values()
+    ]
+    assert inspect.signature(FeatureStore.from_checkpoints) == function
+
+
 def test_wrong_arguments(tmp_path: Path, files: list[Path]) -> None:
     def make(*arguments: Any, **named: Any) -> None:
         FeatureStore.from_checkpoints(*arguments, **{"dirpath": tmp_path / "store", **named})
 
-    with pytest.raises(ValueError, match=r"`ckpt_path` of attribute to be .*at least one"):
+    with pytest.raises(ValueError, match=r"`ckpt_path` of FeatureStore\.from_checkpoints to be .*at least one"):
         make([], Exact(), Blobs())
     with pytest.raises(AttributionError, match='ckpt_path="best" asks the ModelCheckpoint of this trainer'):
         make("best", Exact(), Blobs())
     with pytest.raises(ValueError, match=r"`feature_dtype` of FeatureStore\.from_checkpoints"):
         make(files, Exact(), Blobs(), feature_dtype="int8")
+    with pytest.raises(TypeError, match=r"`method` of FeatureStore\.from_checkpoints"):
+        make(files, Exact(), Blobs(), method="TRAK")
+    with pytest.raises(TypeError, match=r"`datamodule` of FeatureStore\.from_checkpoints to be a LightningDataModule"):
+        make(files, Exact(), loader_of(blobs(24)))
     with pytest.raises(ValueError, match="Expected training data"):
         make(files, Exact())
     with pytest.raises(AttributionError, match="moments"):

@@ -85,6 +85,42 @@ def test_method_function_and_bound_method_agree() -> None:
     assert results[0].scores.provenance["snapshots"] == [s.key for s in FeatureStore.open("run").snapshots]
 
 
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return loader_of(TRAIN)
+
+    def test_dataloader(self) -> DataLoader:
+        return loader_of(TARGETS)
+
+
+def test_what_comes_by_position_is_the_model_or_the_datamodule() -> None:
+    trainer, model = quiet_trainer(), BlobClassifier()
+    expected = trainer.attribute(model=model, datamodule=Data(), method=METHOD).scores.values
+    for given in ((model, {"datamodule": Data()}), (Data(), {"model": model})):
+        assert torch.equal(trainer.attribute(given[0], **given[1], method=METHOD).scores.values, expected)
+    assert torch.equal(attribute(trainer, model, datamodule=Data(), method=METHOD).scores.values, expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "named", "message"),
+    [
+        (
+            BlobClassifier(),
+            {"model": BlobClassifier()},
+            "`model` of attribute once, but got BlobClassifier by position",
+        ),
+        (Data(), {"datamodule": Data()}, "`datamodule` of attribute once, but got Data by position and Data by name"),
+        (BlobClassifier, {}, "`model` of attribute to be a LightningModule, but got the class BlobClassifier"),
+        (Data, {}, r"`datamodule` of attribute to be .*Pass an object of it, such as `Data\(\)`"),
+        (loader_of(TRAIN), {}, "`datamodule` of attribute to be .*Pass loaders by name instead"),
+        (nn.Linear(4, 3), {}, "LightningModule"),
+    ],
+)
+def test_what_comes_by_position_is_refused_by_name(first: Any, named: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        quiet_trainer().attribute(first, **named)
+
+
 def test_stock_trainer_without_callback_has_the_function_only() -> None:
     assert not hasattr(L.Trainer(barebones=True), "attribute")
     expected = scores()
@@ -345,7 +381,7 @@ def test_bad_mask(mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attributed(trainer, noise_mask=mask)
     with pytest.raises(ValueError, match=message):
-        check_noise_mask(mask, 20)
+        check_noise_mask(mask, 20, "attribute")
 
 
 def test_mask_may_be_a_list_of_zeros_and_ones() -> None:

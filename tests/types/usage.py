@@ -101,6 +101,8 @@ def attributing(dm: L.LightningDataModule, model: LitClassifier, mask: Tensor) -
     assert_type(trainer.attribute(dm), AttributionResult)
     assert_type(trainer.attribute(datamodule=dm, targets="test", noise_mask=mask), AttributionResult)
     assert_type(trainer.attribute(dm, topk=10), AttributionResult)
+    assert_type(trainer.attribute(model, datamodule=dm, ckpt_path="best"), AttributionResult)
+    assert_type(FeatureStore.from_checkpoints(["a.ckpt"], model, dm, dirpath="features"), FeatureStore)
     method = TRAK(proj_dim=512, damping=0.3, seed=1)
     result = AttributionTrainer().attribute(dm, model=LitClassifier(), store="attribution", method=method)
     assert_type(result, AttributionResult)
