@@ -14,6 +14,24 @@ _CLASSES = 20
 """Rows of a distribution; the largest classes have one each."""
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _POINTS = 101
+_IN_WORDS = {
+    "share_helpful": "share of samples that help the targets",
+    "share_harmful": "share of samples that hurt them",
+    "effective_proponents": "effective proponents of a target",
+    "self_influence_overlap@10%": "share of the 10 % of highest self-influence that is in the 10 % that hurt most",
+    "noisy_label_auroc": "AUROC of finding the known noise by self-influence",
+    "noisy_label_recall@10%": "share of the known noise in the 10 % of highest self-influence",
+    "selection_noise_share@10%": "share of known noise among the 10 % that help these targets, as labelled, least",
+    "loss_noisy_label_auroc": "AUROC of finding the known noise by loss",
+    "loss_noisy_label_recall@10%": "share of the known noise in the 10 % of highest loss",
+    "loss_selection_noise_share@10%": "share of known noise among the 10 % of highest loss",
+}
+"""What a reader is told that the figures of :attr:`AttributionResult.metrics` are."""
+
+
+def figures_in_words(result: ShownResult) -> list[tuple[str, str]]:
+    """The figures of a result, each with words for its name."""
+    return [(_IN_WORDS[name], f"{value:.4g}") for name, value in result.metrics.items()]
 
 
 def distributions(result: ShownResult, names: dict[int, str]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_attr.arguments.checks import check_callable, check_instance, check_int, check_path
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.files.io import write_bytes
-from lightning_attr.report.figures import detection_curve, distributions
+from lightning_attr.report.figures import detection_curve, distributions, figures_in_words
 from lightning_attr.report.renderers import Renderer, render_sample
 from lightning_attr.report.samples import Drawings, label_of, read_item
 from lightning_attr.report.shown import ShownResult
@@ -140,7 +140,7 @@ def _summary(result: ShownResult) -> list[tuple[str, str]]:
     (n, m), provenance = result.scores.shape, result.scores.provenance
     facts = {"training samples": f"{n:,}", "targets": f"{m:,}"}
     facts |= {name.replace("_", " "): _fact(value) for name, value in provenance.items()}
-    return [*facts.items(), *((name.replace("_", " "), f"{value:.4g}") for name, value in result.metrics.items())]
+    return [*facts.items(), *figures_in_words(result)]
 
 
 def _fact(value: Any) -> str:
