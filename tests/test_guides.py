@@ -75,7 +75,7 @@ def test_your_module(repository: Path) -> None:
 def test_your_checkpoints(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (repository / "examples" / "guides" / "your_checkpoints.md").read_text()
-    attribute, store, report = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    attribute, store, report, _ = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)  # tests/test_commands.py
     commands = text.split("# The command")[1].split("```")[1]
     kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     settings = {**QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": [kept]}
