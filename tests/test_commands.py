@@ -70,6 +70,7 @@ def test_a_command_of_the_pages_can_be_typed(line: str, repository: Path, monkey
             would_start(["make", "-n", target])
     elif arguments[:1] == ["-m"]:
         monkeypatch.setattr(sys, "argv", [*arguments[1:], "--help"])
+        monkeypatch.delitem(sys.modules, arguments[1], raising=False)  # runpy warns where another test imported it
         with pytest.raises(SystemExit, match="0"):
             runpy.run_module(arguments[1], run_name="__main__")
     elif arguments[0] == "main.py":
