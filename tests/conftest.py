@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 from itertools import count
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)  # on matrices as small as the tests', threads only wait for each other
 
 REPOSITORY = Path(__file__).parents[1]
+
+# `caplog` reads at the root. Lightning sends it nothing where it had no handler at the first import, as under pytest 8.
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).propagate = True
 
 
 gc.disable()  # until all tests are collected

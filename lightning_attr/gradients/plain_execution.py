@@ -25,8 +25,10 @@ def plain_execution() -> Iterator[None]:
 
     Compiled modules run uncompiled, for their code does not look for new hooks; transformer layers leave their fused
     inference path, which calls no layers; reentrant checkpoints become non-reentrant ones; recurrent layers leave
-    cuDNN, which has no backward pass for them in eval mode, and no second one.
+    cuDNN, which has no backward pass for them in eval mode, and no second one. Autocast forgets its copies of the
+    weights: under older versions of torch those that were made without gradients are constants to what follows.
     """
+    torch.clear_autocast_cache()
     fused, names = torch.backends.mha.get_fastpath_enabled(), vars(checkpoint)
     reentrant = names["CheckpointFunction"]
     torch.backends.mha.set_fastpath_enabled(False)

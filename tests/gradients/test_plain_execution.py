@@ -103,3 +103,14 @@ def test_everything_is_as_before(fused: bool) -> None:
         assert checkpoint.CheckpointFunction is reentrant
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_weights_that_autocast_copied_without_gradients_get_theirs() -> None:
+    module, x = nn.Linear(4, 2), torch.randn(B, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            module(x)
+        with plain_execution():
+            total = module(x).sum()
+    (found,) = torch.autograd.grad(total, [module.weight])
+    torch.testing.assert_close(found, x.sum(0).expand(2, 4), rtol=0.02, atol=0.02)
