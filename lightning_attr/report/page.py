@@ -80,6 +80,7 @@ def write_report(
     page = _template().render(
         title=title,
         summary=_summary(result),
+        measured=figures_in_words(result),
         figures=distributions(result, names),
         detection=detection_curve(result),
         style=Markup(_resource("report.css")),
@@ -136,11 +137,11 @@ def _cards(indices: Sequence[int], scores: Sequence[float], sign: int) -> list[t
 
 
 def _summary(result: ShownResult) -> list[tuple[str, str]]:
-    """What was attributed and how, and the figures of the result."""
+    """What was attributed and how."""
     (n, m), provenance = result.scores.shape, result.scores.provenance
     facts = {"training samples": f"{n:,}", "targets": f"{m:,}"}
     facts |= {name.replace("_", " "): _fact(value) for name, value in provenance.items()}
-    return [*facts.items(), *figures_in_words(result)]
+    return [*facts.items()]
 
 
 def _fact(value: Any) -> str:

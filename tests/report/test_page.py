@@ -59,7 +59,8 @@ def test_figures_are_said_in_words(tmp_path: Path) -> None:
     plain, noisy = result(), result(noise_mask=torch.tensor([True] + [False] * 5))
     for own in (plain, noisy):
         text = own.report(tmp_path / "report.html").read_text("utf-8")
-        assert text.count("<dt>share of ") == sum("share" in name or "@" in name for name in own.metrics)
+        said = re.findall(r"<div><dt>([^<]*)</dt><dd>[\d.]+</dd></div>", text.split('"summary measured"')[1])
+        assert len(said) == len(set(said)) == len(own.metrics)
         assert f"<dd>{own.metrics['share_helpful']:.4g}</dd>" in text
         assert "_" not in re.sub("<script.*?</script>|<style.*?</style>", "", text, flags=re.DOTALL)
         assert ("wrong on purpose" in text) == (own is noisy)
