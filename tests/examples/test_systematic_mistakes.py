@@ -20,6 +20,9 @@ def test_two_mistakes_are_planted_and_the_test_set_is_right() -> None:
     assert int(data.by_scanner.sum()) == demo.MARKED
     assert int(data.test_marked.sum()) == 100
     assert not (data.test_y[data.test_marked] == 3).any()
+    assert torch.equal(data.x[-demo.LEAKED :], data.test_x[data.leaked])
+    assert torch.equal(data.y[-demo.LEAKED :], data.test_y[data.leaked])
+    assert not data.test_marked[data.leaked].any()
     dots = (data.x[:, 0, 0].unfold(1, 3, 1) == torch.tensor([0.7, 0.0, 0.7])).all(-1).any(-1)
     assert dots[data.by_scanner].all()
 
@@ -46,6 +49,10 @@ def test_attribution_finds_more_than_what_it_is_compared_with(
     assert len(corrected) == 5
     assert all(share > other[0] and marked < other[1] for other in corrected.values())
     assert marked < rows["(nothing)"][1] / 2
+    copies = printed.split("leaked into the training set")[1].split("Each wrong")[0]
+    found = {name: [float(n) for n in figures.split()] for name, figures in _rows(copies)}
+    assert found["nearest in pixels"] == [1, 1]  # a baseline that serves better, and the demo shows it
+    assert found["attribution"][1] > 0.5
     assert (tmp_path / "report.html").stat().st_size > 100_000
     assert (tmp_path / "proponents.png").exists()
 
