@@ -153,6 +153,10 @@ def _of_classes() -> Iterator[WrongCall]:
         {"max_iterations": COUNT, "tolerance": (-1.0, NAN, "a"), "preconditioner": ("ekfac", m.EKFAC)},
     )
     yield from calls(m.LiSSA, {"scale": (0.0, NAN, "a"), "iterations": COUNT, "batch_size": COUNT, "repeats": COUNT})
+    yield from calls(
+        m.Astra, {"refinement": NAME, "steps": COUNT, "batch_size": COUNT, "learning_rate": (0.0, NAN, "a")}
+    )
+    yield from calls(m.Astra, {"momentum": (1.0, -0.1, "a"), "preconditioner": ("ekfac", m.EKFAC, m.Explicit())})
     yield from calls(m.Explicit, {"max_parameters": COUNT})
     yield from calls(m.Arnoldi, {"iterations": COUNT, "rank": COUNT})
     yield from calls(m.KNNShapley, {"k": COUNT, "layer": LAYER, **snapshots})

@@ -12,6 +12,7 @@ from lightning_attr.methods.projected_influence import FactGraSS, LoGra, Project
 from lightning_attr.methods.representation import RepresentationSimilarity
 from lightning_attr.methods.representer import RPS
 from lightning_attr.methods.soft_threshold import SoftThreshold, soft_threshold
+from lightning_attr.methods.solvers.astra import Astra
 from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Solver
 from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
 from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
@@ -28,6 +29,7 @@ __all__ = [
     "RPS",
     "TRAK",
     "Arnoldi",
+    "Astra",
     "AttributionMethod",
     "CacheKey",
     "ConjugateGradient",

@@ -13,6 +13,7 @@ from lightning_attr.arguments.messages import argument_message
 from lightning_attr.curvature.groups import group_influence
 from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.cache import CacheKey
+from lightning_attr.methods.solvers.astra import Astra
 from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Inverse, Prepared, Solver
 from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
 from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
@@ -38,6 +39,7 @@ _SOLVERS: Mapping[str, Callable[[], Solver]] = {
     "lissa": LiSSA,
     "arnoldi": Arnoldi,
     "datainf": DataInf,
+    "astra": Astra,
 }
 
 
@@ -54,7 +56,8 @@ class Influence(DampedMethod, ModelMethod):
 
     What a solver costs, with ``n`` training samples and ``m`` targets: "ekfac", "kfac" two passes over the training
     set; "explicit" ``p`` products with the curvature, once; "cg", "lissa" a hundred to thousands of products per
-    target, and as many for the self-influence of each training sample, unless ``self_influence="ekfac"``; "arnoldi" 200
+    target, and as many for the self-influence of each training sample, unless ``self_influence="ekfac"``; "astra" the
+    passes of "ekfac", and 20 products with 256 samples for each target and training sample, likewise; "arnoldi" 200
     products, once; "datainf" a pass over the training set a tile of targets, and one a tile of training samples. A
     product is about three training steps on all samples.
 
@@ -63,7 +66,7 @@ class Influence(DampedMethod, ModelMethod):
             "hessian", which is right at a strict minimum only; "empirical_fisher". By default "ggn", or the only one
             that a solver has.
         solver: a name, or settings: :class:`EKFAC`, :class:`KFAC`, :class:`Explicit`, :class:`ConjugateGradient`,
-            :class:`LiSSA`, :class:`Arnoldi`, :class:`DataInf`.
+            :class:`LiSSA`, :class:`Arnoldi`, :class:`DataInf`, :class:`Astra`.
         damping: :math:`\lambda` as a multiple of the mean eigenvalue of ``C`` (of a layer, for "ekfac", "kfac" and
             "datainf"); by default 0.1 a layer, and 10 for the whole. "auto" chooses by the ``truth``.
         weight_decay: :math:`\rho` of an L2 term :math:`\frac\rho2 |\theta|^2` of the training objective, such as the
@@ -73,7 +76,8 @@ class Influence(DampedMethod, ModelMethod):
         snapshots: "last" for the last snapshot, "all" for all of them, each with an equal part.
         seed: of labels, batches and start vectors.
         self_influence: "exact" for that of the scores' own solver; "ekfac" for an approximation by the factors of
-            EK-FAC in two passes, where "cg" or "lissa" would solve for each training sample. RelatIF divides by it.
+            EK-FAC in two passes, where "cg", "lissa" or "astra" would solve for each training sample.
+            RelatIF divides by it.
         truth: models retrained on subsets, for ``damping="auto"``.
 
     Raises:

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_choice
-from lightning_attr.curvature.fisher import (
-    GradientBatch,
-    GradientStream,
-    Labels,
-    RepeatedPasses,
-    fisher_batch,
-    usual_labels,
-)
+from lightning_attr.curvature.fisher import GradientBatch, Labels, RepeatedPasses
 from lightning_attr.curvature.kronecker_factors import KroneckerFactors, KroneckerMethod
 from lightning_attr.curvature.kronecker_inverse import InverseForms, KroneckerInverse
 from lightning_attr.curvature.kronecker_layout import KroneckerLayout
 from lightning_attr.curvature.parameter_vectors import Product
 from lightning_attr.curvature.sherman_morrison import mean_of_inverses
-from lightning_attr.features.snapshot_model import Batches, SnapshotModel
-from lightning_attr.gradients import HookedGradients
-from lightning_attr.gradients.hooks import LayerSink
+from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods.solvers.base import Inverse, Prepared, Solver
+from lightning_attr.methods.solvers.fisher_streams import FisherStreams
 from lightning_attr.methods.solvers.training_curvature import TrainingCurvature, check_outputs
-from lightning_attr.objectives.mixin import attribution_outputs
 from lightning_attr.projectors import IdentityProjector, Projection
 from lightning_attr.randomness.streams import hashed_seed
 
@@ -88,42 +77,68 @@ class EKFAC(Solver):
         Raises:
             UnsupportedLayerError: if no layer has factors.
         """
-        model = curvature.model
-        layout = KroneckerLayout.of(model.module, hooked=model.plan.hooked, direct=model.plan.direct)
-        streams = _Streams(model, layout.names)
-        draws = math.ceil(_DRAWS_AN_OUTPUT * max(block.rows for block in layout.blocks) / model.n_train)
-        if curvature.curvature == "empirical_fisher":
-            labels: Labels = "observed"
-        else:
-            check_outputs(model)
-            labels = streams.usual_labels(draws) if self.labels == "auto" else self.labels
-
-        def compute() -> dict[str, Tensor]:
-            # Only labels that are sampled differ between the passes.
-            same = RepeatedPasses(lambda: streams.fisher(labels, (seed, model.key), draws))
-            factors = KroneckerFactors.fit(
-                layout,
-                same if labels != "sampled" else lambda number: streams.fisher(labels, (seed, model.key, number)),
-                reduce=model.reduce,
-                device=model.device,
-                dtype=model.dtype,
-            )
-            return factors.tensors()
-
-        drawn = seed if labels in {"mixed", "sampled"} else None
-        digest = hashed_seed(labels, drawn, str(model.dtype), model.n_train, layout.parameters.digest, *layout.names)
-        shapes = KroneckerFactors.shapes(layout)
-        blocks = [[name for name in shapes if name.startswith(f"{block.weight}/")] for block in layout.blocks]
-        tensors = model.kept(f"kronecker-{digest:016x}", compute, shapes, optional=blocks)
-        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-        factors = KroneckerFactors.from_tensors(tensors, layout)
-        log.info("Kronecker factors cover %.1f%% of the parameters.", 100 * factors.layout.share)
+        fitted = fit_factors(self, [curvature.model], curvature.curvature, seed)
 
         def inverse(damping: float) -> Inverse:
-            own = KroneckerInverse(factors, damping=damping, method=self.method, weight_decay=curvature.weight_decay)
-            return _Kronecker(curvature, own, streams, damping, labels)
+            decay = curvature.weight_decay
+            own = KroneckerInverse(fitted.factors, damping=damping, method=self.method, weight_decay=decay)
+            return _Kronecker(curvature, own, fitted, damping)
 
         return inverse
+
+
+@dataclass(frozen=True)
+class FittedFactors:
+    """Factors, the streams of gradients at the last of their snapshots, and the labels that these are for."""
+
+    factors: KroneckerFactors
+    streams: FisherStreams
+    labels: Labels
+
+
+def fit_factors(solver: EKFAC, models: Sequence[SnapshotModel], curvature: str, seed: int) -> FittedFactors:
+    """Fit the factors of the mean curvature over some snapshots of one run, or read them; the last one is loaded then.
+
+    Returns the factors, kept beside the last snapshot.
+    """
+    model = models[-1]
+    model.load()
+    layout = KroneckerLayout.of(model.module, hooked=model.plan.hooked, direct=model.plan.direct)
+    streams = FisherStreams(model, layout.names)
+    draws = math.ceil(_DRAWS_AN_OUTPUT * max(block.rows for block in layout.blocks) / model.n_train)
+    if curvature == "empirical_fisher":
+        labels: Labels = "observed"
+    else:
+        check_outputs(model)
+        labels = streams.usual_labels(draws) if solver.labels == "auto" else solver.labels
+
+    def gradients(*number: int) -> Iterator[GradientBatch]:
+        for one in models:
+            one.load()
+            yield from FisherStreams(one, layout.names).fisher(labels, (seed, one.key, *number), draws)
+
+    def compute() -> dict[str, Tensor]:
+        # Only labels that are sampled differ between the passes.
+        factors = KroneckerFactors.fit(
+            layout,
+            RepeatedPasses(gradients) if labels != "sampled" else gradients,
+            reduce=model.reduce,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        return factors.tensors()
+
+    drawn = seed if labels in {"mixed", "sampled"} else None
+    several = [one.place.get("weights", one.key) for one in models] if len(models) > 1 else []
+    digest = hashed_seed(
+        labels, drawn, str(model.dtype), model.n_train, layout.parameters.digest, *layout.names, *several
+    )
+    shapes = KroneckerFactors.shapes(layout)
+    blocks = [[name for name in shapes if name.startswith(f"{block.weight}/")] for block in layout.blocks]
+    tensors = model.kept(f"kronecker-{digest:016x}", compute, shapes, optional=blocks)
+    factors = KroneckerFactors.from_tensors({name: t.to(model.device) for name, t in tensors.items()}, layout)
+    log.info("Kronecker factors cover %.1f%% of the parameters.", 100 * factors.layout.share)
+    return FittedFactors(factors, streams, labels)
 
 
 @dataclass(frozen=True)
@@ -142,62 +157,15 @@ class KFAC(EKFAC):
     method: ClassVar[KroneckerMethod] = "kfac"
 
 
-class _Streams:
-    """The gradients of the training samples of this process, layer by layer."""
-
-    def __init__(self, model: SnapshotModel, names: Collection[str]) -> None:
-        self.model = model
-        self.gradients = HookedGradients(model.module, names, direct=())
-
-    def batches(self) -> Batches:
-        """Training samples of this process, completed."""
-        return ((rows, self.model.completed(rows, batch)) for rows, batch in self.model.train_batches())
-
-    def usual_labels(self, draws: int) -> Labels:
-        """The most careful labels that any process would take: those that are drawn cost the least."""
-        module: Any = self.model.module
-        names: tuple[Labels, ...] = ("mixed", "exact", "sampled")
-        votes = torch.zeros(len(names), device=self.model.device)
-        for rows, batch in islice(self.batches(), 1):
-            with torch.no_grad(), self.model.precision():
-                distribution = module.model_output.distribution(*attribution_outputs(module, batch))
-            votes[names.index(usual_labels(distribution, len(rows), draws))] += 1
-        return names[max(self.model.reduce(votes).nonzero().flatten().tolist(), default=0)]
-
-    def fisher(self, labels: Labels, key: tuple[object, ...] = (), draws: int = 1) -> Iterator[GradientBatch]:
-        """Gradients of the loss for labels of the model's own, or for those observed."""
-        module: Any = self.model.module
-        for rows, batch in self.batches():
-            if labels == "observed" and not hasattr(module, "attribution_step"):
-                yield GradientBatch([self.outputs(batch, len(rows))], len(rows))  # the loss but for its sign
-                continue
-            step, output = partial(attribution_outputs, module), module.model_output
-            with self.model.precision():
-                own = fisher_batch(self.gradients, step, batch, output, rows, labels=labels, key=key, draws=draws)
-            yield replace(own, streams=[partial(self._precisely, stream) for stream in own.streams])
-
-    def outputs(self, batch: Any, size: int) -> GradientStream:
-        """Gradients of what is attributed."""
-        objective = self.model.plan.objective
-        return partial(
-            self._precisely,
-            lambda sink: self.gradients(lambda: objective.forward(batch, size)[0], size, sink),
-        )
-
-    def _precisely(self, stream: GradientStream, sink: LayerSink) -> object:
-        with self.model.precision():
-            return stream(sink)
-
-
 class _Kronecker(Inverse):
     def __init__(
-        self, curvature: TrainingCurvature, inverse: KroneckerInverse, streams: _Streams, damping: float, labels: Labels
+        self, curvature: TrainingCurvature, inverse: KroneckerInverse, fitted: FittedFactors, damping: float
     ) -> None:
         super().__init__(curvature)
         self.inverse = inverse
-        self.streams = streams
+        self.streams = fitted.streams
         self.damping = damping
-        self.found = {"parameters_covered": inverse.layout.share, "labels": labels}
+        self.found = {"parameters_covered": inverse.layout.share, "labels": fitted.labels}
 
     def solve(self, rows: Tensor) -> Tensor:
         return self.inverse.apply(rows)
@@ -218,11 +186,19 @@ class _Kronecker(Inverse):
 
     def preconditioner(self) -> Product:
         """The same, but positive definite: parameters without factors are divided by the mean damped eigenvalue."""
-        covered = torch.zeros(self.curvature.size, dtype=torch.bool, device=self.curvature.model.device)
-        for name in self.inverse.layout.names:
-            covered[self.inverse.layout.slots[name]] = True
         mean = (1 + self.damping) * self.curvature.mean_eigenvalue() + self.curvature.weight_decay
-        return lambda rows: torch.where(covered, self.solve(rows), rows / mean)
+        return positive_definite(self.inverse, mean)
+
+
+def positive_definite(inverse: KroneckerInverse, mean: float) -> Product:
+    """Complete an inverse by dividing parameters without factors by some eigenvalue.
+
+    Returns a function from rows ``(r, p)`` to rows ``(r, p)``.
+    """
+    covered = torch.zeros(inverse.layout.parameters.numel, dtype=torch.bool)
+    for name in inverse.layout.names:
+        covered[inverse.layout.slots[name]] = True
+    return lambda rows: torch.where(covered.to(rows.device), inverse.apply(rows), rows / mean)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,19 @@ class TrainingCurvature:
 
         Shapes: rows (r, p). Returns ``(r, p)``, whose expectation over keys is :meth:`product`.
         """
+        return self.batch_product(batch_size, *key)(rows)
+
+    def batch_product(self, batch_size: int, *key: object) -> Product:
+        """Prepare products with the curvature of some training samples, drawn by a key: their graphs are kept.
+
+        Returns a function that all processes call together, from rows ``(r, p)`` to rows ``(r, p)``; its expectation
+        over keys is :meth:`product`.
+        """
+        if batch_size >= self.model.n_train:
+            return self.product
         drawn = random_words(self.model.n_train, *key, "curvature").argsort()[:batch_size]
-        return self._mean(rows, self._products(set(drawn.tolist())), len(drawn))
+        products = list(self._products(set(drawn.tolist())))
+        return lambda rows: self._mean(rows, iter(products), len(drawn))
 
     def group_product(self, rows: Tensor, group: Sequence[int]) -> Tensor:
         """Multiply with the sum of the curvatures of some training samples, without weight decay.
