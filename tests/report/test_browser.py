@@ -73,3 +73,23 @@ def test_a_search_and_the_known_noise(report: Path, tmp_path: Path) -> None:
     assert rows(opened(report, tmp_path, "query=17")) == [17]
     assert rows(opened(report, tmp_path, "query=DOG&size=10&show=noise")) == []
     assert rows(opened(report, tmp_path, "show=noise&size=10")) == [299 - 3 * i for i in range(10)]
+
+
+@pytest.mark.slow
+def test_thousands_of_rows_and_targets_fit_on_a_page(tmp_path: Path) -> None:
+    """How long it takes to open stands in tests/benchmarks/RESULTS.md."""
+    n, m = 10_000, 1_000
+    generator = torch.Generator().manual_seed(0)
+    own = AttributionResult(
+        ScoreMatrix(torch.randn(n, m, generator=generator)),
+        torch.arange(n) / n,
+        torch.rand(n, generator=generator),
+        torch.arange(n) % 10,
+    )
+    images = torch.rand(n, 3, 32, 32, generator=generator)
+    page = own.report(tmp_path / "report.html", images, images[:m])
+    assert page.stat().st_size < 30 * 10**6
+    document = opened(page, tmp_path / "browser")
+    assert rows(document) == list(range(n - 1, n - 26, -1))
+    assert "1 to 25 of 10000" in document
+    assert "1 to 10 of 1000" in document
