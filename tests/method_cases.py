@@ -45,6 +45,7 @@ from lightning_attr.methods import (
     RepresentationSimilarity,
     SoftThreshold,
     TracIn,
+    TrackStar,
 )
 from lightning_attr.projectors import IdentityProjector, LayerSubset
 from lightning_attr.store import feature_store as store
@@ -135,6 +136,11 @@ CASES = [
     Case("influence, RelatIF", lambda: Influence("empirical_fisher", "explicit", relative="theta", snapshots="all")),
     Case("projected influence", lambda: ProjectedInfluence(IdentityProjector())),
     Case("projected influence, RelatIF", lambda: ProjectedInfluence(IdentityProjector(), relative="loss")),
+    Case("TrackStar", lambda: TrackStar(IdentityProjector())),
+    Case(
+        "TrackStar in Adam's scale",
+        lambda: TrackStar(IdentityProjector(), preconditioner="adam", per_layer=False, snapshots="all"),
+    ),
     Case("LoGra", lambda: LoGra(proj_dim=16)),
     Case("FactGraSS", lambda: FactGraSS(proj_dim=16)),
     Case("RPS", lambda: RPS(), {"sign": "labels of training samples do not enter"}),

@@ -124,6 +124,11 @@ def _of_classes() -> Iterator[WrongCall]:
     yield from calls(
         m.ProjectedInfluence, {"curvature": NAME, "relative": ("rank", 1), "projector": PROJECTOR, **snapshots}
     )
+    yield from calls(
+        m.TrackStar,
+        {"projector": PROJECTOR, "mixing": (-0.1, 1.1, NAN, "a"), "damping": (-1.0, "auto", NAN), "per_layer": FLAG},
+    )
+    yield from calls(m.TrackStar, {"preconditioner": ("sgd", 1), **snapshots})
     yield from calls(m.LoGra, {"proj_dim": COUNT, "seed": SEED, "damping": DAMPING})
     yield from calls(m.FactGraSS, {"mask_factor": COUNT})
     yield from calls(

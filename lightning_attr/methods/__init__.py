@@ -19,6 +19,7 @@ from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
 from lightning_attr.methods.support.damping import DampedMethod, choose_damping
 from lightning_attr.methods.support.module_method import ModelMethod, model_of
 from lightning_attr.methods.tracin import GAS, TracIn
+from lightning_attr.methods.trackstar import TrackStar
 from lightning_attr.methods.trak import TRAK
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "SoftThreshold",
     "Solver",
     "TracIn",
+    "TrackStar",
     "choose_damping",
     "in_step",
     "model_of",

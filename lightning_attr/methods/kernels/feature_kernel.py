@@ -221,10 +221,21 @@ class KernelMethod(DampedMethod):
         Returns:
             Columns and matrix of each block, float64.
         """
-        columns = self._columns(snapshot)
+        columns = self.columns(snapshot)
         return list(zip(columns, self._sums(snapshot, columns, sampled), strict=True))
 
-    def _columns(self, snapshot: SnapshotFeatures) -> Sequence[slice]:
+    def columns(self, snapshot: SnapshotFeatures) -> Sequence[slice]:
+        """List the features that share a kernel.
+
+        Args:
+            snapshot: whose they are.
+
+        Returns:
+            Columns of each kernel.
+
+        Raises:
+            ValueError: if kernels are wanted layer by layer, but the features mix layers.
+        """
         if not self.per_layer:
             return [slice(0, snapshot.targets["features"].shape[1])]
         if snapshot.layers is None:
