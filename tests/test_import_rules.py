@@ -13,6 +13,7 @@ import pytest
 LEVELS: dict[str, tuple[str, ...]] = {
     "ground": ("errors", "arguments", "batches", "randomness"),
     "tools": ("files", "metrics", "parameters", "user_code"),
+    "records": ("journal",),
     "sources": ("data", "gradients", "outputs", "report", "store"),
     "objectives": ("objectives", "projectors", "results"),
     "features": ("curvature", "features"),
