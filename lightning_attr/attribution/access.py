@@ -15,9 +15,9 @@ from lightning_attr.errors import AttributionError, IncompleteFeaturesError
 from lightning_attr.files.writer_lock import WriterLock
 from lightning_attr.parameters.trainable import trainable_names
 from lightning_attr.parameters.weights import weights_of
+from lightning_attr.store.directory import MANIFEST
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Snapshot
-from lightning_attr.store.snapshot_store import MANIFEST
 
 log = logging.getLogger(__name__)
 

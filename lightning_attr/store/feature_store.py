@@ -26,30 +26,27 @@ their places ``second_rows`` ``(number,)``. Features are in half precision by de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_instance, check_int, check_path
-from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError, StoreMismatchError
+from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
 from lightning_attr.files.io import digest, read_tensors, remains, write_tensors
 from lightning_attr.files.paths import inside
 from lightning_attr.files.writer_lock import WriterLock, one_writer
-from lightning_attr.store.feature_dtype import (
-    by_row,
-    check_columns,
-    check_feature_dtype,
-    decode,
-    decode_features,
-    encode,
-)
+from lightning_attr.store.feature_dtype import check_columns, check_feature_dtype, encode
+from lightning_attr.store.feature_reader import FeatureReader
 from lightning_attr.store.manifest import Fingerprint, Manifest
-from lightning_attr.store.snapshot_store import OPTIMIZER, SnapshotStore
+from lightning_attr.store.snapshot_reader import OPTIMIZER
+from lightning_attr.store.snapshot_store import SnapshotStore
+
+_SHARD_ROWS = 512
+"""Fewest rows a shard: what a killed run loses at most."""
+_MOST_SHARDS = 256
 
 
 class FromCheckpoints(Protocol):
@@ -73,12 +70,7 @@ class FromCheckpoints(Protocol):
         """Make a store of the checkpoints of a run."""
 
 
-_SHARD_ROWS = 512
-"""Fewest rows a shard: what a killed run loses at most."""
-_MOST_SHARDS = 256
-
-
-class FeatureStore(SnapshotStore):
+class FeatureStore(FeatureReader, SnapshotStore):
     """Snapshots of a run and the features of its training set at each of them.
 
     Args:
@@ -87,7 +79,7 @@ class FeatureStore(SnapshotStore):
         writer: whether this process writes the manifest; of several processes that share a store, one does.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = tempfile.TemporaryDirectory()
         >>> store = FeatureStore.create(folder.name, Fingerprint(3, None, {"w": (2,)}, None), batch_size=2)
         >>> snapshot = store.add_snapshot("epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=2, learning_rate=0.1)
@@ -100,10 +92,6 @@ class FeatureStore(SnapshotStore):
 
     from_checkpoints: ClassVar[FromCheckpoints]
     """See :func:`lightning_attr.attribution.checkpoint_store.from_checkpoints`; ``lightning_attr`` sets it."""
-
-    def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:
-        super().__init__(path, manifest, writer)
-        self._verified: set[str] = set()  # digests: a name may come to mean another shard
 
     @classmethod
     def create(
@@ -147,63 +135,6 @@ class FeatureStore(SnapshotStore):
         return store
 
     @one_writer
-    def mark_training(self, settings: Mapping[str, Any]) -> None:
-        """Note how the run is trained, so that pilots can be trained like it.
-
-        Args:
-            settings: as :func:`lightning_attr.pilots.run_settings` gives them. What they do not name stays.
-        """
-        settings = {**(self.manifest.training or {}), **settings}
-        if self.manifest.training != settings:
-            self._save(replace(self.manifest, training=dict(settings)))
-
-    # Features -------------------------------------------------------------------------------------------------------
-
-    def rows(self, shard: int) -> range:
-        """Rows of a shard.
-
-        Args:
-            shard: its number.
-
-        Returns:
-            The row numbers.
-        """
-        start = shard * self.manifest.shard_rows
-        return range(start, min(start + self.manifest.shard_rows, self.fingerprint.length))
-
-    def missing(self, key: str) -> list[int]:
-        """List the shards of a snapshot that are still to be computed.
-
-        Args:
-            key: its name.
-
-        Returns:
-            Shard numbers, ascending.
-        """
-        return [shard for shard in range(self.manifest.num_shards) if shard not in self.snapshot(key).shards]
-
-    @one_writer
-    def set_directions(self, key: str, directions: int, curvature: str) -> None:
-        """Note that features of a snapshot have second directions, before any is computed.
-
-        Args:
-            key: the snapshot.
-            directions: how many a sample.
-            curvature: what they are of, "rest" or "whole".
-        """
-        self._enter(key, directions=directions, curvature=curvature)
-
-    @one_writer
-    def note_losses(self, key: str, losses: Sequence[float]) -> None:
-        """Note the losses of the first samples at a snapshot that has no features yet.
-
-        Args:
-            key: the snapshot.
-            losses: of the rows 0, 1, ...
-        """
-        self._enter(key, losses=tuple(losses))
-
-    @one_writer
     def write_shard(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
         """Store the rows of a shard.
 
@@ -236,90 +167,6 @@ class FeatureStore(SnapshotStore):
                 self._verified.add(found[shard])
         if found:
             self._enter(key, shards={**self.snapshot(key).shards, **found})
-
-    def shard(self, key: str, shard: int) -> dict[str, Tensor]:
-        """Read a shard; its checksum is verified the first time.
-
-        Args:
-            key: the snapshot.
-            shard: its number.
-
-        Returns:
-            Column name -> values, mapped from the file; features in half precision are copied to float32.
-
-        Raises:
-            IncompleteFeaturesError: if it was not computed yet.
-        """
-        return decode(self._stored(key, shard))
-
-    def blocks(self, key: str, shards: Sequence[int] | None = None) -> Iterator[tuple[range, dict[str, Tensor]]]:
-        """Read shard after shard; only the one at hand is in memory.
-
-        Args:
-            key: the snapshot.
-            shards: their numbers; all by default.
-
-        Yields:
-            ``(rows, columns)``, as :meth:`shard` gives them.
-        """
-        for shard in range(self.manifest.num_shards) if shards is None else shards:
-            yield self.rows(shard), self.shard(key, shard)
-
-    def column(self, key: str, name: str) -> Tensor:
-        """Read a column of all rows.
-
-        Args:
-            key: the snapshot.
-            name: the column.
-
-        Returns:
-            Values ``(n, ...)``.
-        """
-        stored = (self._stored(key, shard) for shard in range(self.manifest.num_shards))
-        return torch.cat([decode_features(columns) if name == "features" else columns[name] for columns in stored])
-
-    def _stored(self, key: str, shard: int) -> dict[str, Tensor]:
-        content = self.snapshot(key).shards.get(shard)
-        if content is None:
-            rows = self.rows(shard)
-            raise IncompleteFeaturesError(
-                f"The rows {rows.start} to {rows.stop - 1} of snapshot {key!r} in {self.path} have no features yet. "
-                "`trainer.attribute` computes them."
-            )
-        remedy = f"`FeatureStore.open({str(self.path)!r}).repair()` drops it; `trainer.attribute` adds it anew."
-        # Opened each time: small tensors kept in between would scatter the memory that decoding frees.
-        path, place, hashed = self._shard_path(key, shard), self._shard_place(key, shard), content not in self._verified
-        columns = read_tensors(path, content, remedy, hashed, place)
-        self._check_rows(key, shard, columns)
-        self._verified.add(content)
-        return columns
-
-    def _shard_place(self, key: str, shard: int) -> dict[str, str]:
-        """All that the values of a shard depend on, beside the code."""
-        rows, written = self.rows(shard), self.fingerprint
-        snapshot = self.snapshot(key)
-        known = {
-            "data": written.data,
-            "output": written.output,
-            "optimizer": snapshot.optimizer,
-            "basis": snapshot.basis,
-            "curvature": snapshot.curvature,
-            "directions": None if snapshot.directions is None else str(snapshot.directions),
-            "mode": None if written.mode == "auto" else written.mode,
-            "projection": written.projector_digest,
-        }
-        place = {**self.place(key, "features"), "rows": f"{rows.start}-{rows.stop - 1}"}
-        return {**place, **{name: value for name, value in known.items() if value is not None}}
-
-    def _check_rows(self, key: str, shard: int, columns: Mapping[str, Tensor]) -> None:
-        lengths = {values.shape[:1] for values in by_row(columns).values()}
-        if lengths - {(len(self.rows(shard)),)}:
-            raise CorruptedStoreError(
-                f"{self._shard_path(key, shard)} has columns of another length than its {len(self.rows(shard))} rows. "
-                f"`FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` goes on without this snapshot."
-            )
-
-    # Upkeep ---------------------------------------------------------------------------------------------------------
 
     @one_writer
     def repair(self) -> list[Path]:
@@ -354,6 +201,3 @@ class FeatureStore(SnapshotStore):
             rest.unlink()
             dropped.append(rest)
         return dropped
-
-    def _shard_path(self, key: str, shard: int) -> Path:
-        return inside(self.path, self.snapshot(key).folder, "features", f"{shard:05d}.safetensors")

@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import Self
 
 from lightning_attr.arguments.checks import check_instance, check_path
-from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
-from lightning_attr.files.io import digest, file_state, link_file, link_files, move_aside, read_tensors, write_tensors
+from lightning_attr.errors import StoreMismatchError
+from lightning_attr.files.io import digest, link_file, link_files, move_aside, write_tensors
 from lightning_attr.files.paths import check_key, inside, regular_files
 from lightning_attr.files.writer_lock import WriterLock, one_writer
-from lightning_attr.parameters.optimizer_state import OptimizerState
-from lightning_attr.store.manifest import Fingerprint, Manifest, Snapshot, Stopped
+from lightning_attr.store.manifest import Manifest, Snapshot
+from lightning_attr.store.snapshot_reader import BASIS, FROZEN, OPTIMIZER, WEIGHTS, SnapshotReader
 from lightning_attr.store.unfinished import clear_unfinished
 
-MANIFEST, OPTIMIZER = "manifest.json", "optimizer.safetensors"
-WEIGHTS, FROZEN = "weights.safetensors", "frozen.safetensors"
-BASIS = "basis.safetensors"
 
-
-class SnapshotStore:
+class SnapshotStore(SnapshotReader):
     """A directory with the snapshots of a run.
 
     Args:
@@ -34,6 +29,7 @@ class SnapshotStore:
 
     Example:
         >>> import tempfile, torch
+        >>> from lightning_attr.store.manifest import Fingerprint
         >>> folder = tempfile.TemporaryDirectory()
         >>> store = SnapshotStore(folder.name, Manifest(Fingerprint(3, None, {"w": (2,)}, None), 512, None))
         >>> _ = store.add_snapshot("epoch=0", {"w": torch.ones(2)}, epoch=0, global_step=2, learning_rate=0.1)
@@ -41,111 +37,6 @@ class SnapshotStore:
         {'w': tensor([1., 1.])}
         >>> folder.cleanup()
     """
-
-    def __init__(self, path: str | Path, manifest: Manifest, writer: bool = True) -> None:
-        self.path = Path(path).absolute()  # a run may change its working directory
-        self.manifest = manifest
-        self.writer = writer
-        self._state = file_state(self.path / MANIFEST)
-
-    @classmethod
-    def open(cls, path: str | Path, writer: bool = True) -> Self:
-        """Open a store.
-
-        Args:
-            path: its directory.
-            writer: as in the constructor.
-
-        Returns:
-            The store.
-        """
-        place = check_path(f"{cls.__name__}.open", "path", path)
-        return cls(place, Manifest.read(place.absolute() / MANIFEST), writer)
-
-    def reload(self) -> None:
-        """Read the manifest again, to see what another process entered.
-
-        Raises:
-            StoreMismatchError: if the store was deleted, or is another one by now.
-        """
-        self.check_there()
-        state, manifest = file_state(self.path / MANIFEST), Manifest.read(self.path / MANIFEST)
-        if manifest.id != self.manifest.id:
-            raise StoreMismatchError(
-                f"{self.path} holds another store than the one that was opened here: it was deleted and made anew. "
-                "Open it again, or use another directory."
-            )
-        self.manifest, self._state = manifest, state
-
-    def refresh(self) -> None:
-        """Read the manifest again if it is not as this object left it."""
-        if self._state is not None and self._state != file_state(self.path / MANIFEST):
-            self.reload()
-
-    def check_there(self) -> None:
-        """See that the store is still there.
-
-        Raises:
-            StoreMismatchError: if it was deleted.
-        """
-        if self._state is not None and file_state(self.path / MANIFEST) is None:
-            raise StoreMismatchError(
-                f"{self.path} was deleted while it was in use: its {MANIFEST} is gone, and what was recorded. Let "
-                "nothing clean that directory up, or choose another one."
-            )
-
-    @staticmethod
-    def exists(path: str | Path) -> bool:
-        """Whether a directory holds a store.
-
-        Args:
-            path: a directory, which need not exist.
-
-        Returns:
-            True if its manifest is there.
-        """
-        return (Path(path) / MANIFEST).exists()
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What the store was written for."""
-        return self.manifest.fingerprint
-
-    @property
-    def snapshots(self) -> tuple[Snapshot, ...]:
-        """The snapshots, in the order of training."""
-        return self.manifest.snapshots
-
-    def snapshot(self, key: str) -> Snapshot:
-        """Look a snapshot up.
-
-        Args:
-            key: its name.
-
-        Returns:
-            The snapshot.
-
-        Raises:
-            KeyError: if there is none of this name.
-        """
-        found = next((snapshot for snapshot in self.snapshots if snapshot.key == key), None)
-        if found is None:
-            raise KeyError(f"{self.path} has no snapshot {key!r}; it has {[known.key for known in self.snapshots]}.")
-        return found
-
-    def check(self, fingerprint: Fingerprint) -> None:
-        """Refuse another data set, model or projection than the store's; adopt the projection if it has none yet.
-
-        Args:
-            fingerprint: what is at hand.
-        """
-        self.fingerprint.check(fingerprint, str(self.path))
-        if self.fingerprint.projector is None and fingerprint.projector is not None:
-            self._adopt_projector(fingerprint.projector)
-
-    @one_writer
-    def _adopt_projector(self, config: Mapping[str, Any]) -> None:
-        self._save(replace(self.manifest, fingerprint=replace(self.fingerprint, projector=config)))
 
     @one_writer
     def add_snapshot(
@@ -208,43 +99,6 @@ class SnapshotStore:
         self._save(replace(self.manifest, snapshots=(*self.snapshots, snapshot)))
         return snapshot
 
-    def weights(self, key: str) -> dict[str, Tensor]:
-        """Read the weights of a snapshot.
-
-        Args:
-            key: its name.
-
-        Returns:
-            Parameter or buffer name -> tensor.
-
-        Raises:
-            CorruptedStoreError: if they are missing or damaged.
-        """
-        snapshot = self.snapshot(key)
-        place = {name: value for name, value in self.place(key, "weights").items() if name != "weights"}
-        if snapshot.frozen is None:
-            return self._tensors(key, WEIGHTS, snapshot.weights, place)
-        shared = {"kind": "frozen", "store": place["store"]}
-        frozen = self._tensors(key, FROZEN, snapshot.frozen, shared)
-        tensors = {**frozen, **self._tensors(key, WEIGHTS, None, place)}
-        if digest(tensors) != snapshot.weights:
-            raise CorruptedStoreError(f"{self.path / snapshot.folder} is damaged: {WEIGHTS} is not this snapshot's.")
-        return tensors
-
-    def place(self, key: str, kind: str) -> dict[str, str]:
-        """Say what a file of a snapshot is, for its header: of which store and snapshot, with which weights.
-
-        Args:
-            key: the snapshot.
-            kind: of file.
-
-        Returns:
-            Name -> value, the same in a store that this one was merged into.
-        """
-        snapshot = self.snapshot(key)
-        store = snapshot.origin or self.manifest.id
-        return {"kind": kind, "store": store, "snapshot": snapshot.projection, "weights": snapshot.weights}
-
     def _write_weights(
         self, folder: str, key: str, weights: Mapping[str, Tensor], trainable: tuple[str, ...] | None
     ) -> tuple[str, str | None]:
@@ -265,49 +119,6 @@ class SnapshotStore:
         link_file(inside(self.path, before.folder, FROZEN), beside)
         return own, content
 
-    def optimizer_state(self, key: str) -> OptimizerState:
-        """Read what the optimizer knew at a snapshot.
-
-        Args:
-            key: its name.
-
-        Returns:
-            The state.
-
-        Raises:
-            AttributionError: if it was not recorded.
-            CorruptedStoreError: if it is missing, damaged, or makes no sense.
-        """
-        content = self.snapshot(key).optimizer
-        if content is None:
-            raise AttributionError(
-                f"The snapshot {key!r} in {self.path} has no optimizer state, which this method needs. Fit with "
-                "AttributionCallback(optimizer_state=True), or with the method itself as the callback's `method`."
-            )
-        tensors = self._tensors(key, OPTIMIZER, content, self.place(key, "optimizer"))
-        try:
-            return OptimizerState.from_tensors(tensors)
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise CorruptedStoreError(
-                f"{self.path / self.snapshot(key).folder / OPTIMIZER} holds no state of an optimizer ({error}). "
-                f"{self._remedy(key)}"
-            ) from error
-
-    def basis(self, key: str) -> dict[str, Tensor] | None:
-        """Read what the projection of a snapshot has learned.
-
-        Args:
-            key: the snapshot.
-
-        Returns:
-            As :attr:`lightning_attr.projectors.LearnedProjection.basis` gives it; None if there is none yet.
-
-        Raises:
-            CorruptedStoreError: if it is missing or damaged.
-        """
-        content = self.snapshot(key).basis
-        return None if content is None else self._tensors(key, BASIS, content, self.place(key, "basis"))
-
     @one_writer
     def add_basis(self, key: str, basis: Mapping[str, Tensor]) -> None:
         """Keep what the projection of a snapshot has learned, before any feature is computed with it.
@@ -318,37 +129,6 @@ class SnapshotStore:
         """
         file = inside(self.path, self.snapshot(key).folder, BASIS)
         self._enter(key, basis=write_tensors(file, basis, self.place(key, "basis")))
-
-    def _enter(self, key: str, **changes: Any) -> None:
-        """Record which files a snapshot has."""
-        snapshots = tuple(replace(s, **changes) if s.key == key else s for s in self.snapshots)
-        self._save(replace(self.manifest, snapshots=snapshots))
-
-    def _tensors(self, key: str, file: str, content: str | None, place: Mapping[str, str]) -> dict[str, Tensor]:
-        return read_tensors(inside(self.path, self.snapshot(key).folder, file), content, self._remedy(key), place=place)
-
-    def _remedy(self, key: str) -> str:
-        return f"Call `FeatureStore.open({str(self.path)!r}).set_aside([{key!r}])` to go on without this snapshot."
-
-    @one_writer
-    def mark_stopped(self, stopped: Stopped | None) -> None:
-        """Note that the recording ended before the run did, or that it goes on after all.
-
-        Args:
-            stopped: when and why; None to go on.
-        """
-        if self.manifest.stopped != stopped:
-            self._save(replace(self.manifest, stopped=stopped))
-
-    @one_writer
-    def mark_trained_on(self, rows: str | None) -> None:
-        """Note which rows training can draw.
-
-        Args:
-            rows: as :func:`lightning_attr.data.exposure.to_bitmap` writes it; None where none are known to be left out.
-        """
-        if self.manifest.trained_on != rows:
-            self._save(replace(self.manifest, trained_on=rows))
 
     @one_writer
     def set_aside(self, keys: Iterable[str]) -> None:
@@ -391,9 +171,3 @@ class SnapshotStore:
                 link_files(own, folder, merged.path / snapshot.folder)
             merged._save(merged.manifest)
         return merged
-
-    def _save(self, manifest: Manifest) -> None:
-        if self.writer:
-            manifest.write(inside(self.path, MANIFEST))
-            self._state = file_state(self.path / MANIFEST)
-        self.manifest = manifest
