@@ -16,6 +16,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "records": ("journal",),
     "sources": ("data", "gradients", "outputs", "report", "store"),
     "objectives": ("objectives", "projectors", "results"),
+    "runs": ("replay",),
     "features": ("curvature", "features"),
     "methods": ("func", "methods", "modalities", "verification"),
     "evaluation": ("evaluation", "interop"),

@@ -128,13 +128,13 @@ class DataSource:
         """
         return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
-    def collated(self, rows: Sequence[int], stream: str = "sample") -> Any:
-        """Read samples and collate them, in this process, with the random view that featurizing will see."""
+    def collated(self, rows: Sequence[int], stream: str | None = "sample") -> Any:
+        """Read samples and collate them, in this process, with the random view that featurizing or training sees."""
         with unchanged_data(self.dataset, self.loader.collate_fn):
             return self.collate(self.sample_reader(stream), list(rows))
 
-    def sample_reader(self, stream: str = "sample") -> SampleReader:
-        """Give what reads samples with random numbers of their own."""
+    def sample_reader(self, stream: str | None = "sample") -> SampleReader:
+        """Give what reads samples with random numbers of their own, or with None as training reads them."""
         return SampleReader(self.dataset, stream, self.loader.collate_fn, self.form.put_back)
 
     def example(self) -> Any:

@@ -25,7 +25,8 @@ class SampleReader:
 
     Args:
         dataset: a map-style data set.
-        stream: of the random numbers; all that featurizing reads is of one.
+        stream: of the random numbers; all that featurizing reads is of one. None leaves the streams alone: samples are
+            read as training reads them.
         collate_fn: what samples go through next, whose own random generators are seeded as well.
         put_back: whether what reading changes is put back after each sample.
 
@@ -34,7 +35,9 @@ class SampleReader:
         4.0
     """
 
-    def __init__(self, dataset: Any, stream: str = "sample", collate_fn: Any = None, put_back: bool = False) -> None:
+    def __init__(
+        self, dataset: Any, stream: str | None = "sample", collate_fn: Any = None, put_back: bool = False
+    ) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.stream = stream
@@ -77,6 +80,8 @@ class SampleReader:
         return self._state.kept(by_value=True)
 
     def _seed(self, row: int) -> None:
+        if self.stream is None:
+            return
         if self._generators is None:  # found in the process that uses them, which may be a worker
             self._generators = find_generators([self.dataset, self.collate_fn])
         seed = hashed_seed(self.stream, row)

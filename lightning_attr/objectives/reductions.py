@@ -94,7 +94,10 @@ def _reduces(function: Callable[..., Any]) -> bool:
     if function in _PLAIN:
         return True
     # torch.* and Tensor.* have no signature, or a positional one without a name for the reduction.
-    return inspect.isfunction(function) and "reduction" in inspect.signature(function).parameters
+    try:
+        return inspect.isfunction(function) and "reduction" in inspect.signature(function).parameters
+    except ValueError:  # a wrapper of one without, such as `**`
+        return False
 
 
 def shares(scalar: Tensor, calls: Sequence[Reduction], batch_size: int) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -16,6 +16,8 @@ from lightning_attr.user_code.batch_start import with_batch_start
 from lightning_attr.user_code.calls import called, surroundings_of
 from lightning_attr.user_code.lightning_names import both, overrides
 from lightning_attr.user_code.step_world import silent_loggers
+
+Result = TypeVar("Result")
 
 
 def has_training_step(module: Any) -> bool:
@@ -68,6 +70,37 @@ def training_losses(module: L.LightningModule, batches: Sequence[Any], batch_idx
         >>> training_losses(Counts(), [torch.ones(2), torch.ones(2)])
         [tensor(2.), tensor(4.)]
     """
+    returned = _returned(module, batches, batch_idx)
+    return [_loss_of(module, one) for one in returned]
+
+
+def followed_loss(
+    module: L.LightningModule, batch: Any, batch_idx: int, follow: Callable[[], Result]
+) -> tuple[Tensor, Result]:
+    """Compute the training loss of a batch, and something more before the state of the module is put back.
+
+    Returns the loss, and what ``follow`` returns, such as the buffers as the step has left them.
+
+    Example:
+        >>> import torch
+        >>> class Counts(L.LightningModule):
+        ...     count = 0.0
+        ...     def training_step(self, batch, batch_idx):
+        ...         self.count += 1
+        ...         return self.count * batch.sum()
+        >>> counts = Counts()
+        >>> followed_loss(counts, torch.ones(2), 0, lambda: counts.count), counts.count
+        ((tensor(2.), 1.0), 0.0)
+    """
+    followed: list[Result] = []
+    returned = _returned(module, [batch], batch_idx, lambda: followed.append(follow()))
+    return _loss_of(module, returned[0]), followed[-1]
+
+
+def _returned(
+    module: L.LightningModule, batches: Sequence[Any], batch_idx: int, follow: Callable[[], object] = lambda: None
+) -> list[Any]:
+    """What the steps of some batches return, with their state put back after all of them."""
     silent = silent_loggers(module._trainer) if surroundings_of(module) is None else nullcontext()
     step: Callable[..., Any] = module.training_step
     index = (batch_idx,) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else ()
@@ -76,10 +109,11 @@ def training_losses(module: L.LightningModule, batches: Sequence[Any], batch_idx
 
         def runs(own: Any) -> list[Any]:
             copies = [own, *(OwnBatch(batch, copied=True).batch for batch in batches[1:])]
-            return [run(one, batch_idx, *index) for one in copies]
+            returned = [run(one, batch_idx, *index) for one in copies]
+            follow()
+            return returned
 
-        returned = called(module, "training_step", runs, batches[0])
-    return [_loss_of(module, one) for one in returned]
+        return called(module, "training_step", runs, batches[0])
 
 
 def _loss_of(module: L.LightningModule, returned: Any) -> Tensor:
