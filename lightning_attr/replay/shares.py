@@ -17,9 +17,8 @@ def sample_shares(loss: Tensor, calls: Sequence[Reduction], batch_size: int) -> 
 
     .. math:: s_z = \sum_k \frac{\partial L}{\partial r_k} r_{kz}
 
-    so that :math:`L + \sum_z (w_z - 1) s_z` has the loss's values and derivatives by parameters and weights at
-    :math:`w = 1`, whatever else the loss has in it. What a mean divides by (labels that count, weights of classes) is
-    constant: a sample that is left out leaves it as it is.
+    so that :math:`L + \sum_z (w_z - 1) s_z` has the loss's values and derivatives at :math:`w = 1`, whatever else the
+    loss has in it. What a mean divides by (labels that count, weights of classes) is constant.
 
     Returns ``(b,)``, with its graph; None if no reduction over samples leads to the loss.
 
