@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from lightning_attr.arguments.checks import check_choice, check_flag, check_int
-from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures, in_step
-from lightning_attr.methods.choice import MOST_FEATURES, FeatureChoice, choose_features
-from lightning_attr.methods.dual_gauss_newton import GaussNewtonKernel
-from lightning_attr.methods.kernels.feature_kernel import KernelMethod
-from lightning_attr.methods.kernels.sample_kernel import DualKernel
-from lightning_attr.methods.over_snapshots import balanced_total
+from lightning_attr.methods.choice import MOST_FEATURES
+from lightning_attr.methods.ensemble_scores import EnsembleScores
 from lightning_attr.methods.support.subset_truth import SubsetTruth
 from lightning_attr.projectors import Projector
 from lightning_attr.projectors.eigen import DefaultProjector
 
 
-class TRAK(KernelMethod):
+class TRAK(EnsembleScores):
     r"""Tracing with the randomly-projected after kernel (Park et al., 2023), every snapshot a member of the ensemble.
 
     .. math::
@@ -95,6 +84,7 @@ class TRAK(KernelMethod):
 
     Example:
         >>> import torch
+        >>> from lightning_attr.methods import SnapshotFeatures
         >>> train = {"features": torch.eye(2), "out_to_loss": torch.ones(2), "newton_weight": torch.ones(2)}
         >>> targets = {"features": torch.tensor([[1.0, 0.0]])}
         >>> (block,) = TRAK(damping=1.0).score([SnapshotFeatures.of(train, targets)])
@@ -129,7 +119,7 @@ class TRAK(KernelMethod):
         if exact:
             self.projector, self.proj_dim = None, chosen
         self._open = proj_dim is None and projector is None and not exact
-        self.choice: FeatureChoice | None = None
+        self.choice = None
         self.newton_weights = check_flag(self, "newton_weights", newton_weights)
         self.balanced = check_flag(self, "balanced", balanced)
         self.loo_correction = check_flag(self, "loo_correction", loo_correction)
@@ -137,227 +127,4 @@ class TRAK(KernelMethod):
         check_choice(self, "kernel", kernel, ("auto", "ggn", "margin"))
         self.kernel = kernel
         self.directions = check_int(self, "directions", directions, minimum=1)
-        if kernel == "ggn" and (loo_correction or not newton_weights):
-            raise ValueError(
-                'Expected argument `kernel` of TRAK not to be "ggn" with `newton_weights=False`, which leaves the '
-                "curvature out, or with `loo_correction=True`, which is exact for one row a sample."
-            )
-
-    def wants_directions(self, curvature: str) -> bool:
-        """Say whether the kernel has second directions of an output.
-
-        Args:
-            curvature: how its Gauss-Newton matrix is known, see :attr:`lightning_attr.outputs.ModelOutput.curvature`.
-
-        Returns:
-            True if it has.
-
-        Raises:
-            ValueError: if they are asked for, but not known.
-        """
-        if self.kernel == "ggn" and curvature == "unknown":
-            raise ValueError(
-                'Expected a model output with a second direction for `kernel="ggn"`, but that of this module has none, '
-                "as a loss without the mixin, NegativeLoss, and an output of your own that does not override "
-                '`second_direction`. Use `kernel="auto"`, or "margin".'
-            )
-        one_row = self.kernel == "margin" or not self.newton_weights or self.loo_correction
-        return not one_row and curvature in {"rest", "whole"}
-
-    def settled(self, n_train: int, numel: int) -> TRAK:
-        """Choose how many features there are, where nobody said; see :func:`lightning_attr.methods.choice.settled`.
-
-        Args:
-            n_train: training samples.
-            numel: parameters of the model, frozen or not.
-
-        Returns:
-            The method, with nothing left to choose.
-        """
-        if not self._open or self.projector is None:
-            return self
-        own = copy.copy(self)
-        own._open, own.choice = False, choose_features(n_train, numel)
-        own.projector = type(self.projector)(own.choice.proj_dim, self.projector.seed)
-        return own
-
-    def given(self, projector: Projector) -> TRAK:
-        """Take a projector, if nobody chose one; see :func:`lightning_attr.methods.stored_projection.on_store`.
-
-        Args:
-            projector: of the features that there are.
-
-        Returns:
-            The method, with nothing left to choose; as it is, where somebody chose.
-        """
-        if not self._open or self.projector is None:
-            return self
-        own = copy.copy(self)
-        own._open, own.projector = False, projector
-        return own
-
-    def damping_at(self, snapshot: SnapshotFeatures) -> float:
-        """Give the damping as a multiple of the mean diagonal entry; see :meth:`DampedMethod.damping_at`.
-
-        Args:
-            snapshot: that is scored.
-
-        Returns:
-            The one given or chosen. Where the number of features is chosen, too, the scores do not hang on it: the
-            ridge is that of 2,048.
-        """
-        damping = super().damping_at(snapshot)
-        return damping if self.choice is None else damping * snapshot.targets["features"].shape[1] / MOST_FEATURES
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Name and arguments, and what was chosen and why; see :meth:`AttributionMethod.config`."""
-        own = {name: value for name, value in super().config.items() if name not in {"_open", "choice"}}
-        return own if self.choice is None else {**own, "choice": self.choice.reason}
-
-    def kernel_weights(self, columns: Mapping[str, Tensor]) -> Tensor | None:
-        """Weigh by the curvature of the loss, or not at all; see :meth:`KernelMethod.kernel_weights`.
-
-        Args:
-            columns: of the store.
-
-        Returns:
-            ``(b,)``, or None.
-        """
-        return columns["newton_weight"] if self.newton_weights else None
-
-    def second_directions(self, curvature: str) -> int:
-        """Store :attr:`directions` where the kernel has them; see :meth:`AttributionMethod.second_directions`.
-
-        Args:
-            curvature: as there.
-
-        Returns:
-            How many.
-        """
-        return self.directions if self.wants_directions(curvature) and not self.exact else 0
-
-    def beside(self, snapshot: SnapshotFeatures, columns: Mapping[str, Tensor]) -> Tensor | None:
-        """Give the second directions, where the kernel has them; see :meth:`KernelMethod.beside`.
-
-        Args:
-            snapshot: as there.
-            columns: as there.
-
-        Returns:
-            Features, or None.
-        """
-        if not snapshot.directions or not self.wants_directions(snapshot.curvature):
-            return None
-        rows = columns["second_features"].flatten(0, 1)
-        return rows if rows[:, 0].all() else rows[rows.any(1)]  # samples without any have zeros
-
-    def score(self, snapshots: Sequence[SnapshotFeatures]) -> Iterator[ScoreBlock]:
-        """Average over the snapshots; see :meth:`AttributionMethod.score`.
-
-        Kernels are products of blocks in the features' precision, added up and factored in float64.
-
-        Args:
-            snapshots: in the order of training.
-
-        Yields:
-            Scores, block after block.
-
-        Raises:
-            ValueError: if a kernel is singular, or not finite, or a leverage leaves nothing to divide by.
-        """
-        plain = not (self.balanced and self.newton_weights)
-        if self.exact:
-            yield from self._exact(snapshots, plain)
-            return
-        for snapshot in snapshots:
-            self._say_kernel(snapshot, snapshot.directions)
-        kernels = [self.solve(snapshot) for snapshot in snapshots]
-        weights = [1 / len(kernels)] * len(kernels) if plain else self.balanced_weights(snapshots, kernels)
-        for rows, train in in_step(snapshots):
-            m = len(snapshots[0].targets["features"])
-            like = kernels[0].targets
-            scores, self_influence, push = (like.new_zeros(size) for size in ((len(rows), m), len(rows), len(rows)))
-            for columns, kernel, weight in zip(train, kernels, weights, strict=True):
-                features, q = columns["features"].to(like), columns["out_to_loss"].to(like)
-                leverage = kernel.leverage(features, rows)
-                if self.loo_correction:
-                    left = self._left(leverage, columns, rows)
-                    leverage, features = leverage / left, features / left[:, None]
-                if self.newton_weights:
-                    leverage = q * leverage
-                _add_product(
-                    scores, features, kernel.targets, weight * (q if self.newton_weights else torch.ones_like(q))
-                )
-                self_influence += weight * leverage
-                push += weight * q
-            if not self.newton_weights:
-                scores, self_influence = scores * push[:, None], self_influence * push
-            yield ScoreBlock(rows, scores, self_influence)
-
-    def _exact(self, snapshots: Sequence[SnapshotFeatures], plain: bool) -> Iterator[ScoreBlock]:
-        scores = self_influence = push = torch.zeros(())
-        sizes = []
-        for snapshot in snapshots:
-            kernel = self._dual(snapshot)
-            ridge = self.damping_at(snapshot) * kernel.kernel.diagonal().sum().item() / self.proj_dim
-            solved = kernel.solve(snapshot, ridge)
-            if solved.dimension is not None:
-                snapshot.evidence["effective_dimension"] = solved.dimension
-            terms, leverage, q = solved.terms, solved.leverage, kernel.columns["out_to_loss"]
-            if self.loo_correction:
-                left = self._left(leverage, kernel.columns, range(len(leverage)))
-                leverage, terms = leverage / left, terms / left[:, None]
-            if self.newton_weights:
-                leverage, terms = q * leverage, q[:, None] * terms
-            sizes.append(1.0 if plain else leverage.abs().double().mean().item())
-            weight = 1 / (sizes[-1] or 1.0)
-            scores = scores + weight * terms
-            self_influence = self_influence + weight * leverage
-            push = push + weight * q
-        total = balanced_total(sizes)
-        if not self.newton_weights:
-            scores, self_influence = scores * push[:, None] / total, self_influence * push / total
-        for rows in kernel.own:
-            own = slice(rows.start, rows.stop)
-            yield ScoreBlock(rows, scores[own] / total, self_influence[own] / total)
-
-    def _say_kernel(self, snapshot: SnapshotFeatures, directions: int) -> None:
-        """Note which kernel there is; refuse features that lack what was asked for."""
-        wanted = self.wants_directions(snapshot.curvature)
-        if wanted and not directions and self.kernel == "ggn":
-            raise ValueError(
-                f'Expected features with second directions for `kernel="ggn"`, but those of snapshot {snapshot.key!r} '
-                'were stored without, by another method or an earlier version. Use `kernel="auto"`, which scores them '
-                "by the kernel that they have, or fit with another directory."
-            )
-        if self.newton_weights:
-            whole = snapshot.curvature == "newton" or (wanted and directions)
-            snapshot.evidence["kernel"] = "ggn" if whole else "margin"
-
-    def _dual(self, snapshot: SnapshotFeatures) -> DualKernel:
-        self._say_kernel(snapshot, self.directions)
-        if not self.wants_directions(snapshot.curvature):
-            return DualKernel.at(snapshot, self.newton_weights)
-        return GaussNewtonKernel.kept(snapshot, self.directions, snapshot.curvature == "whole")
-
-    def _left(self, leverage: Tensor, columns: Mapping[str, Tensor], rows: range) -> Tensor:
-        """Share of its own fit that a sample leaves to the others, ``(b,)``."""
-        weights = self.kernel_weights(columns)
-        left = 1 - (leverage if weights is None else leverage * weights.to(leverage))
-        alone = (~(left > 16 * torch.finfo(left.dtype).eps)).nonzero().flatten().tolist()
-        if alone:
-            raise ValueError(
-                f"Expected leverages below 1 for `loo_correction=True`, but that of training sample "
-                f"{rows[alone[0]]} is {1 - left[alone[0]].item():.6g}: nothing but itself determines its output, so "
-                "that there is no solution without it. Raise the damping, or lower `proj_dim`."
-            )
-        return left
-
-
-def _add_product(scores: Tensor, features: Tensor, solved: Tensor, factors: Tensor) -> None:
-    """Add ``diag(factors) features solved`` to scores; the smaller matrix is scaled."""
-    if solved.shape[1] < features.shape[1]:
-        scores.addcmul_(features @ solved, factors[:, None])
-    else:
-        scores.addmm_(factors[:, None] * features, solved)
+        self.check_kernel()
