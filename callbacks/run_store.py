@@ -26,6 +26,7 @@ from lightning_attr.files.io import digest
 from lightning_attr.files.writer_lock import WriterLock
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.parameters.learning_rates import LearningRates
+from lightning_attr.parameters.optimizer_settings import optimizer_settings
 from lightning_attr.parameters.trainable import trainable_names
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots import run_settings
@@ -85,7 +86,8 @@ class RunStore:
         store = FeatureStore.open(path)
         note_drawable_rows(trainer, pl_module, source, store)
         began = {"began": sizes_of_weights(pl_module)} if trainer.global_step == 0 else {}
-        store.mark_training({**run_settings(trainer, source.loader), **began})
+        optimizers = {"optimizers": optimizer_settings(trainer.optimizers, pl_module)}
+        store.mark_training({**run_settings(trainer, source.loader), **optimizers, **began})
 
     def step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Integrate the learning rates of a step."""

@@ -152,6 +152,18 @@ def _of_classes() -> Iterator[WrongCall]:
             **snapshots,
         },
     )
+    yield from calls(
+        m.SOURCE,
+        {
+            "segments": (0, 1.5, "two", [], [1.0], [0.5, 0.5]),
+            "solver": ("cg", m.EKFAC, 3),
+            "curvature": NAME,
+            "optimizer": NAME,
+            "momentum": (1.0, -0.1, NAN, "a"),
+            "weight_decay": (-1.0, INF, "a"),
+            "seed": SEED,
+        },
+    )
     yield from calls(m.EKFAC, {"labels": NAME})
     yield from calls(
         m.ConjugateGradient,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,8 @@ class Assembly:
             n_drawn=0 if trained_on is None else int(trained_on.sum()),
             n_train=len(self.work.train),
             key=key,
+            optimizers=(self.work.store.manifest.training or {}).get("optimizers"),
+            optimizer_state=partial(self.work.store.optimizer_state, key),
             **directions_of(self.work.store, key, self.request.module),
         )
 

@@ -74,14 +74,7 @@ class KroneckerInverse:
                 f"Expected argument `vectors` of shape (r, {size}), one number a parameter, but got "
                 f"{tuple(vectors.shape)}."
             )
-        slots = self.layout.slots
-        result = torch.zeros_like(vectors)
-        for block in self.layout.blocks if len(vectors) else ():
-            factors = self.factors.blocks[block.weight]
-            rows, columns = factors.rows_basis.to(vectors), factors.columns_basis.to(vectors)
-            for name, part in block.vectors(rotated(rows @ self.turned(block, vectors), columns.mT)).items():
-                result[:, slots[name]] = part
-        return result
+        return in_eigenbasis(self.factors, vectors, self.scales)
 
     def apply_parameters(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Apply the inverse to one vector that is given parameter by parameter.
@@ -122,10 +115,30 @@ class KroneckerInverse:
 
         Shapes: vectors (r, p). Returns ``(r, groups, d_o, d_i)``.
         """
-        factors, slots = self.factors.blocks[block.weight], self.layout.slots
-        matrices = block.matrices({name: vectors[:, slots[name]] for name in block.names})
-        rows, columns = factors.rows_basis.to(matrices), factors.columns_basis.to(matrices)
-        return rotated(rows.mT @ matrices, columns).mul_(self.scales[block.weight].to(matrices))
+        return _turned(self.factors, block, vectors, self.scales[block.weight])
+
+
+def in_eigenbasis(factors: KroneckerFactors, vectors: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+    """Multiply the coordinates of vectors in the eigenbasis of each block; parameters without factors give zero.
+
+    Shapes: vectors (r, p), scales (groups, d_o, d_i) by the name of the block's weight. Returns ``(r, p)``.
+    """
+    result, slots = torch.zeros_like(vectors), factors.layout.slots
+    for block in factors.layout.blocks if len(vectors) else ():
+        own = factors.blocks[block.weight]
+        rows, columns = own.rows_basis.to(vectors), own.columns_basis.to(vectors)
+        turned = _turned(factors, block, vectors, scales[block.weight])
+        for name, part in block.vectors(rotated(rows @ turned, columns.mT)).items():
+            result[:, slots[name]] = part
+    return result
+
+
+def _turned(factors: KroneckerFactors, block: KroneckerBlock, vectors: Tensor, scales: Tensor) -> Tensor:
+    """Coordinates of a block's part of each row, times their scales, ``(r, groups, d_o, d_i)``."""
+    own, slots = factors.blocks[block.weight], factors.layout.slots
+    matrices = block.matrices({name: vectors[:, slots[name]] for name in block.names})
+    rows, columns = own.rows_basis.to(matrices), own.columns_basis.to(matrices)
+    return rotated(rows.mT @ matrices, columns).mul_(scales.to(matrices))
 
 
 class InverseForms(Projection):

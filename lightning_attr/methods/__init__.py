@@ -16,6 +16,7 @@ from lightning_attr.methods.solvers.astra import Astra
 from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Solver
 from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
 from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
+from lightning_attr.methods.source import SOURCE
 from lightning_attr.methods.support.damping import DampedMethod, choose_damping
 from lightning_attr.methods.support.module_method import ModelMethod, model_of
 from lightning_attr.methods.tracin import GAS, TracIn
@@ -28,6 +29,7 @@ __all__ = [
     "KFAC",
     "LESS",
     "RPS",
+    "SOURCE",
     "TRAK",
     "Arnoldi",
     "Astra",

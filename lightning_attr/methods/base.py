@@ -47,6 +47,10 @@ class SnapshotFeatures:
         directions: second directions a sample in the columns, ``second_features`` ``(b, directions, k)``; 0 without.
         curvature: how the Gauss-Newton matrix of the loss is known, see
             :attr:`lightning_attr.outputs.ModelOutput.curvature`.
+        optimizers: settings of the run's optimizers, as
+            :func:`lightning_attr.parameters.optimizer_settings.optimizer_settings` gives them; None where they were not
+            recorded.
+        optimizer_state: reads what the optimizers knew there; None where there are features only.
 
     Example:
         >>> import torch
@@ -68,6 +72,8 @@ class SnapshotFeatures:
     n_drawn: int = 0
     directions: int = 0
     curvature: str = "unknown"
+    optimizers: Sequence[Mapping[str, Any]] | None = None
+    optimizer_state: Callable[[], OptimizerState] | None = None
 
     @property
     def evidence(self) -> dict[str, Any]:
