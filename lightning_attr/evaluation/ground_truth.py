@@ -22,7 +22,7 @@ from lightning_attr.evaluation.subsets import Retraining, RetrainingPlan
 from lightning_attr.files.claims import STALE_AFTER, Claim, Claims, create_once
 from lightning_attr.files.fields import checked, integer, one_of, sha256, text
 from lightning_attr.files.io import RESTORE, digest, read_tensors, remains, write_tensors
-from lightning_attr.files.paths import inside
+from lightning_attr.files.paths import inside, is_there, names_in
 from lightning_attr.files.sealed_records import read_record, seal
 
 FORMAT = 2
@@ -68,12 +68,8 @@ class Records:
         manifest = {"format": FORMAT, "id": uuid.uuid4().hex, "plan": record, "recipe": dict(recipe)}
         dirpath = dirpath.absolute()
         path = dirpath / _MANIFEST
-        if not path.exists():
-            if (
-                dirpath.exists()
-                and any(not file.name.startswith(".") for file in dirpath.iterdir())
-                and not path.exists()
-            ):
+        if not is_there(path):
+            if any(not name.startswith(".") for name in names_in(dirpath)) and not is_there(path):
                 raise AttributionError(
                     f"Expected argument `dirpath` to be an empty or new directory, or one with ground truth, but "
                     f"{dirpath} holds other files and no {_MANIFEST}. Choose another directory."
@@ -81,7 +77,7 @@ class Records:
             create_once(path, seal(manifest))
         found = _read_manifest(dirpath)  # another process may have been first
         _check_same(dirpath, found, json.loads(json.dumps(manifest)))
-        if not (dirpath / "masks.safetensors").exists():
+        if not is_there(dirpath / "masks.safetensors"):
             write_tensors(inside(dirpath, "masks.safetensors"), masks, _masks_place(found))
         return cls(dirpath)
 
@@ -107,7 +103,7 @@ class Records:
 
     def unfinished(self) -> list[Retraining]:
         """List what has no outputs yet, whether or not somebody is at it."""
-        done = {file.name for file in inside(self.dirpath, "runs").glob("*.safetensors")}
+        done = set(names_in(inside(self.dirpath, "runs")))
         return [retraining for retraining in self.plan if self.path(retraining).name not in done]
 
     def claim(self, retraining: Retraining) -> Claim | None:
@@ -116,7 +112,7 @@ class Records:
         Returns the claim; None if it is finished, or another process is at it.
         """
         claim = self.claims.take(retraining.name)
-        if claim is not None and self.path(retraining).exists():
+        if claim is not None and is_there(self.path(retraining)):
             claim.release()
             return None
         return claim
@@ -161,7 +157,7 @@ class Records:
     def sweep(self) -> None:
         """Delete what killed processes left: claims of what is finished, and temporary files of long ago."""
         for file in inside(self.dirpath, "claims").glob("*-repeat=*"):
-            if inside(self.dirpath, "runs", f"{file.stem}.safetensors").exists():
+            if is_there(inside(self.dirpath, "runs", f"{file.stem}.safetensors")):
                 file.unlink(missing_ok=True)
         for file in remains(self.dirpath):
             with suppress(FileNotFoundError):  # its owner lives, or another process sweeps
@@ -301,7 +297,7 @@ def _masks_place(manifest: Mapping[str, Any]) -> dict[str, str]:
 def _read_plan(dirpath: Path, manifest: Mapping[str, Any]) -> RetrainingPlan:
     path, plan = inside(dirpath, "masks.safetensors"), manifest["plan"]
     masks = read_tensors(path, plan["masks"], RESTORE, place=_masks_place(manifest)).get("masks")
-    if masks is None or masks.ndim != 2 or masks.dtype != torch.bool:
+    if masks is None or masks.ndim != 2 or masks.dtype != torch.bool or not masks.numel():
         raise CorruptedStoreError(f"{path} holds no sets of samples, one a row. {RESTORE}")
     return RetrainingPlan(plan["kind"], masks, plan["repeats"], plan["seed"])
 

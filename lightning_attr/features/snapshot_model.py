@@ -21,7 +21,7 @@ from lightning_attr.features.featurizer import AttributionPlan, Featurizer, plan
 from lightning_attr.features.kept_files import Shapes, read_kept
 from lightning_attr.features.second_direction import SecondFeaturizer, module_curvature
 from lightning_attr.files.io import write_tensors
-from lightning_attr.files.paths import inside
+from lightning_attr.files.paths import inside, is_there
 from lightning_attr.objectives.objective import completed, draws_of
 from lightning_attr.parameters.layout import ParameterLayout, real_dtype
 from lightning_attr.parameters.weights import load_weights, weights_of
@@ -239,7 +239,7 @@ class SnapshotModel:
         """
         path = None if self.folder is None else inside(self.folder.parent, self.folder.name, f"{name}.safetensors")
         place = {**self.place, "name": name, **({} if self.train_digest is None else {"data": self.train_digest})}
-        if path is not None and path.exists():
+        if path is not None and is_there(path):
             return read_kept(path, place, shapes, optional)
         tensors = compute()
         if path is not None and self.writer:

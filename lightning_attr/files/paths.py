@@ -65,6 +65,43 @@ def _is_plain(root: Path, below: str) -> bool:
     return True
 
 
+def is_there(path: Path) -> bool:
+    """See whether a file or folder is there; what cannot be looked at is not said to be missing.
+
+    Example:
+        >>> is_there(Path("no such folder", "file"))
+        False
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CorruptedStoreError(
+            f"{path} cannot be looked at: {error}. See to the permissions of its folder."
+        ) from error
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """List the names in a folder.
+
+    Returns none where it is missing.
+
+    Example:
+        >>> names_in(Path("no such folder"))
+        []
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CorruptedStoreError(
+            f"{folder} cannot be listed: {error}. See that it is a folder, and to its permissions."
+        ) from error
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """Read a file that may be anything."""
     check_regular(path, most)

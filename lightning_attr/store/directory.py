@@ -12,7 +12,7 @@ from typing_extensions import Self
 from lightning_attr.arguments.checks import check_path
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.files.io import file_state
-from lightning_attr.files.paths import inside
+from lightning_attr.files.paths import inside, is_there
 from lightning_attr.files.writer_lock import one_writer
 from lightning_attr.store.manifest import Fingerprint, Manifest, Snapshot, Stopped
 
@@ -89,8 +89,11 @@ class StoreDirectory:
 
         Returns:
             True if its manifest is there.
+
+        Raises:
+            CorruptedStoreError: if the directory cannot be looked into.
         """
-        return (Path(path) / MANIFEST).exists()
+        return is_there(Path(path) / MANIFEST)
 
     @property
     def fingerprint(self) -> Fingerprint:

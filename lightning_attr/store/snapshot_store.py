@@ -12,7 +12,7 @@ from typing_extensions import Self
 from lightning_attr.arguments.checks import check_instance, check_path
 from lightning_attr.errors import StoreMismatchError
 from lightning_attr.files.io import digest, link_file, link_files, move_aside, write_tensors
-from lightning_attr.files.paths import check_key, inside, regular_files
+from lightning_attr.files.paths import check_key, inside, names_in, regular_files
 from lightning_attr.files.writer_lock import WriterLock, one_writer
 from lightning_attr.store.manifest import Manifest, Snapshot
 from lightning_attr.store.snapshot_reader import BASIS, FROZEN, OPTIMIZER, WEIGHTS, SnapshotReader
@@ -163,7 +163,7 @@ class SnapshotStore(SnapshotReader):
         check_instance("merge", "stores", stores, (list, tuple), "a list of stores, or of their directories")
         sources = [store if isinstance(store, SnapshotStore) else cls.open(store) for store in stores]
         merged = cls(check_path("merge", "path", path), Manifest.joined([(s.path, s.manifest) for s in sources]))
-        if merged.path.exists() and any(merged.path.iterdir()):
+        if names_in(merged.path):
             raise StoreMismatchError(f"{path} already holds a store, or something else. Use another directory.")
         files = [(s.path / n.folder, regular_files(s.path, n.folder)) for s in sources for n in s.manifest.usable]
         with WriterLock(merged.path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from lightning_attr.files.io import write_tensors
 
 __all__ = ["rows"]
 
+_DAMAGED = "damaged"
 OUTCOMES = ("named", "harmless", "raw", "silent")
 
 
@@ -116,6 +118,63 @@ def header(rng: random.Random, file: Path, others: list[Path]) -> None:
     file.write_bytes(size.to_bytes(8, "little") + content[8:])
 
 
+def line_ends(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Write other ends of lines, as version control and transfers of texts do."""
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def encoding(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Begin with the mark of an encoding, or write the text in another, as editors do."""
+    content = file.read_bytes()
+    other = content.decode("latin-1").encode("utf-16") if rng.random() < 0.5 else b"\xef\xbb\xbf" + content
+    file.write_bytes(other)
+
+
+def pack(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Pack it, as backups do."""
+    file.write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+
+
+def hole(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Let it end in a hole, or be one as a whole, as after a copy that was interrupted."""
+    size = file.stat().st_size
+    if rng.random() < 0.5:
+        os.truncate(file, 0)
+    os.truncate(file, size + rng.choice([0, 1, 4096]))
+
+
+def mix(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Begin as it was and end as another of the same kind, as after two writers."""
+    content, other = file.read_bytes(), rng.choice(others).read_bytes()
+    start = rng.randrange(len(content))
+    file.write_bytes(content[:start] + other[start:])
+
+
+def exchange(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Exchange its folder and another: one beside it, or of the same name elsewhere."""
+    own = file.parent
+    root = next(place for place in file.parents if place.name == _DAMAGED)
+    folders = sorted(place for place in root.rglob("*") if place.is_dir() and place != own)
+    fitting = [place for place in folders if own != root and (place.parent == own.parent or place.name == own.name)]
+    if fitting:
+        other, between = rng.choice(fitting), own.with_name("between")
+        for source, target in ((own, between), (other, own), (between, other)):
+            source.rename(target)
+
+
+def linked(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Put a link in its place, to another file of the directory or to none."""
+    inside = sorted(file.parent.parent.rglob(f"*{file.suffix}"))
+    target = rng.choice([*inside, file.with_name("gone")])
+    file.unlink()
+    file.symlink_to(os.path.relpath(target, file.parent))
+
+
+def closed(rng: random.Random, file: Path, others: list[Path]) -> None:
+    """Let nobody enter its folder."""
+    file.parent.chmod(0)
+
+
 def senseless(rng: random.Random, file: Path, others: list[Path]) -> None:
     """Write other tensors with right checksums, as a stranger can: NaN, other shapes, dtypes and names, none at all."""
     if file.suffix != ".safetensors":
@@ -146,28 +205,10 @@ def senseless(rng: random.Random, file: Path, others: list[Path]) -> None:
 
 
 DAMAGES = (
-    flip,
-    flip,
-    truncate,
-    delete,
-    swap,
-    overwrite,
-    append,
-    retouch,
-    empty,
-    into_folder,
-    rename,
-    duplicate,
-    deny,
-    only_read,
-    header,
-    senseless,
-    senseless,
+    *(flip, truncate, delete, swap, overwrite, append, retouch, empty, into_folder, rename, duplicate, deny, only_read),
+    *(header, line_ends, encoding, pack, hole, mix, exchange, linked, closed),
+    *(flip, senseless, senseless),  # more often
 )
-
-
-_BESIDE = (duplicate, deny, only_read)
-"""What does not change the content."""
 
 
 @contextmanager
@@ -183,10 +224,15 @@ def unprivileged() -> Iterator[None]:
             os.seteuid(0)
 
 
+def denied(file: Path) -> bool:
+    """Whether nobody may read it, or enter its folder."""
+    return not (file.parent.stat().st_mode & 0o111 and (not file.is_file() or file.stat().st_mode & 0o444))
+
+
 def outcome(kind: str, path: Path, file: Path, reference: subject.Reading) -> str:
     """Read a damaged directory, and say what came of it."""
     try:
-        with unprivileged() if file.is_file() and not file.stat().st_mode & 0o444 else nullcontext():
+        with unprivileged() if denied(file) else nullcontext():
             found = subject.read(kind, path)
     except AttributionError as error:
         return "named" if file.name in str(error) or str(path) in str(error) else "raw"
@@ -211,15 +257,21 @@ def attempt(
     while True:
         shutil.copytree(source, damaged)
         target = damaged / file.relative_to(source)
-        damage, before = rng.choice(DAMAGES), target.read_bytes()
+        damage, before = rng.choice(DAMAGES), state(damaged)
         damage(rng, target, others)
-        changed = damage in _BESIDE or not target.is_file() or target.read_bytes() != before
+        changed = state(damaged) != before
         found = outcome(source.parent.name, damaged, target, reference) if changed else ""
         for path in (damaged, *damaged.rglob("*")):
-            path.chmod(0o700)
+            if not path.is_symlink():
+                path.chmod(0o700)
         shutil.rmtree(damaged)
         if changed:
             return damage.__name__, found
+
+
+def state(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """All that lies in a folder, and who may do what with it."""
+    return {path: (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -228,13 +280,14 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name).resolve()
         place.chmod(0o755)
-        whole, damaged = place / "whole", place / "damaged"
-        subject.make(whole)
+        whole, damaged = place / "whole", place / _DAMAGED
+        kinds = getattr(options, "kinds", None) or list(subject.KINDS)
+        subject.make(whole, kinds)
         subject.know_factors(whole)
         files = defaultdict[str, list[Path]](list)
         for file in sorted(file for file in whole.rglob("*") if file.is_file()):
             files[subject.kind_of(file, whole)].append(file)
-        references = {kind: subject.read(kind, whole / kind / "a") for kind in subject.KINDS}
+        references = {kind: subject.read(kind, whole / kind / "a") for kind in kinds}
         for number in range(options.damages):
             what = sorted(files)[number % len(files)]
             kind = what.split()[0]

@@ -226,7 +226,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     before = signal.signal(signal.SIGALRM, ring)
     with tempfile.TemporaryDirectory() as name:
         whole = Path(name).resolve() / "whole"
-        subject.make(whole)
+        subject.make(whole, USES)
         subject.know_factors(whole)
         for number, (what, craft) in enumerate(CRAFTED.items()):
             signal.alarm(_SECONDS)

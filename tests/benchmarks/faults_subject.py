@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,6 +37,7 @@ class Classifier(AttributionMixin, L.LightningModule):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
+        self.save_hyperparameters()  # pilots are made of them
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.layers = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -48,6 +52,19 @@ class Classifier(AttributionMixin, L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+class Adapted(Classifier):
+    """Most of its weights are frozen, so that snapshots share a file of them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 4)).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.body(x))
+
+
 def data() -> TensorDataset:
     """Two classes, the same each time."""
     generator = torch.Generator().manual_seed(0)
@@ -55,37 +72,93 @@ def data() -> TensorDataset:
     return TensorDataset(torch.randn(_ROWS, 4, generator=generator) + y[:, None], y)
 
 
-def fit(path: Path, epochs: int = 2, seed: int = 0, on_start: Callable[[], None] = lambda: None) -> L.Trainer:
+class Started(L.Callback):
+    """Says when training begins."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.tell()
+
+
+def fit(
+    path: Path,
+    epochs: int = 2,
+    seed: int = 0,
+    module: type[Classifier] = Classifier,
+    on_start: Callable[[], None] | None = None,
+) -> L.Trainer:
     """Train with the callback, always the same."""
-    callback = AttributionCallback(path, TRAK(8), "all", log=False, batch_size=128, optimizer_state=True)
-
-    class Started(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            on_start()
-
-    trainer = AttributionTrainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, callbacks=[Started(), callback],
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    callbacks: list[L.Callback] = [] if on_start is None else [Started(on_start)]
+    callbacks.append(AttributionCallback(path, TRAK(8), "all", log=False, batch_size=128, optimizer_state=True))
+    trainer = AttributionTrainer(max_epochs=epochs, callbacks=callbacks, enable_checkpointing=False, **_QUIET)
     torch.manual_seed(1)
-    trainer.fit(Classifier(seed), DataLoader(data(), batch_size=104))
+    trainer.fit(module(seed), DataLoader(data(), batch_size=104))
     return trainer
 
 
-def make(folder: Path) -> None:
-    """Two of each, ``a`` and ``b``, so that files can be swapped between them."""
-    targets = DataLoader(TensorDataset(*data()[:6]), batch_size=6)
-    for seed, name in enumerate("ab"):
-        trainer = fit(folder / "store" / name, seed=seed)
-        trainer.attribute(method=Influence(solver="ekfac"), target_dataloaders=targets)  # keeps its factors
-        for kind, topk in (("result", None), ("top", 2)):
-            trainer.attribute(target_dataloaders=targets, topk=topk).save(folder / kind / name)
-        plan = random_subsets(20, num_subsets=3, alpha=0.5, repeats=2, seed=seed)
-        records = Records.prepare(folder / "truth" / name, plan, {"n_train": 20, "n_target": 4})
-        for i, retraining in enumerate(records.plan):
-            records.write(retraining, torch.randn(4, generator=torch.Generator().manual_seed(10 * seed + i)))
-    for place in (folder / "store").glob("*/claims"):
-        shutil.rmtree(place)
+_QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+_QUIET |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+
+
+def make(folder: Path, kinds: Collection[str] | None = None) -> None:
+    """Two of each kind, ``a`` and ``b``, so that files can be swapped between them."""
+    for kind in KINDS if kinds is None else kinds:
+        for seed, name in enumerate("ab"):
+            KINDS[kind].make(folder / kind / name, seed)
+            shutil.rmtree(folder / kind / name / "claims", ignore_errors=True)
+
+
+def make_store(path: Path, seed: int) -> None:
+    """A run, and what EK-FAC keeps of it."""
+    fit(path, seed=seed).attribute(method=Influence(solver="ekfac"), target_dataloaders=targets())
+
+
+def make_pilots(path: Path, seed: int) -> None:
+    """A run, and a pilot that was trained like it."""
+    fit(path, seed=seed).attribute(target_dataloaders=targets(), pilots=1)
+
+
+def make_merged(path: Path, seed: int) -> None:
+    """Two runs in one store."""
+    parts = [path.with_name(f".{path.name}{run}") for run in range(2)]
+    for run, part in enumerate(parts):
+        fit(part, 1, seed=2 * seed + run, module=Adapted)
+    FeatureStore.merge(parts, path)
+    for part in parts:
+        shutil.rmtree(part)
+
+
+def make_of_checkpoints(path: Path, seed: int) -> None:
+    """A run without the callback, and the files of its checkpoints."""
+    with tempfile.TemporaryDirectory() as files:
+        kept = ModelCheckpoint(files, filename="{epoch}", save_top_k=-1)
+        trainer = L.Trainer(max_epochs=2, callbacks=[kept], **_QUIET)
+        trainer.fit(Classifier(seed), DataLoader(data(), batch_size=104))
+        FeatureStore.from_checkpoints(
+            sorted(Path(files).glob("*.ckpt")), Classifier(), dirpath=path, method=TRAK(8), optimizer_state=True,
+            train_dataloaders=DataLoader(data(), batch_size=104), trainer=L.Trainer(**_QUIET),
+        )  # fmt: skip
+
+
+def make_truth(path: Path, seed: int) -> None:
+    """Six retrainings."""
+    plan = random_subsets(20, num_subsets=3, alpha=0.5, repeats=2, seed=seed)
+    records = Records.prepare(path, plan, {"n_train": 20, "n_target": 4})
+    for i, retraining in enumerate(records.plan):
+        records.write(retraining, torch.randn(4, generator=torch.Generator().manual_seed(10 * seed + i)))
+
+
+def make_result(path: Path, seed: int, topk: int | None = None) -> None:
+    """What `attribute` found."""
+    with tempfile.TemporaryDirectory() as store:
+        fit(Path(store), seed=seed).attribute(target_dataloaders=targets(), topk=topk).save(path)
+
+
+def targets() -> DataLoader[Any]:
+    """Six of the samples."""
+    return DataLoader(TensorDataset(*data()[:6]), batch_size=6)
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -99,7 +172,8 @@ def read_store(path: Path) -> Reading:
     model = SnapshotModel.of(Classifier().eval(), [batch], [batch])
     for key in (snapshot.key for snapshot in store.snapshots):
         found |= {f"{key} {name}": tensor for name, tensor in store.weights(key).items()}
-        for name, moments in store.optimizer_state(key).moments.items():
+        state = store.optimizer_state(key).moments if store.snapshot(key).optimizer else {}  # pilots have none
+        for name, moments in state.items():
             found |= {f"{key} {name} {part}": value for part, value in vars(moments).items()}
         found |= {f"{key} column {name}": store.column(key, name) for name in store.shard(key, 0)}
         found |= {f"{key} basis {name}": tensor for name, tensor in (store.basis(key) or {}).items()}
@@ -107,7 +181,7 @@ def read_store(path: Path) -> Reading:
         own = replace(
             model, folder=path / "snapshots" / key / "computed", place=place, train_digest=digest, writer=False
         )
-        for name, shapes in _FACTORS.items():
+        for name, shapes in _FACTORS.items() if own.folder.exists() else ():
             # Where it is gone it is computed again: no damage.
             found |= {f"{key} {name} {part}": value for part, value in own.kept(name, dict, shapes).items()}
     return found
@@ -132,29 +206,32 @@ def read_result(path: Path) -> Reading:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of directory: how it is read, and the kinds of files in it, by the end of their paths."""
+    """A kind of directory: how it is made and read, and the kinds of files in it, by the end of their paths."""
 
+    make: Callable[[Path, int], None]
     read: Callable[[Path], Reading]
     files: dict[str, str]
 
 
+_OF_STORE = {
+    "manifest": "manifest.json",
+    "weights": "weights.safetensors",
+    "frozen": "frozen.safetensors",
+    "optimizer": "optimizer.safetensors",
+    "basis": "basis.safetensors",
+    "features": "features/*.safetensors",
+    "factors": "computed/*.safetensors",
+}
+_OF_TRUTH = {"manifest": "manifest.json", "masks": "masks.safetensors", "retraining": "runs/*.safetensors"}
+_OF_RESULT = {"scores": "*scores.*", "columns": "result.safetensors", "metrics": "metrics.json"}
 KINDS = {
-    "store": Kind(
-        read_store,
-        {
-            "manifest": "manifest.json",
-            "weights": "weights.safetensors",
-            "optimizer": "optimizer.safetensors",
-            "basis": "basis.safetensors",
-            "features": "features/*.safetensors",
-            "factors": "computed/*.safetensors",
-        },
-    ),
-    "truth": Kind(
-        read_truth, {"manifest": "manifest.json", "masks": "masks.safetensors", "retraining": "runs/*.safetensors"}
-    ),
-    "result": Kind(read_result, {"scores": "scores.*", "columns": "result.safetensors", "metrics": "metrics.json"}),
-    "top": Kind(read_result, {"scores": "*scores.*", "columns": "result.safetensors", "metrics": "metrics.json"}),
+    "store": Kind(make_store, read_store, _OF_STORE),
+    "pilots": Kind(make_pilots, read_store, _OF_STORE),
+    "merged": Kind(make_merged, read_store, _OF_STORE),
+    "checkpoints": Kind(make_of_checkpoints, read_store, _OF_STORE),
+    "truth": Kind(make_truth, read_truth, _OF_TRUTH),
+    "result": Kind(make_result, read_result, _OF_RESULT),
+    "top": Kind(partial(make_result, topk=2), read_result, _OF_RESULT),
 }
 
 

@@ -17,9 +17,12 @@ def total(rows: list[dict[str, Any]], name: str) -> int:
     return sum(row[name] for row in rows)
 
 
-@pytest.mark.parametrize("damages", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_no_damage_is_silent_or_raw(damages: int) -> None:
-    rows = faults_damages.rows(argparse.Namespace(seed=3, damages=damages))
+KINDS = ("merged", "result", "top", "truth")  # those that are made quickly
+
+
+@pytest.mark.parametrize(("damages", "kinds"), [(60, KINDS), pytest.param(1000, None, marks=pytest.mark.slow)])
+def test_no_damage_is_silent_or_raw(damages: int, kinds: tuple[str, ...] | None) -> None:
+    rows = faults_damages.rows(argparse.Namespace(seed=3, damages=damages, kinds=kinds))
     assert total(rows, "tried") > 0.9 * damages
     assert (total(rows, "raw"), total(rows, "silent")) == (0, 0)
     print(faults.table(rows))

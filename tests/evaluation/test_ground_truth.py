@@ -11,6 +11,7 @@ import torch
 from lightning_attr.errors import AttributionError, CorruptedStoreError, StoreMismatchError
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets, removals
+from lightning_attr.files.io import write_tensors
 from lightning_attr.files.sealed_records import seal
 
 PLAN = random_subsets(6, num_subsets=3, alpha=0.5, repeats=2, seed=0)
@@ -119,4 +120,20 @@ def test_masks_that_a_killed_process_has_not_written_are_written(records: Record
 def test_damaged_manifests(records: Records, text: str | bytes, message: str) -> None:
     (records.dirpath / "manifest.json").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(CorruptedStoreError, match=message):
+        GroundTruth.open(records.dirpath)
+
+
+def test_finished_retrainings_that_can_not_be_listed_are_not_said_to_be_missing(records: Records) -> None:
+    (records.dirpath / "runs").write_text("in the place of the folder")
+    for use in (records.unfinished, lambda: GroundTruth.open(records.dirpath)):
+        with pytest.raises(CorruptedStoreError, match="runs cannot be listed: "):
+            use()
+
+
+def test_no_sets_of_samples_are_no_ground_truth(records: Records) -> None:
+    none, place = torch.zeros(0, 4, dtype=torch.bool), {"kind": "masks", "truth": records.manifest["id"]}
+    content = write_tensors(records.dirpath / "masks.safetensors", {"masks": none}, place)
+    plan = {**records.manifest["plan"], "masks": content}
+    (records.dirpath / "manifest.json").write_bytes(seal({**records.manifest, "plan": plan}))
+    with pytest.raises(CorruptedStoreError, match=r"masks\.safetensors holds no sets of samples"):
         GroundTruth.open(records.dirpath)

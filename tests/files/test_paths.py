@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_attr.errors import CorruptedStoreError
-from lightning_attr.files.paths import check_key, check_regular, inside, read_regular, regular_files
+from lightning_attr.files.paths import check_key, check_regular, inside, is_there, names_in, read_regular, regular_files
 
 
 @pytest.mark.parametrize("key", ["epoch=0003-step=000092", "start", "run0/run12/epoch=0", "a.b", "x" * 100, "_"])
@@ -102,3 +102,24 @@ def test_a_folder_with_anything_but_files_is_not_listed(tmp_path: Path, kind: st
         place.symlink_to(tmp_path if kind == "linked folder" else tmp_path / "a" / "deep" / "file")
     with pytest.raises(CorruptedStoreError, match="other is a link or no regular file, which is not copied"):
         regular_files(tmp_path, "a")
+
+
+def test_what_is_there_is_told_from_what_can_not_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert is_there(tmp_path / "file")
+    assert not any(map(is_there, (tmp_path / "none", tmp_path / "file" / "below", tmp_path / "gone")))
+    assert names_in(tmp_path) == ["file", "gone"]
+    assert names_in(tmp_path / "none") == []
+    with pytest.raises(CorruptedStoreError, match=r"file cannot be listed: .*See that it is a folder"):
+        names_in(tmp_path / "file")
+
+    def denied(self: Path) -> None:
+        raise PermissionError(f"denied: {self}")
+
+    for name in ("stat", "iterdir"):  # permissions do not bind root
+        monkeypatch.setattr(Path, name, denied)
+    with pytest.raises(CorruptedStoreError, match=r"file cannot be looked at: denied.*See to the permissions"):
+        is_there(tmp_path / "file")
+    with pytest.raises(CorruptedStoreError, match="cannot be listed: denied"):
+        names_in(tmp_path)
