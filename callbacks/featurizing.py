@@ -79,8 +79,8 @@ def featurize(
             batch = trainer.precision_plugin.convert_input(batch)
             on_device = placed(batch, rows, pl_module, datamodule, trainer.strategy.root_device, source)
             with trainer.precision_plugin.forward_context():
-                room = writer.room(rows, featurizer.projection.dim, featurizer.dtype)
-                columns, settle = featurize_unsettled(featurizer, on_device, rows, room)
+                out = writer.output_buffer(rows, featurizer.projection.dim, featurizer.dtype)
+                columns, settle = featurize_unsettled(featurizer, on_device, rows, out)
                 if first:
                     check_features(featurizer, on_device, rows, columns["features"])
                     first = False

@@ -118,9 +118,9 @@ class AttributionStep(nn.Module):
         assert self.writer is not None  # of this snapshot
         featurizer = self.at.featurizer if train else self.at.target_featurizer
         table = self.rows.table(key, train, self.writer)
-        room = table.room(rows, featurizer.projection.dim, featurizer.dtype)
+        out = table.output_buffer(rows, featurizer.projection.dim, featurizer.dtype)
         with named_targets(self.request.train, None if train else self.request.targets):
-            columns, settle = featurize_unsettled(featurizer, inner, rows, room)
+            columns, settle = featurize_unsettled(featurizer, inner, rows, out)
             if train and not self.checked:
                 check_features(featurizer, inner, rows, columns["features"])
                 self.checked = True

@@ -226,47 +226,47 @@ class Featurizer:
         self.numel = sum(p.numel() for p in trainable)
         self.fallback = {name: p for name, p in module.named_parameters() if name in fallback}
 
-    def __call__(self, batch: Any, rows: Sequence[int], room: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, batch: Any, rows: Sequence[int], out: Tensor | None = None) -> dict[str, Tensor]:
         """Featurize a batch.
 
-        Shapes: room (b, dim). Returns column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``,
+        Shapes: out (b, dim). Returns column name -> values: ``features`` ``(b, dim)``, and ``output``, ``loss``,
         ``out_to_loss``, ``newton_weight``, each ``(b,)``, float32 (float64 for a float64 module); ``label`` ``(b,)``
         int64 if the targets are class labels.
         """
-        return self._whole(batch, rows, room, late=False)
+        return self._whole(batch, rows, out, late=False)
 
     def late(self, batch: Any, rows: Sequence[int]) -> dict[str, Tensor]:
         """Featurize a batch without a wait: where a check fails, its output is NaN, for the caller to look at later."""
         return self._whole(batch, rows, None, late=True)
 
-    def _whole(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
+    def _whole(self, batch: Any, rows: Sequence[int], out: Tensor | None, late: bool) -> dict[str, Tensor]:
         # Without gradients, a batch takes less than in training.
         apart = self.plan.seeded or isinstance(batch, SamplesApart)
         featurize = self._one_by_one if apart else self._featurize
         with named_failures(self.module, rows, partial(self._run_alone, batch, rows)):
             if self.memory is None or (self.projection.dim == 0 and not self.memory.demanded):
-                return plain_tensors(featurize(batch, rows, room, late))
+                return plain_tensors(featurize(batch, rows, out, late))
             kind = f"{type(self.projection).__name__} {self.projection.dim} x {self.rows_a_sample}"
             numbers = self.projection.dim * self.rows_a_sample + self.numel
-            return plain_tensors(self.memory.run(partial(featurize, room=room, late=late), batch, rows, kind, numbers))
+            return plain_tensors(self.memory.run(partial(featurize, out=out, late=late), batch, rows, kind, numbers))
 
-    def _one_by_one(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
+    def _one_by_one(self, batch: Any, rows: Sequence[int], out: Tensor | None, late: bool) -> dict[str, Tensor]:
         """Featurize samples apart, where they come so, or so that the random numbers of each are its own."""
-        if room is None or len(room) != len(rows) or room.device != _device(self.module):
-            room = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=_device(self.module))
+        if out is None or len(out) != len(rows) or out.device != _device(self.module):
+            out = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=_device(self.module))
         parts = [
-            self._featurize(select_rows(batch, len(rows), [i]), [row], room[i : i + 1], late)
+            self._featurize(select_rows(batch, len(rows), [i]), [row], out[i : i + 1], late)
             for i, row in enumerate(rows)
         ]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "features"}
-        in_place = all(part["features"].data_ptr() == room[i].data_ptr() for i, part in enumerate(parts))
-        return {"features": room if in_place else torch.cat([part["features"] for part in parts]), **columns}
+        in_place = all(part["features"].data_ptr() == out[i].data_ptr() for i, part in enumerate(parts))
+        return {"features": out if in_place else torch.cat([part["features"] for part in parts]), **columns}
 
-    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
+    def _featurize(self, batch: Any, rows: Sequence[int], out: Tensor | None, late: bool) -> dict[str, Tensor]:
         device, draws = _device(self.module), draws_of(self.module)
-        if room is None or len(room) != len(rows) or room.device != device:  # a part of the batch, for instance
-            room = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=device)
-        features = room
+        if out is None or len(out) != len(rows) or out.device != device:  # a part of the batch, for instance
+            out = torch.empty(len(rows), self.projection.dim, dtype=self.dtype, device=device)
+        features = out
         values: dict[str, Tensor] = {}
         drawn = [row + self.first_row for row in rows]
         with self.projection.filling(features) as add, named_samples(rows), late_checks(late) as wrong:

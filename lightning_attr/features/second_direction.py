@@ -199,8 +199,8 @@ class GaussNewtonFeaturizer(SharedForwardFeaturizer):
         super().__init__(own, len(second.each) if together else 0, second.scale)
         self.second = second
 
-    def _whole(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
-        columns = super()._whole(batch, rows, room, late)
+    def _whole(self, batch: Any, rows: Sequence[int], out: Tensor | None, late: bool) -> dict[str, Tensor]:
+        columns = super()._whole(batch, rows, out, late)
         if SECOND not in columns:
             return {**columns, SECOND: self.second(batch, rows, late)}
         if self.second.share < 1:

@@ -54,14 +54,14 @@ class SharedForwardFeaturizer(Featurizer):
         self._sinks: list[LayerSink] = []
         self._words: list[Tensor] = []
 
-    def _featurize(self, batch: Any, rows: Sequence[int], room: Tensor | None, late: bool) -> dict[str, Tensor]:
+    def _featurize(self, batch: Any, rows: Sequence[int], out: Tensor | None, late: bool) -> dict[str, Tensor]:
         if not self.directions:
-            return super()._featurize(batch, rows, room, late)
+            return super()._featurize(batch, rows, out, late)
         device = next(self.module.parameters()).device
         seconds = torch.empty(self.directions, len(rows), self.projection.dim, dtype=self.dtype, device=device)
         with ExitStack() as stack:
             self._sinks = [stack.enter_context(self.projection.filling(each)) for each in seconds]
-            columns = super()._featurize(batch, rows, room, late)
+            columns = super()._featurize(batch, rows, out, late)
         finished = [self.projection.finish({"features": each})["features"] for each in seconds]
         for each in finished if not late else ():
             check_finite(self.module, {"features": each}, rows)

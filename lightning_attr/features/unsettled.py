@@ -15,7 +15,7 @@ from lightning_attr.store.landing import Settle
 
 
 def featurize_unsettled(
-    featurizer: Featurizer, batch: Any, rows: Sequence[int], room: Tensor | None = None
+    featurizer: Featurizer, batch: Any, rows: Sequence[int], out: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Settle | None]:
     """Featurize a batch; on a device, leave what would make the host wait for later.
 
@@ -37,7 +37,7 @@ def featurize_unsettled(
     """
     device = next(featurizer.module.parameters()).device
     if device.type == "cpu":
-        return featurizer(batch, rows, room), None
+        return featurizer(batch, rows, out), None
     precision = _Precision(device.type)
 
     def settle(columns: dict[str, Tensor]) -> dict[str, Tensor]:

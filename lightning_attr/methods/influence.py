@@ -174,9 +174,9 @@ class Influence(DampedMethod, ModelMethod):
             own = forms[:, rows.start : rows.stop] if joint is None else columns["features"][:, count:].T
             first, second = own[0], own[-1]
             n = snapshot.n_drawn or model.n_train
-            push = columns["out_to_loss"] / n
-            scale = divisor(self.relative, push**2 * n * first, push**2 * second)
-            yield ScoreBlock(rows, (push / scale)[:, None] * products, push / scale * first)
+            out_to_loss = columns["out_to_loss"] / n
+            scale = divisor(self.relative, out_to_loss**2 * n * first, out_to_loss**2 * second)
+            yield ScoreBlock(rows, (out_to_loss / scale)[:, None] * products, out_to_loss / scale * first)
 
     def score_groups(self, snapshot: SnapshotFeatures, groups: Sequence[Sequence[int]], order: int = 1) -> Tensor:
         r"""Score groups of training samples that are left out together, at one snapshot (Koh et al., 2019).

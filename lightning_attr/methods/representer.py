@@ -146,8 +146,8 @@ class RPS(ModelMethod):
 
     def _alpha(self, model: SnapshotModel, block: _HeadInput, weight: Tensor) -> Tensor:
         """Weights of the samples in the logit of each class, ``(b, c)``; c = 2 for one output."""
-        push = _probabilities(block.logits) - _probabilities(block.features @ weight.T)
-        alpha = push / (2 * self.l2 * model.n_train)
+        residual = _probabilities(block.logits) - _probabilities(block.features @ weight.T)
+        alpha = residual / (2 * self.l2 * model.n_train)
         return torch.cat([-alpha, alpha], 1) if alpha.shape[1] == 1 else alpha
 
     def _classes(self, block: _HeadInput) -> Tensor:

@@ -113,25 +113,25 @@ def greedy_coreset(scores: Tensor, count: int, groups: Tensor | None = None, quo
     count = check_int("greedy_coreset", "count", count, 1, n)
     groups = torch.zeros(n, dtype=torch.int64) if groups is None else groups
     check_vector("groups", groups, like=("scores", scores))
-    room = torch.full((int(groups.max()) + 1,), count) if quotas is None else quotas.clone()
-    available = int(torch.minimum(room, groups.bincount(minlength=len(room))).sum())
+    places = torch.full((int(groups.max()) + 1,), count) if quotas is None else quotas.clone()
+    available = int(torch.minimum(places, groups.bincount(minlength=len(places))).sum())
     if available < count:
         raise ValueError(f"Expected argument `quotas` to leave room for {count} samples, but they admit {available}.")
     positive = torch.zeros(m, dtype=torch.float64)
     for _, block in score_blocks(scores):
         positive += block.clamp_(min=0).sum(0)
     scale = _STRENGTH * n / (count * positive.median().clamp(min=torch.finfo(torch.float64).tiny))
-    return _greedy(scores, count, groups, room, float(scale))
+    return _greedy(scores, count, groups, places, float(scale))
 
 
-def _greedy(scores: Tensor, count: int, groups: Tensor, room: Tensor, scale: float) -> Tensor:
+def _greedy(scores: Tensor, count: int, groups: Tensor, places: Tensor, scale: float) -> Tensor:
     n, m = scores.shape
     generator = torch.Generator().manual_seed(0)
     width = max(1, _EVALUATIONS // (count * m))
     outputs, free = torch.zeros(m), torch.ones(n, dtype=torch.bool)
     chosen = []
     for _ in range(count):
-        rows = (free & (room[groups] > 0)).nonzero().flatten()
+        rows = (free & (places[groups] > 0)).nonzero().flatten()
         if len(rows) > width:
             rows = rows[torch.randperm(len(rows), generator=generator)[:width]].sort().values
         parts = rows.split(max(1, _BLOCK_ELEMENTS // m))
@@ -140,5 +140,5 @@ def _greedy(scores: Tensor, count: int, groups: Tensor, room: Tensor, scale: flo
         chosen.append(best)
         outputs += scale * scores[best]
         free[best] = False
-        room[groups[best]] -= 1
+        places[groups[best]] -= 1
     return torch.tensor(chosen)

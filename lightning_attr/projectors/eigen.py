@@ -160,8 +160,8 @@ class EigenProjection(LearnedProjection):
 
     def rehearse(self) -> None:
         """Take axes in place of eigenvectors, about as many as are kept of them, and entries from everywhere."""
-        room = 4 * self.dim
-        side = next((n for n in range(1, self.side) if sum(b.size(n) for b in self.blocks) >= room), self.side)
+        wanted = 4 * self.dim
+        side = next((n for n in range(1, self.side) if sum(b.size(n) for b in self.blocks) >= wanted), self.side)
         axes = [(b, Sides(_axes(side, b.rows), _axes(side, b.columns), b.weight)) for b in self.blocks]
         wide = TwoSidedProjection(axes)
         self.load(_basis(wide, torch.arange(self.dim) * wide.dim // self.dim))

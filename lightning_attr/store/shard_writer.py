@@ -65,7 +65,7 @@ class ShardWriter:
     def _add(self, rows: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         own = dict(columns)
         if self._landing.landed and "features" in own and not self.rows:  # the next batch was given its place
-            self.room(rows, own["features"].shape[1], own["features"].dtype)
+            self.output_buffer(rows, own["features"].shape[1], own["features"].dtype)
         if self.features is not None:
             _put(own.pop("features"), self.features[len(self.rows) :][: len(rows)])
         self.parts.append(own)
@@ -82,7 +82,7 @@ class ShardWriter:
             self._thread = self._thread or ThreadPoolExecutor(1, "attribution-shards")
             self._writing = self._thread.submit(self._write, shard, whole, features)
 
-    def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
+    def output_buffer(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
         """Give the place of the next batch's features, where :meth:`add` looks for them.
 
         Returns ``(b, dim)``, with any values; None in the middle of a shard that began without.
@@ -166,7 +166,7 @@ class RowTable:
             else:
                 self._columns[name][list(rows)] = values
 
-    def room(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
+    def output_buffer(self, rows: Sequence[int], dim: int, dtype: torch.dtype) -> Tensor | None:
         """Give the place of a batch's features, where :meth:`add` looks for them.
 
         Returns ``(b, dim)``; None where rows are not in sequence.

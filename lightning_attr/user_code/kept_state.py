@@ -64,8 +64,8 @@ class KeptState:
         self.created: list[str] = []
         self._contents = Contents(self.reachable.containers)
         self._streams = Streams(self.reachable.streams, self.reachable.containers)
-        self._room = _COPIED_DATA_BYTES if reading else _COPIED_BYTES
-        self._tensors = _Tensors(self.reachable.tensors, self._room)
+        self._most_bytes = _COPIED_DATA_BYTES if reading else _COPIED_BYTES
+        self._tensors = _Tensors(self.reachable.tensors, self._most_bytes)
         self._parameters = [p for _, p in self.reachable.tensors if isinstance(p, nn.Parameter)]
 
     @contextmanager
@@ -126,10 +126,10 @@ class KeptState:
 
     def _array_copies(self, every: bool) -> list[tuple[str, Any, Any]]:
         """Arrays count no versions: those of a first call are compared, and then those that it changed."""
-        found, room = [], self._room
+        found, bytes_left = [], self._most_bytes
         for name, array in self.reachable.arrays:
-            if (every or name in self.changing) and array.nbytes <= room and not array.dtype.hasobject:
-                room -= array.nbytes
+            if (every or name in self.changing) and array.nbytes <= bytes_left and not array.dtype.hasobject:
+                bytes_left -= array.nbytes
                 found.append((name, array, array.copy()))
         return found
 
@@ -163,7 +163,7 @@ class KeptState:
 class _Tensors:
     """Tensors with their names, memory, versions, and copies of those that may have to be put back."""
 
-    def __init__(self, named: list[tuple[str, Tensor]], room: int) -> None:
+    def __init__(self, named: list[tuple[str, Tensor]], bytes_left: int) -> None:
         named = [(name, t) for name, t in named if not is_lazy(t)]
         self.names = [name for name, _ in named]
         self.tensors = [tensor for _, tensor in named]
@@ -178,8 +178,8 @@ class _Tensors:
         for n, tensor in enumerate(self.tensors):
             own = n in self._places or tensor.is_inference() or tensor.is_sparse
             size = sum(part.nbytes for part in dense_parts(tensor)) if own else 0
-            if own and not isinstance(tensor, nn.Parameter) and size <= room and not _overlaps(tensor):
-                room -= size
+            if own and not isinstance(tensor, nn.Parameter) and size <= bytes_left and not _overlaps(tensor):
+                bytes_left -= size
                 self._copies[n] = (self._stamp(n), copied(tensor))
 
     def _stamps(self) -> tuple[list[int], list[int]]:

@@ -130,7 +130,7 @@ def test_attribute_uses_what_is_stored(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         Featurizer,
         "__call__",
-        lambda self, batch, rows, room=None: featurized.append(rows) or original(self, batch, rows, room),
+        lambda self, batch, rows, out=None: featurized.append(rows) or original(self, batch, rows, out),
     )
     trainer.attribute(target_dataloaders=loader_of(blobs(5, seed=1)))
     # At each of two snapshots the targets, and four training samples for their losses, beside those on record.

@@ -51,12 +51,12 @@ def breaking(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -
     calls: list[int] = []
     original = Featurizer.__call__
 
-    def broken(self: Featurizer, batch: Any, rows: Any, room: Any = None) -> Any:
+    def broken(self: Featurizer, batch: Any, rows: Any, out: Any = None) -> Any:
         calls.append(len(rows))
         torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
         if len(calls) == call:
             raise error
-        return original(self, batch, rows, room)
+        return original(self, batch, rows, out)
 
     monkeypatch.setattr(Featurizer, "__call__", broken)
 
@@ -199,10 +199,10 @@ def run_two(folder: Path) -> None:
     """One process of two fails in featurizing."""
     original = Featurizer.__call__
 
-    def broken(self: Featurizer, batch: Any, rows: Any, room: Any = None) -> Any:
+    def broken(self: Featurizer, batch: Any, rows: Any, out: Any = None) -> Any:
         if rows[0] >= 512:  # the shard of the second process
             raise ZeroDivisionError("broken on purpose")
-        return original(self, batch, rows, room)
+        return original(self, batch, rows, out)
 
     Featurizer.__call__ = broken  # type: ignore[method-assign]  # of this process
     callback = AttributionCallback(folder, METHOD, "all", batch_size=64)

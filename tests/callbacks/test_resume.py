@@ -139,7 +139,7 @@ def test_only_what_is_missing_is_computed_again(
     rows: list[int] = []
     original = Featurizer.__call__
 
-    def record(self: Featurizer, batch: Any, wanted: Any, room: Any = None) -> Any:
+    def record(self: Featurizer, batch: Any, wanted: Any, out: Any = None) -> Any:
         rows.extend(wanted)
         if fail and len(rows) > ROWS + 600:
             raise KeyError("stop")

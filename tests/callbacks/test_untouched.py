@@ -326,7 +326,7 @@ def test_everything_is_restored_when_featurizing_raises(tmp_path: Any, monkeypat
 
     original = Featurizer.__call__
 
-    def broken(self: Featurizer, batch: Any, rows: Any, room: Any = None) -> Any:
+    def broken(self: Featurizer, batch: Any, rows: Any, out: Any = None) -> Any:
         torch.rand(1)
         random.random()
         if rows[0] >= 4:

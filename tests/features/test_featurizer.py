@@ -304,10 +304,10 @@ def test_features_are_computed_in_the_room_that_they_are_given(limit: int | None
     if limit is not None:
         limit = peak_bytes(lambda: free((x, y), range(N))) // 2
     featurizer = Featurizer(module, free.plan, free.projection, MemoryBudget(limit))
-    room = torch.full((N, free.projection.dim), torch.nan, dtype=expected.dtype)
-    features = featurizer((x, y), range(N), room)["features"]
+    out = torch.full((N, free.projection.dim), torch.nan, dtype=expected.dtype)
+    features = featurizer((x, y), range(N), out)["features"]
     torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
-    assert (features.data_ptr() == room.data_ptr()) == (limit is None)
+    assert (features.data_ptr() == out.data_ptr()) == (limit is None)
 
 
 class LibraryTensor(Tensor):

@@ -56,15 +56,15 @@ def test_features_computed_in_their_room_are_not_copied(store: FeatureStore, bat
                 rows = store.rows(shard)
                 for start in range(rows.start, rows.stop, batch_size):
                     batch = list(range(start, min(start + batch_size, rows.stop)))
-                    room = writer.room(batch, 3, torch.float64)
-                    assert room is not None
-                    assert room.shape == (len(batch), 3)
+                    out = writer.output_buffer(batch, 3, torch.float64)
+                    assert out is not None
+                    assert out.shape == (len(batch), 3)
                     assert key == "final" or writer.features is None or writer.features.data_ptr() in left
                     if start % 2:  # from elsewhere, as from a batch that went through in parts
-                        room = values[batch]
+                        out = values[batch]
                     else:
-                        room.copy_(values[batch])
-                    writer.add(batch, {"features": room, "loss": values[batch, 0]})
+                        out.copy_(values[batch])
+                    writer.add(batch, {"features": out, "loss": values[batch, 0]})
         assert torch.equal(store.column(key, "features"), values)
         assert torch.equal(store.column(key, "loss"), values[:, 0])
     assert 1 <= len(spare) <= 2
@@ -73,20 +73,20 @@ def test_features_computed_in_their_room_are_not_copied(store: FeatureStore, bat
 def test_spare_memory_of_another_size_or_type_is_not_used(store: FeatureStore) -> None:
     spare = [torch.zeros(8, 3), torch.zeros(8, 2)]
     writer = ShardWriter(store, "final", spare)
-    room = writer.room([0, 1], 3, torch.float32)
-    assert room is not None
-    assert room.shape == (2, 3)
+    out = writer.output_buffer([0, 1], 3, torch.float32)
+    assert out is not None
+    assert out.shape == (2, 3)
     writer = ShardWriter(store, "final", [torch.zeros(8, 3)])
-    room = writer.room([0, 1], 3, torch.float64)
-    assert room is not None
-    assert room.dtype == torch.float64
+    out = writer.output_buffer([0, 1], 3, torch.float64)
+    assert out is not None
+    assert out.dtype == torch.float64
 
 
 def test_no_room_in_a_shard_that_began_without(store: FeatureStore) -> None:
     values = torch.randn(8, 2, dtype=torch.float64)
     with ShardWriter(store, "final") as writer:
         writer.add([0, 1], {"features": values[:2]})
-        assert writer.room([2, 3], 2, torch.float64) is None
+        assert writer.output_buffer([2, 3], 2, torch.float64) is None
         writer.add(list(range(2, 8)), {"features": values[2:]})
     assert torch.equal(store.shard("final", 0)["features"], values)
 
@@ -241,12 +241,12 @@ def test_a_table_takes_rows_in_any_order_and_again() -> None:
 
 def test_room_in_a_table() -> None:
     table = RowTable(5)
-    room = table.room([1, 2], 2, torch.float64)
-    assert room is not None
-    room[:] = 7
-    table.add([1, 2], {"features": room})
+    out = table.output_buffer([1, 2], 2, torch.float64)
+    assert out is not None
+    out[:] = 7
+    table.add([1, 2], {"features": out})
     table.add([3], {"features": torch.ones(1, 2)})
-    assert table.room([0, 4], 2, torch.float64) is None  # not in sequence
+    assert table.output_buffer([0, 4], 2, torch.float64) is None  # not in sequence
     assert table.columns["features"].tolist() == [[0, 0], [7, 7], [7, 7], [1, 1], [0, 0]]
 
 

@@ -30,13 +30,15 @@ def exact_scores(
     targets = model.targets(factors, snapshot.target_rows)["features"]
     lengths = [_lengths(part.squares(targets)) for part in parts]
     for rows, columns in model.train(factors):
-        features, push = columns["features"], columns["out_to_loss"]
+        features, out_to_loss = columns["features"], columns["out_to_loss"]
         squares = [part.squares(features) for part in parts]
         if not normalize:
-            push = weight * push
-            yield ScoreBlock(rows, factors.products(features, targets).mul_(push[:, None]), push * squares[0])
+            out_to_loss = weight * out_to_loss
+            yield ScoreBlock(
+                rows, factors.products(features, targets).mul_(out_to_loss[:, None]), out_to_loss * squares[0]
+            )
             continue
-        push = weight * push.sign() / len(parts)
+        out_to_loss = weight * out_to_loss.sign() / len(parts)
         own = [_lengths(square) for square in squares]
         cosines = sum(
             share * part.products(features, targets) / (length[:, None] * of_targets)
@@ -45,7 +47,7 @@ def exact_scores(
         norms = sum(
             share * square / length.square() for square, length, share in zip(squares, own, shares, strict=True)
         )
-        yield ScoreBlock(rows, push[:, None] * cosines, push * norms)
+        yield ScoreBlock(rows, out_to_loss[:, None] * cosines, out_to_loss * norms)
 
 
 def exact_sum(
