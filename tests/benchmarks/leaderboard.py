@@ -1,8 +1,9 @@
 """The leaderboard: how well each method says what training again without some of the text does to a language model.
 
-    python tests/benchmarks/leaderboard.py [--folder DIR] [--rows TEXT ...] [--quick] [--plot FILE]
+    python tests/benchmarks/leaderboard.py [--folder DIR] [--rows TEXT ...] [--bergson PYTHON] [--quick] [--plot FILE]
 
-Model, text and bank are those of `leaderboard_text.py`, the rows those of `leaderboard_rows.py`. One bank judges all:
+Model, text and bank are those of `leaderboard_text.py`, the rows those of `leaderboard_rows.py` and,
+with `--bergson`, of `leaderboard_peers.py`. One bank judges all:
 
 - LDS: rank correlation of summed scores with the queries' log-likelihoods over 100 removals of 1 %, same weights and
   order; "seed": over as many of another seed, which the scores did not see; "half": over 50 half subsets.
@@ -26,6 +27,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import leaderboard_peers
 import torch
 from leaderboard_rows import ROWS, record
 from leaderboard_text import FEW, N_REPORT, N_TRAIN, N_TUNE, Bank, random_removals, trained, without
@@ -44,6 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of what is kept (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", default=[""], help="only those with one of these texts in their names")
+    parser.add_argument(
+        "--bergson", help="Python of an environment that has bergson 2.5.1; without, its rows are left out"
+    )
     parser.add_argument("--quick", action="store_true", help="20 removals, and no QLD")
     parser.add_argument("--plot", type=Path, help="write a picture of LDS against cost")
     parser.add_argument("--score", nargs=2, metavar=("ROW", "DAMPING"), help=argparse.SUPPRESS)
@@ -52,7 +57,7 @@ def main() -> None:
     if arguments.score:
         score(arguments.folder, *arguments.score)
         return
-    rows = measure(arguments.folder, arguments.rows, arguments.quick)
+    rows = measure(arguments.folder, arguments.rows, arguments.quick, arguments.bergson)
     print(table(rows))
     (arguments.folder / "rows.json").write_text(json.dumps(rows, indent=1))
     if arguments.plot:
@@ -83,11 +88,15 @@ def path_of(folder: Path, name: str, damping: object) -> Path:
     return folder / "scores" / f"{plain}.safetensors"
 
 
-def scored(folder: Path, name: str, damping: object) -> tuple[Tensor, float, float] | None:
+def scored(folder: Path, name: str, damping: object, bergson: str | None) -> tuple[Tensor, float, float] | None:
     """Scores (N_TRAIN, N_TUNE + N_REPORT), processor seconds and MiB; None where the row fails, which is told."""
     path = path_of(folder, name, damping)
     if not path.exists():
         command = [sys.executable, __file__, "--folder", str(folder), "--score", name, str(damping)]
+        if name in leaderboard_peers.ROWS:
+            path.parent.mkdir(exist_ok=True)
+            script = str(Path(leaderboard_peers.__file__))
+            command = [str(bergson), script, str(folder), name, str(damping), str(path)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             print(f"{name} (damping {damping}) is left out: {done.stderr.strip().splitlines()[-1]}", flush=True)
@@ -123,10 +132,12 @@ def interval(values: Tensor) -> list[float]:
     return [float(values.mean()), *drawn.quantile(torch.tensor([0.025, 0.975]).to(drawn)).tolist()]
 
 
-def measure(folder: Path, wanted: list[str], quick: bool) -> list[dict[str, Any]]:
+def measure(folder: Path, wanted: list[str], quick: bool, bergson: str | None) -> list[dict[str, Any]]:
     """All figures of all rows."""
     if not (folder / "run").exists():
         record(folder / "run", 0)
+    if bergson and not (folder / "peers").exists():
+        leaderboard_peers.export(folder / "run", folder / "peers")
     bank, count = Bank(folder), 20 if quick else 100
     few = random_removals(count, FEW, 1)
     truths = {"lds": (few, bank.outputs(few, 0))}
@@ -138,9 +149,10 @@ def measure(folder: Path, wanted: list[str], quick: bool) -> list[dict[str, Any]
     trained(torch.ones(N_TRAIN), 0)
     training = time.process_time() - begin
     rows = []
-    for name in [name for name in ROWS if any(text in name for text in wanted)]:
-        known = ROWS[name]
-        tried = {damping: scored(folder, name, damping) for damping in (known if isinstance(known, dict) else [None])}
+    dampings = {name: list(row) if isinstance(row, dict) else [None] for name, row in ROWS.items()}
+    dampings |= {name: list(row[1]) for name, row in leaderboard_peers.ROWS.items()} if bergson else {}
+    for name in [name for name in dampings if any(text in name for text in wanted)]:
+        tried = {damping: scored(folder, name, damping, bergson) for damping in dampings[name]}
         worked = {damping: found for damping, found in tried.items() if found is not None}
         if not worked:
             continue

@@ -19,7 +19,17 @@ from torch.nn import functional as F
 
 from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.methods import TRAK, Astra, AttributionMethod, GradCos, GradDot, Influence, TracIn, TrackStar
+from lightning_attr.methods import (
+    SOURCE,
+    TRAK,
+    Astra,
+    AttributionMethod,
+    GradCos,
+    GradDot,
+    Influence,
+    TracIn,
+    TrackStar,
+)
 from lightning_attr.parameters.weights import load_weights
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)
@@ -100,6 +110,8 @@ ROWS: dict[str, Row | dict[float, Row]] = {
     "TRAK()": partial(attributed, method=TRAK()),
     "TRAK(exact=True)": partial(attributed, method=TRAK(exact=True)),
     "TrackStar": partial(attributed, method=TrackStar()),
+    "SOURCE": partial(attributed, method=SOURCE()),
+    'SOURCE(optimizer="sgd")': partial(attributed, method=SOURCE(optimizer="sgd", momentum=0.0)),
     "Influence, EK-FAC": damped(lambda damping: Influence(damping=damping)),
     "Influence, EK-FAC, all snapshots": damped(lambda damping: Influence(damping=damping, snapshots="all")),
     "Influence, Astra": damped(lambda damping: Influence(solver=Astra(), damping=damping, self_influence="ekfac")),

@@ -94,8 +94,8 @@ def network(seed: int) -> Any:
 
 
 def rate(step: int) -> float:
-    """Share of the learning rate at a step: it rises over the first ones, then falls to nothing."""
-    return min((step + 1) / WARM_UP, 1 - step / STEPS)
+    """Share of the learning rate at a step: it rises from a tenth over the first ones, then falls to nothing."""
+    return 0.1 + 0.9 * step / WARM_UP if step < WARM_UP else 1 - (step - WARM_UP) / (STEPS - WARM_UP)
 
 
 def optimizer_of(module: torch.nn.Module) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
