@@ -46,6 +46,9 @@ def _rows(result: ShownResult) -> tuple[str, list[tuple[str, str]]]:
         rows.append(("known noise", f"{int(result.noise_mask.sum()):,} samples{found}"))
     if result.trained_on is not None and not result.trained_on.all():
         rows.append(("never drawn", f"{int((~result.trained_on).sum()):,} samples, whose scores are zero"))
+    if result.exposure is not None:
+        least, most = int(result.exposure.min()), int(result.exposure.max())
+        rows.append(("trained on", f"{least:,} times each" if least == most else f"{least:,} to {most:,} times"))
     rows.append(("next", ".scores.topk(5), .select(0.9), .plot(...), .report('report.html', train=..., targets=...)"))
     return f"{type(result).__name__}{by}: {n:,} training samples x {m:,} targets{over}", rows
 

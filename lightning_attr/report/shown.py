@@ -74,5 +74,9 @@ class ShownResult(Protocol):
         """``(n_train,)``, bool."""
 
     @property
+    def exposure(self) -> Tensor | None:
+        """``(n_train,)``, int64: how often each was trained on."""
+
+    @property
     def metrics(self) -> Mapping[str, float]:
         """Figures by name."""

@@ -10,7 +10,11 @@ from lightning_attr.arguments.messages import argument_message
 
 _KINDS = {"float": "floating-point numbers", "int": "whole numbers", "bool": "True and False"}
 
-_COLUMNS = {"self_influence": "float", "loss": "float", "labels": "int", "noise_mask": "bool", "trained_on": "bool"}
+_COLUMNS = {
+    **dict.fromkeys(("self_influence", "loss"), "float"),
+    **dict.fromkeys(("labels", "exposure"), "int"),
+    **dict.fromkeys(("noise_mask", "trained_on"), "bool"),
+}
 
 
 def check_columns(result: object, n_train: int) -> None:

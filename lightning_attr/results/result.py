@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 _SAVED = {
     **dict.fromkeys(("self_influence", "loss"), (1, True)),
-    **dict.fromkeys(("labels", "noise_mask", "trained_on"), (1, False)),
+    **dict.fromkeys(("labels", "noise_mask", "trained_on", "exposure"), (1, False)),
 }
 """Dimensions of each saved column, and whether it holds floating-point numbers."""
+_OPTIONAL = frozenset({"labels", "noise_mask", "trained_on", "exposure"})
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class AttributionResult(ResultFigures):
         loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
         labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.
-        trained_on: ``(n_train,)``, bool: False for samples that training never drew, as far as the loader of the
-            recorded run tells (subset samplers, limits, dropped ends): their scores and self-influence are zero, and
-            they are neither proponents nor chosen. None where nothing says that there are any.
+        trained_on: ``(n_train,)``, bool: False for samples that training never drew, by the run's journal, or else as
+            far as the loader of the recorded run tells (subset samplers, limits, dropped ends): their scores and
+            self-influence are zero, and they are neither proponents nor chosen. None where nothing says that there are
+            any.
+        exposure: ``(n_train,)``, int64: how often each sample was trained on up to the last snapshot, by the run's
+            journal; None where it is not known.
 
     Raises:
         TypeError: if an argument is of another kind.
@@ -71,6 +75,7 @@ class AttributionResult(ResultFigures):
     labels: Tensor | None = None
     noise_mask: Tensor | None = None
     trained_on: Tensor | None = None
+    exposure: Tensor | None = None
     data_value: Tensor = field(init=False)
     metrics: dict[str, float] = field(init=False)
 
@@ -191,7 +196,7 @@ class AttributionResult(ResultFigures):
         scores = (TopScores if record["kind"] == "top" else ScoreMatrix).load(folder)
         file = inside(folder, "result.safetensors")
         columns = read_tensors(file, remedy=REMEDY, place=_place(record))
-        check_tensors(file, columns, _SAVED, optional=frozenset({"labels", "noise_mask", "trained_on"}))
+        check_tensors(file, columns, _SAVED, optional=_OPTIONAL)
         try:
             return cls(scores, **columns)
         except (ValueError, TypeError) as error:
@@ -202,7 +207,7 @@ class AttributionResult(ResultFigures):
 
         Returns:
             A row a training sample, labelled ``train_indices``, with the columns ``self_influence``, ``data_value`` and
-            ``loss``, and ``label``, ``noise`` and ``trained_on`` where they are known.
+            ``loss``, and ``label``, ``noise``, ``trained_on`` and ``exposure`` where they are known.
 
         Raises:
             MissingDependencyError: if pandas is not installed.
@@ -214,6 +219,7 @@ class AttributionResult(ResultFigures):
             "label": self.labels,
             "noise": self.noise_mask,
             "trained_on": self.trained_on,
+            "exposure": self.exposure,
         }
         known = {name: column.numpy() for name, column in columns.items() if column is not None}
         return data_frame(known, ("train_index", self.scores.train_indices.numpy()))

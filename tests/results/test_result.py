@@ -32,6 +32,7 @@ def made(**changes: Any) -> AttributionResult:
         "loss": torch.rand(N, generator=generator),
         "labels": torch.arange(N) % 3,
         "noise_mask": torch.rand(N, generator=generator) < 0.3,
+        "exposure": torch.arange(N) % 5,
     }
     return AttributionResult(**{**arguments, **changes})
 
@@ -155,12 +156,12 @@ def test_select_refuses_unknown_orders_and_missing_labels() -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("absent", [[], ["labels"], ["noise_mask"], ["labels", "noise_mask"]])
+@pytest.mark.parametrize("absent", [[], ["labels"], ["noise_mask"], ["labels", "noise_mask", "exposure"]])
 def test_save_and_load_keep_every_bit(tmp_path: Path, absent: list[str]) -> None:
     result = made(**dict.fromkeys(absent))
     result.save(tmp_path / "result")
     found = AttributionResult.load(str(tmp_path / "result"))
-    for name in ("self_influence", "loss", "labels", "noise_mask", "data_value"):
+    for name in ("self_influence", "loss", "labels", "noise_mask", "exposure", "data_value"):
         expected = getattr(result, name)
         assert (expected is None) == (name in absent)
         assert getattr(found, name) is None if expected is None else torch.equal(getattr(found, name), expected)
@@ -307,6 +308,7 @@ def test_to_pandas_has_a_row_a_training_sample() -> None:
         "loss": result.loss,
         "label": result.labels,
         "noise": result.noise_mask,
+        "exposure": result.exposure,
     }
     assert list(frame.columns) == list(expected)
     for name, column in expected.items():
@@ -316,7 +318,11 @@ def test_to_pandas_has_a_row_a_training_sample() -> None:
 
 def test_to_pandas_leaves_out_what_is_unknown() -> None:
     pytest.importorskip("pandas")
-    assert list(made(labels=None, noise_mask=None).to_pandas().columns) == ["self_influence", "data_value", "loss"]
+    assert list(made(labels=None, noise_mask=None, exposure=None).to_pandas().columns) == [
+        "self_influence",
+        "data_value",
+        "loss",
+    ]
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,3 +354,14 @@ def test_importing_the_package_does_not_import_matplotlib() -> None:
     # torchmetrics imports matplotlib wherever it is installed: what counts is that none of our modules does.
     ran = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_overview_says_how_often_samples_were_trained_on() -> None:
+    assert "0 to 4 times" in repr(made())
+    assert "3 times each" in repr(made(exposure=torch.full((N,), 3)))
+    assert "trained on" not in repr(made(exposure=None))
+
+
+def test_exposure_is_a_count() -> None:
+    with pytest.raises(TypeError, match=r"argument `exposure` of AttributionResult to be a tensor of whole numbers"):
+        made(exposure=torch.ones(N))
