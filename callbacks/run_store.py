@@ -31,6 +31,7 @@ from lightning_attr.parameters.trainable import trainable_names
 from lightning_attr.parameters.weights import weights_of
 from lightning_attr.pilots import run_settings
 from lightning_attr.pilots.beginning import sizes_of_weights
+from lightning_attr.replay.recorded_run import resting_layers
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Snapshot, Stopped
 
@@ -87,7 +88,8 @@ class RunStore:
         note_drawable_rows(trainer, pl_module, source, store)
         began = {"began": sizes_of_weights(pl_module)} if trainer.global_step == 0 else {}
         optimizers = {"optimizers": optimizer_settings(trainer.optimizers, pl_module)}
-        store.mark_training({**run_settings(trainer, source.loader), **optimizers, **began})
+        resting = {"resting": resting_layers(pl_module)}
+        store.mark_training({**run_settings(trainer, source.loader), **optimizers, **resting, **began})
 
     def step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Integrate the learning rates of a step."""

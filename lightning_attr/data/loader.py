@@ -128,10 +128,16 @@ class DataSource:
         """
         return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
 
-    def collated(self, rows: Sequence[int], stream: str | None = "sample") -> Any:
-        """Read samples and collate them, in this process, with the random view that featurizing or training sees."""
+    def collated(self, rows: Sequence[int], stream: str = "sample") -> Any:
+        """Read samples and collate them, in this process, with the random view that featurizing will see."""
         with unchanged_data(self.dataset, self.loader.collate_fn):
             return self.collate(self.sample_reader(stream), list(rows))
+
+    def read_whole(self, rows: Sequence[int], stream: str | None = "sample") -> Any:
+        """Read samples and collate them as one batch of training, whether or not samples could be told apart there."""
+        with unchanged_data(self.dataset, self.loader.collate_fn):
+            whole = Collation(self.loader.collate_fn, self.structure, self.reading, apart=False)
+            return whole(self.sample_reader(stream), list(rows))
 
     def sample_reader(self, stream: str | None = "sample") -> SampleReader:
         """Give what reads samples with random numbers of their own, or with None as training reads them."""

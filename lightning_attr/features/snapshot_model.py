@@ -27,6 +27,7 @@ from lightning_attr.parameters.layout import ParameterLayout, real_dtype
 from lightning_attr.parameters.weights import load_weights, weights_of
 from lightning_attr.projectors import GradientFactors, Projection
 from lightning_attr.randomness.draws import Draw
+from lightning_attr.replay.recorded_run import RecordedRun
 
 Batches: TypeAlias = "Iterator[tuple[Sequence[int], Any]]"
 
@@ -64,6 +65,7 @@ class SnapshotModel:
         writer: whether this process writes there.
         train_digest: hash of the training data, where it is known.
         target_digest: hash of the targets; that of the training data where they are the targets.
+        run: gives the recorded run that the snapshot is of, to be replayed; None where there is no record of it.
         first_target: added to the rows of targets where random numbers are drawn for them; see
             :class:`lightning_attr.features.featurizer.Featurizer`.
 
@@ -95,6 +97,7 @@ class SnapshotModel:
     train_digest: str | None = None
     target_digest: str | None = None
     first_target: int = 0
+    run: Callable[[], RecordedRun] | None = None
     layout: ParameterLayout = field(init=False)
 
     def __post_init__(self) -> None:

@@ -80,8 +80,8 @@ class Trace(NamedTuple):
     losses: tuple[float, ...]
 
 
-def advance(step: ReplayStep, state: RunState) -> tuple[RunState, Trace]:
-    """Take a step.
+def advance(step: ReplayStep, state: RunState, weights: Tensor | None = None) -> tuple[RunState, Trace]:
+    """Take a step, with other weights than one of the samples where ``weights``, ``(n,)``, has them.
 
     Returns the state after it, and what going back needs.
     """
@@ -90,8 +90,13 @@ def advance(step: ReplayStep, state: RunState) -> tuple[RunState, Trace]:
     gradients: dict[str, Tensor] = {}
     for batch in step.batches:
         met.append(buffers)
-        found = batch.evaluate({**state.parameters, **leaves}, buffers, apart=False)
-        each = torch.autograd.grad(found.loss / step.divisor, list(leaves.values()), allow_unused=True)
+        found = batch.evaluate({**state.parameters, **leaves}, buffers, apart=weights is not None)
+        with torch.enable_grad():
+            loss = found.loss
+            if weights is not None and found.shares is not None:
+                loss = loss + ((weights[batch.rows].to(loss) - 1) * found.shares).sum()
+            loss = loss / step.divisor
+        each = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, each, strict=True):
             if gradient is not None:
                 gradients[name] = gradients[name] + gradient if name in gradients else gradient

@@ -66,7 +66,7 @@ class Trajectory:
                 state, trace = self._advance(place, state)
                 traces.append(trace)
             if number + 1 < len(self.kept):
-                _check_repeated(places, state, self.kept.pop())
+                _check_repeated(places, state, self.kept[number + 1])
             for place, trace in zip(reversed(places), reversed(traces), strict=True):
                 yield self.steps[place], trace
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attr.metrics import functional
-from lightning_attr.report.shown import ShownResult
+from lightning_attr.report.shown import ShownResult, knows_self_influence
 
 _CLASSES = 20
 """Rows of a distribution; the largest classes have one each."""
@@ -41,7 +41,10 @@ def distributions(result: ShownResult, names: dict[int, str]) -> list[dict[str, 
     it has, and the quantiles as shares of the range.
     """
     figures = []
-    for title, column in {"Data value": result.data_value, "Self-influence": result.self_influence}.items():
+    columns = {"Data value": result.data_value}
+    if knows_self_influence(result):
+        columns["Self-influence"] = result.self_influence
+    for title, column in columns.items():
         groups = {"all": torch.ones(len(column), dtype=torch.bool)}
         if result.labels is not None:
             classes, counts = result.labels.unique(return_counts=True)
@@ -73,7 +76,9 @@ def detection_curve(result: ShownResult) -> dict[str, list[tuple[float, float]]]
     mask = result.noise_mask
     if mask is None or not mask.any() or mask.all():
         return None
-    suspicion = {"self-influence": result.self_influence, "training loss": result.loss}
+    suspicion = {"training loss": result.loss}
+    if knows_self_influence(result):
+        suspicion = {"self-influence": result.self_influence, **suspicion}
     return {name: _thinned(*functional.noisy_label_recall_curve(values, mask)) for name, values in suspicion.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_attr.report.shown import ShownResult
+from lightning_attr.report.shown import ShownResult, knows_self_influence
 
 _SHOWN = 4
 
@@ -36,8 +36,9 @@ def _rows(result: ShownResult) -> tuple[str, list[tuple[str, str]]]:
         ("scores", f"{type(result.scores).__name__}: {result.scores.effective_proponents:,.0f} effective proponents"),
         ("helps most", _extremes(result, result.data_value)),
         ("hurts most", _extremes(result, -result.data_value, -1)),
-        ("suspicious", _extremes(result, result.self_influence)),
     ]
+    if knows_self_influence(result):
+        rows.append(("suspicious", _extremes(result, result.self_influence)))
     if result.labels is not None:
         rows.append(("labels", f"{len(result.labels.unique())} classes"))
     if result.noise_mask is not None:

@@ -20,7 +20,7 @@ from lightning_attr.files.io import write_bytes
 from lightning_attr.report.figures import detection_curve, distributions, figures_in_words
 from lightning_attr.report.renderers import Renderer, render_sample
 from lightning_attr.report.samples import Drawings, label_of, read_item
-from lightning_attr.report.shown import ShownResult
+from lightning_attr.report.shown import ShownResult, knows_self_influence
 
 BUDGET = 22 * 2**20
 """Bytes of samples on a page; with everything else it stays below 30 MB."""
@@ -100,9 +100,8 @@ def _data(
     proponents, opponents = ([part.tolist() for part in extreme] for extreme in (scores.topk(k), scores.bottomk(k)))
     columns = {"selfInfluence": result.self_influence, "dataValue": result.data_value, "loss": result.loss}
     known = {"label": result.labels, "noise": result.noise_mask, "trainedOn": result.trained_on}
-    suspicious = scores.train_indices[
-        result.self_influence.argsort(descending=True, stable=True)[:_SUSPICIOUS]
-    ].tolist()
+    by = result.self_influence if knows_self_influence(result) else result.loss
+    suspicious = scores.train_indices[by.argsort(descending=True, stable=True)[:_SUSPICIOUS]].tolist()
     behind = chain.from_iterable(chain(*pair) for pair in zip(proponents[0], opponents[0], strict=True))
     in_turn = (i for pair in zip_longest(suspicious, behind) for i in pair if i is not None)
     indices = scores.target_indices.tolist()

@@ -8,6 +8,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+def knows_self_influence(result: ShownResult) -> bool:
+    """Say whether a result has self-influence: of methods that would take a target for each sample it is NaN.
+
+    Returns False if it is NaN.
+    """
+    return not bool(result.self_influence.isnan().all())
+
+
 class ShownScores(Protocol):
     """Scores, whole or only the strongest of each target."""
 

@@ -45,7 +45,7 @@ class AttributionResult(ResultFigures):
     Args:
         scores: ``(n_train, n_target)``, or with ``topk`` the extremes of each target only.
         self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values
-            are suspicious: the sample is explained by nothing but itself.
+            are suspicious: the sample is explained by nothing but itself. NaN where the method leaves it out.
         loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
         labels: ``(n_train,)``, int64 class labels, None if the targets of the model output are no class labels.
         noise_mask: ``(n_train,)``, bool: samples known to be mislabelled, None if unknown.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_attr.metrics import functional
-from lightning_attr.report.shown import ShownResult
+from lightning_attr.report.shown import ShownResult, knows_self_influence
 
 
 def result_metrics(result: ShownResult) -> dict[str, float]:
@@ -23,10 +22,12 @@ def result_metrics(result: ShownResult) -> dict[str, float]:
         "share_helpful": functional.share_helpful(value[:, None]),
         "share_harmful": functional.share_harmful(value[:, None]),
         "effective_proponents": result.scores.effective_proponents,
-        "self_influence_overlap@10%": functional.overlap(self_influence, value),
     }
+    if knows_self_influence(result):
+        metrics["self_influence_overlap@10%"] = functional.overlap(self_influence, value)
     if mask is not None and mask.any() and not mask.all():
-        suspicion: Mapping[str, Tensor] = {"": self_influence, "loss_": loss}
+        suspicion: dict[str, Tensor] = {"": self_influence} if knows_self_influence(result) else {}
+        suspicion["loss_"] = loss
         for prefix, suspicious in suspicion.items():
             metrics[f"{prefix}noisy_label_auroc"] = functional.noisy_label_auroc(suspicious, mask)
             metrics[f"{prefix}noisy_label_recall@10%"] = functional.noisy_label_recall(suspicious, mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_attr.arguments.checks import check_choice, check_flag, check_float, check_numbers
 from lightning_attr.arguments.messages import argument_message
 from lightning_attr.metrics.coreset import PredictedEffect, greedy_coreset, predicted_effect
-from lightning_attr.report.shown import ShownResult
+from lightning_attr.report.shown import ShownResult, knows_self_influence
 
 _OWNER = "AttributionResult.select"
 
@@ -27,6 +27,12 @@ def select(result: ShownResult, fraction: float, by: str, per_class: bool, objec
         "self_influence": lambda: -result.self_influence,
     }
     check_choice(_OWNER, "by", by, values)
+    if by == "self_influence" and not knows_self_influence(result):
+        raise ValueError(
+            f"{_OWNER}(by='self_influence') needs it, but this result has NaN in its place: its method would take a "
+            "target more for each training sample. Let the method compute it (`self_influence=True`), or select by "
+            "data value."
+        )
     check_choice(_OWNER, "objective", objective, ("prune", "coreset", None))
     if objective is not None and by != "data_value":
         remedy = "An objective has a ranking of its own: leave `by` out, or `objective`."

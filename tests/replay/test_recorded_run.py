@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_attr.errors import AttributionError
-from lightning_attr.replay.optimizer_forms import Clipping, GroupForm
-from lightning_attr.replay.recorded_run import Drawn, RecordedRun, RecordedStep
+from lightning_attr.journal import GroupStep, JournalBatch, JournalStep
+from lightning_attr.replay.optimizer_forms import Clipping
+from lightning_attr.replay.recorded_run import RecordedRun
 from lightning_attr.replay.running_statistics import UsedStatistics
 from lightning_attr.replay.state import RunState, floating
 from lightning_attr.replay.trajectory import Trajectory, memory_needed
@@ -47,27 +47,45 @@ class Net(L.LightningModule):
         return (self.weights[rows] * F.cross_entropy(self(x), y, reduction="none")).sum() / len(y) + weight
 
 
-def read(rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+def read(batch: JournalBatch) -> tuple[Tensor, Tensor, Tensor]:
     """With an augmentation."""
-    return X[rows] + 0.1 * torch.randn(len(rows), 3).double(), Y[rows], torch.tensor(rows)
+    if batch.reading_state is not None:
+        put_back(batch.reading_state)
+    rows = batch.rows
+    return X[rows] + 0.1 * torch.randn(len(rows), 3).double(), Y[rows], rows
 
 
-def recorded(net: Net, kind: str, settings: dict[str, Any], clipping: Clipping | None, steps: int = 5) -> RecordedRun:
+def state_of(seed: int) -> dict[str, Tensor]:
+    return {"torch": torch.Generator().manual_seed(seed).get_state()}
+
+
+def put_back(states: Any) -> None:
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+
+
+def recorded(
+    net: Net, kind: str, settings: dict[str, Any], clipping: Clipping | None, steps: int = 5, kept: bool = True
+) -> RecordedRun:
     draw, made = torch.Generator().manual_seed(0), []
     for step in range(steps):
-        forms = (
-            GroupForm(kind, ("first.weight", "first.bias", "norm.weight"), 0.1 / (1 + step), 0.1, settings),
-            GroupForm(kind, ("norm.bias", "last.weight", "last.bias"), 0.05, 0.0, settings),
-        )
-        drawn = tuple(
-            Drawn(
-                torch.randperm(N, generator=draw)[:5], 0, step, 2 * step + k, partial(torch.manual_seed, 2 * step + k)
+        batches = tuple(
+            JournalBatch(
+                torch.randperm(N, generator=draw)[:5],
+                0,
+                0,
+                2 * step + k,
+                random_state=state_of(2 * step + k) if kept else None,
+                reading_state=state_of(100 + 2 * step + k),
             )
             for k in range(2)
         )
-        made.append(RecordedStep(drawn, 2, forms))
+        groups = GroupStep(0.1 / (1 + step), 0.1), GroupStep(0.05, 0.0)
+        made.append(JournalStep(0, step, 0, batches, groups))
+    names = ("first.weight", "first.bias", "norm.weight"), ("norm.bias", "last.weight", "last.bias")
+    optimizer = {"kind": kind, "groups": [{"parameters": own, **settings} for own in names]}
     weights = {name: t.detach().clone() for name, t in [*net.named_parameters(), *net.named_buffers()]}
-    return RecordedRun(net, made, {0: "start"}, lambda key: weights, read, clipping)
+    return RecordedRun(net, made, optimizer, {0: "start"}, lambda key: weights, read, put_back, N, clipping)
 
 
 def outputs(net: Net, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
@@ -78,7 +96,7 @@ def outputs(net: Net, parameters: dict[str, Tensor], buffers: dict[str, Tensor])
 
 
 def derivatives(run: RecordedRun, hessian: str = "exact") -> Tensor:
-    trajectory = Trajectory(run.start, run.replay_steps)
+    trajectory = Trajectory(run.state_at(0), run.replay_steps)
     end = trajectory.end
     leaves = {name: t.detach().requires_grad_() for name, t in {**end.parameters, **floating(end.buffers)}.items()}
     parts = [{name: leaves.get(name, t) for name, t in part.items()} for part in (end.parameters, end.buffers)]
@@ -91,14 +109,14 @@ def derivatives(run: RecordedRun, hessian: str = "exact") -> Tensor:
     return trajectory.weight_derivatives(adjoints, N, hessian)
 
 
-def differences(run: RecordedRun, size: float = 1e-5) -> Tensor:
+def differences(run: RecordedRun, size: float = 2e-6) -> Tensor:
     rows = []
     for i in range(N):
         ends = []
         for sign in (1, -1):
             run.module.weights = torch.ones(N).double()
             run.module.weights[i] += sign * size
-            end = Trajectory(run.start, run.replay_steps).end
+            end = Trajectory(run.state_at(0), run.replay_steps).end
             with torch.no_grad():
                 ends.append(outputs(run.module, end.parameters, end.buffers))
         rows.append((ends[0] - ends[1]) / (2 * size))
@@ -142,7 +160,7 @@ def test_other_hessians_are_other_scores_of_the_same_last_step() -> None:
 def test_a_step_that_draws_other_random_numbers_each_time_is_refused() -> None:
     torch.manual_seed(0)
     run = recorded(Net().double(), "SGD", {}, None)
-    steps = [replace(s, drawn=tuple(replace(d, random_state=None) for d in s.drawn)) for s in run.steps]
+    steps = [replace(s, batches=tuple(replace(b, reading_state=None) for b in s.batches)) for s in run.steps]
     with pytest.raises(AttributionError, match=r"The training loss of step 4 was .* is not deterministic"):
         derivatives(replace(run, steps=steps))
 
@@ -155,6 +173,20 @@ def test_a_loss_without_terms_is_refused() -> None:
     run = recorded(Product().double(), "SGD", {}, None)
     with pytest.raises(AttributionError, match=r"`training_step` of Product returns in step 4 cannot be split"):
         derivatives(run)
+
+
+def test_streams_that_were_not_kept_are_the_same_each_time() -> None:
+    torch.manual_seed(0)
+    run = recorded(Net().double(), "SGD", {}, None, kept=False)
+    found, expected = derivatives(run), differences(run)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_step_of_other_groups_is_refused() -> None:
+    run = recorded(Net().double(), "SGD", {}, None)
+    step = replace(run.steps[2], groups=(GroupStep(0.1, 0.0),))
+    with pytest.raises(AttributionError, match=r"began with 2 parameter group\(s\), but step 2 was taken with 1"):
+        derivatives(replace(run, steps=[*run.steps[:2], step]))
 
 
 def test_memory_grows_with_the_root_of_the_steps() -> None:

@@ -365,3 +365,16 @@ def test_the_overview_says_how_often_samples_were_trained_on() -> None:
 def test_exposure_is_a_count() -> None:
     with pytest.raises(TypeError, match=r"argument `exposure` of AttributionResult to be a tensor of whole numbers"):
         made(exposure=torch.ones(N))
+
+
+def test_a_result_without_self_influence_leaves_it_out(tmp_path: Path) -> None:
+    result = made(self_influence=torch.full((len(made().loss),), float("nan")))
+    assert not any("self_influence" in name or name.startswith("noisy") for name in result.metrics)
+    assert result.metrics["loss_noisy_label_auroc"] == made().metrics["loss_noisy_label_auroc"]
+    assert "suspicious" not in repr(result)
+    with pytest.raises(
+        ValueError, match=r"select\(by='self_influence'\) needs it, but this result has NaN in its place"
+    ):
+        result.select(0.5, by="self_influence")
+    page = result.report(tmp_path / "report.html").read_text("utf-8")
+    assert "NaN" not in page
