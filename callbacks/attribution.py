@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from lightning_attr.arguments.checks import check_flag, check_int, check_path
 from lightning_attr.attribution.arguments import given_mask
-from lightning_attr.attribution.request import check_strategy
+from lightning_attr.attribution.division import check_divided_run
+from lightning_attr.attribution.strategies import check_strategy
 from lightning_attr.attribution.trainer import attribute
 from lightning_attr.callbacks.checking import CheckedRun
 from lightning_attr.callbacks.preparation import Preparation, RecordingRequest, prepare
@@ -28,6 +29,7 @@ from lightning_attr.methods import TRAK, AttributionMethod
 from lightning_attr.methods.base import check_method
 from lightning_attr.objectives.modes import check_mode
 from lightning_attr.objectives.objective import check_module
+from lightning_attr.parameters.whole import whole_parameters
 from lightning_attr.store.feature_dtype import check_feature_dtype
 
 
@@ -144,6 +146,7 @@ class AttributionCallback(CheckedRun):
         """Check the module on a few samples and open the store: fail now rather than after an hour."""
         run, self._recorder = self._run, None
         run.stopped = None
+        run.guard.together(partial(check_divided_run, trainer, pl_module, self.optimizer_state))
         found = run.guard.together(partial(prepare, self._request(), trainer, pl_module, self._report.wanted(trainer)))
         self.source, self.method, self.featurize = found.source, found.method, found.featurize
         self.noise_mask = found.noise_mask
@@ -153,7 +156,8 @@ class AttributionCallback(CheckedRun):
             run.forget()
         self._report.begin(forget=trainer.global_step == 0)
         epoch, resumed = trainer.current_epoch - 1, run.path is not None
-        self._open(trainer, pl_module, found)
+        with whole_parameters(pl_module):
+            self._open(trainer, pl_module, found)
         if resumed and epoch > run.recorded.epoch and self.schedule.due(epoch):
             self._record(trainer, pl_module, epoch)  # the checkpoint was written just before this epoch's snapshot
         if trainer.global_step == 0 and self.schedule.due(-1):
@@ -239,6 +243,6 @@ class AttributionCallback(CheckedRun):
         (recorder, self._recorder), run = (self._recorder, None), self._run
         if recorder is not None and run.stopped is None:
             epoch = trainer.current_epoch - 1
-            with run.guard.training(partial(run.stand_down, trainer, epoch)):
+            with run.guard.training(partial(run.stand_down, trainer, epoch)), whole_parameters(pl_module):
                 run.guard.together(partial(run.finish, trainer, pl_module, epoch))
                 run.guard.together(run.store.reload)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_attr.data.loader import DataSource
 from lightning_attr.objectives.modes import set_mode
+from lightning_attr.parameters.whole import whole_parameters
 from lightning_attr.user_code.isolation import undisturbed
 from lightning_attr.user_code.step_world import StepWorld, replayed
 
@@ -30,7 +31,11 @@ def beside_training(
     stage = trainer.state.stage
     trainer.predicting = True
     try:
-        with replayed(pl_module, at), undisturbed(pl_module, *data, beside=world.beside, values=values):
+        with (
+            whole_parameters(pl_module),
+            replayed(pl_module, at),
+            undisturbed(pl_module, *data, beside=world.beside, values=values),
+        ):
             set_mode(pl_module, mode)
             yield
     finally:

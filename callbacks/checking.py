@@ -13,8 +13,8 @@ import lightning as L
 from lightning_attr.arguments.checks import check_instance
 from lightning_attr.attribution.arguments import check_datamodule
 from lightning_attr.attribution.rehearsal import heard, rehearse
-from lightning_attr.attribution.request import check_strategy
 from lightning_attr.attribution.run_check import RunCheck, checked_layers
+from lightning_attr.attribution.strategies import check_one_process, check_strategy
 from lightning_attr.callbacks.beside import beside_training
 from lightning_attr.callbacks.guard import describe
 from lightning_attr.callbacks.preparation import Preparation, RecordingRequest, prepare
@@ -101,6 +101,7 @@ class CheckedRun(RunHooks):
             check_module(model)
             if trainer is not None:
                 check_strategy(trainer.strategy)
+                check_one_process(trainer.strategy)
             rehearse(trainer, model, datamodule, train_dataloaders, look)
         except Exception as error:  # told in the result, after what was found before it
             look.note(refused=describe(error), error=error)

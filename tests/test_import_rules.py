@@ -34,6 +34,8 @@ LIGHTNING_MODULES = {
         "checkpoint_files",
         "checkpoint_snapshots",
         "checkpoint_store",
+        "division",
+        "strategies",
         "predict_step",
         "rehearsal",
         "request",

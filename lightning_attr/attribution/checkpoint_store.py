@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from lightning_attr.arguments.checks import check_flag, check_path
+from lightning_attr.attribution.division import whole_module
 from lightning_attr.attribution.jobs import Jobs
 from lightning_attr.attribution.predict_step import AttributionStep
 from lightning_attr.attribution.request import resolve
@@ -50,30 +51,31 @@ def from_checkpoints(
     folder = check_path(owner, "dirpath", dirpath)
     moments = check_flag(owner, "optimizer_state", optimizer_state)
     runner = own(L.Trainer, model)(**_QUIET) if trainer is None else trainer
-    with processes_of(runner).together():
-        request = resolve(
-            runner,
-            datamodule,
-            model=model,
-            train_dataloaders=train_dataloaders,
-            target_dataloaders=None,
-            targets="train",
-            method=method,
-            store=folder,
-            ckpt_path=ckpt_path,
-            noise_mask=None,
-            topk=None,
-            memory_budget=memory_budget,
-            target_function=None,
-            mode=mode,
-            pilots=None,
-            owner=owner,
-        )
-    assert request.checkpoints is not None  # of the `ckpt_path`
-    checkpoints = replace(request.checkpoints, moments=moments or request.checkpoints.moments)
-    request = replace(request, checkpoints=checkpoints, feature_dtype=feature_dtype)
-    with predicted(runner, request, FeaturizeStep):
-        return FeatureStore.open(folder)
+    with whole_module(runner, model):
+        with processes_of(runner).together():
+            request = resolve(
+                runner,
+                datamodule,
+                model=model,
+                train_dataloaders=train_dataloaders,
+                target_dataloaders=None,
+                targets="train",
+                method=method,
+                store=folder,
+                ckpt_path=ckpt_path,
+                noise_mask=None,
+                topk=None,
+                memory_budget=memory_budget,
+                target_function=None,
+                mode=mode,
+                pilots=None,
+                owner=owner,
+            )
+        assert request.checkpoints is not None  # of the `ckpt_path`
+        checkpoints = replace(request.checkpoints, moments=moments or request.checkpoints.moments)
+        request = replace(request, checkpoints=checkpoints, feature_dtype=feature_dtype)
+        with predicted(runner, request, FeaturizeStep):
+            return FeatureStore.open(folder)
 
 
 class FeaturizeStep(AttributionStep):

@@ -58,6 +58,9 @@ class AttributionStep(nn.Module):
         self.checked = False  # the features of the first training batch of a snapshot are
         self.buffer_pool: list[Tensor] = []
 
+    def configure_model(self) -> None:
+        """Leave the user's module as it is: it is configured, and strategies that divide modules ask for this."""
+
     def setup(self, stage: str) -> None:
         """Open the store, or make one of the current weights; the process group is up by now."""
         strategy = self.trainer.strategy

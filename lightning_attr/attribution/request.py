@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]  # re-exported
     rank_zero_info,
     rank_zero_warn,
@@ -21,6 +20,7 @@ from lightning_attr.attribution.arguments import check_attribute_arguments, chec
 from lightning_attr.attribution.borrow import attached
 from lightning_attr.attribution.checkpoint_files import checkpoint_paths
 from lightning_attr.attribution.checkpoint_snapshots import CheckpointSnapshots
+from lightning_attr.attribution.strategies import check_strategy
 from lightning_attr.data.loader import DataSource
 from lightning_attr.data.memory import MemoryBudget
 from lightning_attr.data.sources import target_source, train_source
@@ -37,7 +37,7 @@ from lightning_attr.results.top_scores import check_topk
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Stopped
 from lightning_attr.user_code.isolation import preserved_rng
-from lightning_attr.user_code.lightning_names import both, check_one_world
+from lightning_attr.user_code.lightning_names import check_one_world
 from lightning_attr.user_code.step_world import configured_optimizers
 from lightning_attr.verification.model_check import check_model
 
@@ -192,15 +192,6 @@ def resolve(
         if request.checkpoints is None:
             _check_store(request, record, trainer.is_global_zero)
     return request
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that do not keep whole parameters on each rank."""
-    if isinstance(strategy, both(DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-        raise AttributionError(
-            f"Expected a strategy that keeps whole parameters on each rank, but {type(strategy).__name__} shards them. "
-            'Use strategy="auto", "ddp" or "ddp_spawn", or attribute on one device from the stored snapshots.'
-        )
 
 
 def _fingerprint(path: Path | None) -> Fingerprint | None:

@@ -11,6 +11,7 @@ import lightning as L
 from torch import Tensor
 
 from lightning_attr.attribution.arguments import by_position
+from lightning_attr.attribution.division import whole_module
 from lightning_attr.attribution.predict_step import AttributionStep
 from lightning_attr.attribution.request import AttributionRecord, resolve
 from lightning_attr.attribution.run import predicted, processes_of
@@ -91,8 +92,8 @@ def attribute(
         TypeError: if an argument is of another class than its own, model or datamodule came twice, the model can not
             be attributed, or model and trainer are of ``lightning`` and ``pytorch_lightning`` in turn.
         ValueError: if model or data are missing, or the noise mask or ``topk`` does not fit.
-        AttributionError: if the strategy shards parameters, the callback has recorded nothing, the store has no
-            snapshots, or pilots cannot be trained as the run was.
+        AttributionError: if the strategy shards parameters in a form that cannot be gathered, the callback has recorded
+            nothing, the store has no snapshots, or pilots cannot be trained as the run was.
 
     Example:
         >>> import torch
@@ -109,28 +110,30 @@ def attribute(
         >>> attribute(trainer, model=Classifier(), train_dataloaders=loader, targets="train").self_influence.shape
         torch.Size([2])
     """
-    with processes_of(trainer).together():  # what one of them finds here, the others would wait for ever
+    with processes_of(trainer).together():
         model, datamodule = by_position(model_or_datamodule, model, datamodule)
-        request = resolve(
-            trainer,
-            datamodule,
-            model=model,
-            train_dataloaders=train_dataloaders,
-            target_dataloaders=target_dataloaders,
-            targets=targets,
-            method=method,
-            store=store,
-            ckpt_path=ckpt_path,
-            noise_mask=noise_mask,
-            topk=topk,
-            memory_budget=memory_budget,
-            target_function=target_function,
-            mode=mode,
-            pilots=pilots,
-        )
-    with predicted(trainer, request, AttributionStep) as step:
-        # A spawning strategy computed the result in other processes.
-        return step.result if step.result is not None else AttributionResult.load(step.folder)
+    with whole_module(trainer, model):
+        with processes_of(trainer).together():  # what one of them finds here, the others would wait for ever
+            request = resolve(
+                trainer,
+                datamodule,
+                model=model,
+                train_dataloaders=train_dataloaders,
+                target_dataloaders=target_dataloaders,
+                targets=targets,
+                method=method,
+                store=store,
+                ckpt_path=ckpt_path,
+                noise_mask=noise_mask,
+                topk=topk,
+                memory_budget=memory_budget,
+                target_function=target_function,
+                mode=mode,
+                pilots=pilots,
+            )
+        with predicted(trainer, request, AttributionStep) as step:
+            # A spawning strategy computed the result in other processes.
+            return step.result if step.result is not None else AttributionResult.load(step.folder)
 
 
 class AttributionTrainer(L.Trainer):

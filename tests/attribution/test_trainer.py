@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from cases import BlobClassifier, Tally, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.attribution.arguments import check_noise_mask
-from lightning_attr.attribution.request import check_strategy
+from lightning_attr.attribution.strategies import check_strategy
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import (
     AttributionError,
@@ -330,7 +330,7 @@ def test_strategies_that_shard_parameters_are_refused(monkeypatch: pytest.Monkey
     trainer = quiet_trainer()
     monkeypatch.setattr(trainer._accelerator_connector, "strategy", FSDPStrategy())
     with pytest.raises(
-        AttributionError, match=r"whole parameters on each rank, but FSDPStrategy shards them.*ddp_spawn"
+        AttributionError, match=r"whole parameters on each rank.*but FSDPStrategy shards them.*ModelParallelStrategy"
     ):
         scores(trainer, model=BlobClassifier(), train_dataloaders=loader_of(TRAIN))
     with pytest.raises(AttributionError, match="FSDPStrategy"):
