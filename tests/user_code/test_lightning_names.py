@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from cases import blobs, loader_of, quiet_trainer
 from lightning_attr import AttributionMixin, AttributionTrainer, attribute
-from lightning_attr.attribution.request import check_strategy
+from lightning_attr.attribution.strategies import check_strategy, divides
 from lightning_attr.callbacks import AttributionCallback, AttributionMonitor
 from lightning_attr.callbacks.progress import progress
 from lightning_attr.errors import AttributionError
@@ -284,10 +284,17 @@ def test_modules_without_a_training_step_are_told_so(world: Any) -> None:
         check_module(world.package.LightningModule())
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_sharding_strategies_are_refused(world: Any, name: str) -> None:
     strategy = object.__new__(getattr(world.parts.strategies, name))  # to make one takes a GPU
     with pytest.raises(AttributionError, match=f"{name} shards them"):
+        check_strategy(strategy)
+
+
+def test_strategies_that_divide_modules_are_known(world: Any) -> None:
+    strategy = world.parts.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
+    assert divides(strategy)
+    with pytest.raises(AttributionError, match="tensor_parallel_size=1, but it is 2"):
         check_strategy(strategy)
 
 
