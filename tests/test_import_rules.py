@@ -50,7 +50,7 @@ LIGHTNING_MODULES = {
     "lightning_attr/features": ("transfer",),
     "lightning_attr/pilots": ("*",),
     "lightning_attr/user_code": ("lightning_names", "start_hooks", "step_world", "training_step"),
-    "lightning_attr/verification": ("gradient_paths", "probe", "row_checks"),
+    "lightning_attr/verification": ("gradient_paths", "probe", "row_batches"),
 }
 LIGHTNING = tuple(f"{folder}/{module}.py" for folder, modules in LIGHTNING_MODULES.items() for module in modules)
 ONLY_IN: dict[str, tuple[str, ...]] = {

@@ -15,9 +15,10 @@ from lightning_attr.methods.base import ScoreBlock, SnapshotFeatures
 from lightning_attr.methods.cache import CacheKey
 from lightning_attr.methods.solvers.astra import Astra
 from lightning_attr.methods.solvers.base import Arnoldi, Explicit, Inverse, Prepared, Solver
+from lightning_attr.methods.solvers.batch_curvature import Curvature
 from lightning_attr.methods.solvers.iterative import ConjugateGradient, LiSSA
 from lightning_attr.methods.solvers.layerwise import EKFAC, KFAC, DataInf
-from lightning_attr.methods.solvers.training_curvature import Curvature, TrainingCurvature
+from lightning_attr.methods.solvers.training_curvature import TrainingCurvature
 from lightning_attr.methods.support.damping import DampedMethod, check_damping
 from lightning_attr.methods.support.module_method import ModelMethod, model_of
 from lightning_attr.methods.support.relatif import Relative, divisor

@@ -3,115 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_attr.batches.nested import batched_tensors, select_rows
-from lightning_attr.batches.samples_apart import SamplesApart
-from lightning_attr.data.loader import DataSource
-from lightning_attr.data.lost_rows import dropped_rows, refuse_lost_rows, same_content
-from lightning_attr.errors import AttributionError, BatchDependenceError, SampleReadError
-from lightning_attr.features.transfer import own_hooks, placed, to_device
+from lightning_attr.batches.nested import select_rows
+from lightning_attr.data.lost_rows import same_content
+from lightning_attr.errors import BatchDependenceError
 from lightning_attr.gradients.plain_execution import plain_execution
 from lightning_attr.objectives.objective import completed, has_mixin, sample_values
 from lightning_attr.objectives.remedies import describe_batch, mixin_lines
-from lightning_attr.randomness.draws import Draw
 from lightning_attr.user_code.training_step import training_loss
+from lightning_attr.verification.row_batches import RAISED, RowBatches
 
 log = logging.getLogger(__name__)
 
-_RAISED = (AttributionError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-"""What modules and collate functions raise of batches that are not what they expect."""
-
 
 @dataclass
-class RowCheck:
-    """Tries a source's way from rows to batches on a few rows, and settles whether samples are taken from batches.
-
-    Args:
-        trainer: the trainer, for its precision and device.
-        module: the user's module, in eval mode.
-        datamodule: the user's datamodule, if any.
-        source: the data, whose ``form`` is filled in.
-        rows: some rows, the most unlike first.
-    """
-
-    trainer: L.Trainer
-    module: L.LightningModule
-    datamodule: L.LightningDataModule | None
-    source: DataSource
-    rows: list[int]
-    _alone: list[Any] = field(default_factory=list)
-
-    def batch(self, rows: Sequence[int]) -> Any:
-        """Read, collate and move rows, as featurizing does."""
-        device = self.trainer.strategy.root_device
-        return placed(self._collated(rows), rows, self.module, self.datamodule, device, self.source)
-
-    def _collated(self, rows: Sequence[int]) -> Any:
-        source = self.source
-        batch = next(source.iterated([rows]))[1] if source.form.iterates else source.collated(rows)
-        return self.trainer.precision_plugin.convert_input(batch)
-
-    def _raw(self, rows: Sequence[int]) -> Any:
-        """A batch as training has it, whatever its size."""
-        device = self.trainer.strategy.root_device
-        return to_device(self._collated(rows), self.module, self.datamodule, device, rows, self.source)
-
-    def _each(self) -> list[Any]:
-        self._alone = self._alone or [self._raw([row]) for row in self.rows]
-        return self._alone
-
-    # Without running the module ---------------------------------------------------------------------------------
-
-    def look(self) -> str | None:
-        """Compare the batches themselves.
-
-        Returns None if each sample is in its batch as it is alone, to the last bit; else what is not so.
-        """
-        source, rows, form = self.source, self.rows, self.source.form
-        hooks = own_hooks(self.module, self.datamodule)
-        if source.own_iteration:
-            form.iterates = not same_content(source.collated(rows), next(source.iterated([rows]))[1])
-        if form.apart or len(rows) == 1:
-            return None
-        try:
-            whole, fewer = self._raw(rows), self._raw(rows[:-1])
-        except _RAISED as error:
-            self._each()  # an error of its own says more
-            cause = error.__cause__ if isinstance(error, SampleReadError) else error
-            return f"they cannot be collated together ({type(cause).__name__}: {cause})"
-        form.learn(whole, len(rows), fewer, len(rows) - 1)
-        size = form.wrong_size(whole, len(rows))
-        if size is not None:
-            lost = hooks and batched_tensors(self._collated(rows), len(rows))
-            if lost or dropped_rows(source, rows):
-                refuse_lost_rows(source, rows, size, hooks)
-            return "no tensor has one row a sample"
-        if source.stacks and not hooks and not form.iterates:
-            return None
-        if hooks and not same_content(whole, self._raw(rows)):
-            raise BatchDependenceError(
-                f"The transfer hooks ({', '.join(hooks)}) give other values each time for the same samples: they draw "
-                "random numbers. Attribution needs a sample to be one thing: let them do that in training alone, under "
-                "`if self.trainer.training:`."
-            )
-        whole, reverse = form.marked(whole, len(rows)), range(len(rows))[::-1]
-        parts = [(reverse, self.batch(rows[::-1])), *(([i], one) for i, one in enumerate(self._each()))]
-        same = all(same_content(select_rows(whole, len(rows), part), batch) for part, batch in parts)
-        return None if same else "a sample lies in it in another way than alone"
-
-    # By what the module makes of them ---------------------------------------------------------------------------
+class RowCheck(RowBatches):
+    """Settles whether samples are taken from batches, where these differ, by what the module makes of them."""
 
     def settle(self, difference: str) -> None:
         """Compare what the module gives for samples in a batch and alone; take them apart where only that is right."""
         with torch.enable_grad(), plain_execution():  # a step may differentiate inside
-            alone = torch.cat([self._value(one, row) for row, one in zip(self.rows, self._each(), strict=True)])
+            alone = torch.cat([self._value(one, row) for row, one in zip(self.rows, self.each(), strict=True)])
             together = self._together()
             if together is not None and _agree(together, alone):
                 return  # padded, for instance, and the module does not mind
@@ -123,7 +40,7 @@ class RowCheck:
             "own by %s, which takes up to %d times as long.",
             type(self.module).__name__,
             self.source.role,
-            describe_batch(self._each()[0]),
+            describe_batch(self.each()[0]),
             difference,
             self.source.description,
             self.source.batch_size,
@@ -131,13 +48,13 @@ class RowCheck:
 
     def run_alone(self, position: int) -> None:
         """Run a sample that is collated alone, to see whether it goes through."""
-        one = completed(self.module, self._each()[position], self._draw([self.rows[position]]))
+        one = completed(self.module, self.each()[position], self.draw([self.rows[position]]))
         with torch.enable_grad(), plain_execution():
             sample_values(self.module, one, 1)
 
     def _value(self, one: Any, row: int) -> Tensor:
         """The output of a sample that is collated alone, ``(1,)``."""
-        value = sample_values(self.module, completed(self.module, one, self._draw([row])), 1).detach()
+        value = sample_values(self.module, completed(self.module, one, self.draw([row])), 1).detach()
         if value.shape != (1,):
             raise BatchDependenceError(
                 f"{type(self.module).__name__} gives outputs of shape {tuple(value.shape)} for one sample that is "
@@ -151,13 +68,13 @@ class RowCheck:
         try:
             found = []
             for rows in (self.rows, self.rows[::-1]):
-                batch = completed(self.module, self.batch(rows), self._draw(rows))
+                batch = completed(self.module, self.batch(rows), self.draw(rows))
                 found.append(sample_values(self.module, batch, count).detach())
                 halves = [range(count // 2), range(count // 2, count)]
                 parts = [sample_values(self.module, select_rows(batch, count, part), len(part)) for part in halves]
                 if not _agree(torch.cat(parts).detach(), found[-1]):
                     return None
-        except _RAISED as error:
+        except RAISED as error:
             log.info("Samples cannot be taken from a batch: %s: %s", type(error).__name__, error)
             return None
         usable = all(values.shape == (count,) for values in found) and _agree(found[0], found[1].flip(0))
@@ -175,7 +92,7 @@ class RowCheck:
                 raise self._mixed(f"outputs {_shown(whole)} together, {_shown(alone)} one by one")
             return
         losses = [
-            training_loss(self.module, self._raw([self.rows[i] for i in part])).detach() for part in parts if len(part)
+            training_loss(self.module, self.raw([self.rows[i] for i in part])).detach() for part in parts if len(part)
         ]
         own = [-alone[list(part)] for part in parts if len(part)]
         for reduced in ("mean", "sum"):
@@ -187,16 +104,16 @@ class RowCheck:
 
     def _whole_outputs(self) -> Tensor | None:
         try:
-            batch = completed(self.module, self._raw(self.rows), self._draw(self.rows))
+            batch = completed(self.module, self.raw(self.rows), self.draw(self.rows))
             found = sample_values(self.module, batch, len(self.rows)).detach()
-        except _RAISED:
+        except RAISED:
             return None
         return found if found.shape == (len(self.rows),) else None
 
     def _drawn_alone(self) -> bool:
         """Whether the collate function draws random numbers for a sample that is alone, as in masking."""
         row = self.rows[0]
-        return not same_content(self._each()[0], self.source.collated([row], stream="another"))
+        return not same_content(self.each()[0], self.source.collated([row], stream="another"))
 
     def _mixed(self, found: str) -> BatchDependenceError:
         name, count = type(self.module).__name__, len(self.rows)
@@ -208,18 +125,7 @@ class RowCheck:
         )
 
     def _lines(self) -> str:
-        return mixin_lines(self.module, self._each()[0])
-
-    def _draw(self, rows: Sequence[int]) -> Draw:
-        return Draw(rows, device=self.trainer.strategy.root_device)
-
-    def probed(self, count: int) -> tuple[Any, list[int]]:
-        """Give the samples with which a module is checked."""
-        rows = self.rows[:count]
-        if self.source.form.apart:
-            one_by_one = [self.batch([row]) for row in rows]
-            return SamplesApart(part[0] for part in one_by_one), rows
-        return self.batch(rows), rows
+        return mixin_lines(self.module, self.each()[0])
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

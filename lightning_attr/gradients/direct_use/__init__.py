@@ -20,7 +20,9 @@ What a call means follows from how its operands are aligned, not from sizes that
 dimension of what depends on it. A handler that cannot be sure returns ``NotImplemented``; the parameter is then
 reported and left to a slower path. Nothing is guessed.
 
-``tracer`` is the mode, ``use`` one call as handlers see it, and their register. Handlers live in a file per family:
+``free_values`` knows which tensors are free and what they derive from, ``copied_values`` gives each sample its copy and
+passes gradients on, ``tracer`` is the mode, ``use`` one call as handlers see it, and their register. Handlers live in a
+file per family:
 ``elementwise``, ``repetition``, ``products``, ``indexing``, ``attention_mask``, and ``layers`` for the functional forms
 of layers. A new handler is a function under :func:`~lightning_attr.gradients.direct_use.use.handles`.
 """

@@ -20,8 +20,9 @@ from lightning_attr.curvature.parameter_vectors import Product
 from lightning_attr.curvature.sherman_morrison import mean_of_inverses
 from lightning_attr.features.snapshot_model import SnapshotModel
 from lightning_attr.methods.solvers.base import Inverse, Prepared, Solver
+from lightning_attr.methods.solvers.batch_curvature import check_outputs
 from lightning_attr.methods.solvers.fisher_streams import FisherStreams
-from lightning_attr.methods.solvers.training_curvature import TrainingCurvature, check_outputs
+from lightning_attr.methods.solvers.training_curvature import TrainingCurvature
 from lightning_attr.projectors import IdentityProjector, Projection
 from lightning_attr.randomness.streams import hashed_seed
 

@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_attr.arguments.checks import check_choice
-from lightning_attr.batches.nested import float_tensors, join_batches, map_tensors, select_rows
 from lightning_attr.curvature.parameter_vectors import Product
-from lightning_attr.curvature.products import ggn_product, hessian_product
 from lightning_attr.data.memory import peak_bytes
-from lightning_attr.errors import AttributionError
 from lightning_attr.features.snapshot_model import SnapshotModel
-from lightning_attr.gradients.functional import call_with
-from lightning_attr.objectives.apart import OutputApart
-from lightning_attr.objectives.mixin import attribution_outputs
-from lightning_attr.objectives.objective import MixinOutput
+from lightning_attr.methods.solvers.batch_curvature import BatchCurvature, Curvature, batches_of, joined_batches
 from lightning_attr.projectors import IdentityProjector, NoProjection
 from lightning_attr.randomness.streams import rademacher, random_words
-
-Curvature: TypeAlias = Literal["ggn", "hessian", "empirical_fisher"]
 
 _AT_ONCE = 2**28
 """Bytes that the vectors multiplied together may take, and graphs kept from one product to the next."""
 _MOST_ROWS = 256
 _EXACT_TRACE, _PROBES = 1024, 128
 """Up to so many parameters the trace is exact; above, it is estimated with so many random vectors."""
-
-
-def check_outputs(model: SnapshotModel) -> None:
-    """Check that a module shows its outputs, and how the loss depends on them."""
-    if not isinstance(model.plan.objective, MixinOutput):
-        name = type(model.module).__name__
-        raise TypeError(
-            f"Expected {name} to have lightning_attr.AttributionMixin among its bases for `curvature='ggn'`, which "
-            "needs its outputs, but it shows the loss of its training step only. Add the mixin, or use "
-            "`curvature='empirical_fisher'` or 'hessian'."
-        )
-
-
-def _check_derivatives(model: SnapshotModel) -> None:
-    pairs = [name for name, p in model.parameters().items() if p.is_complex()]
-    if pairs:
-        raise AttributionError(
-            f"Expected real parameters for a curvature of the loss, but `{pairs[0]}` of {type(model.module).__name__} "
-            "is a complex parameter. Take a method on gradients, which treats it as pairs of real numbers (TRAK, "
-            "TracIn, GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS), or freeze it."
-        )
-    if isinstance(model.plan.objective, OutputApart):
-        raise AttributionError(
-            f"{model.said_apart} Take one without a curvature of the module: TRAK, TracIn, GradDot, GradCos, LESS, "
-            "GAS, ProjectedInfluence, LoGra, FactGraSS."
-        )
-    if model.plan.inner:
-        raise AttributionError(
-            f"{type(model.module).__name__} differentiates inside its step, and products with the curvature of its "
-            "loss cannot be taken through that. Take a method without a curvature of the module: TRAK, TracIn, "
-            "GradDot, GradCos, LESS, GAS, ProjectedInfluence, LoGra, FactGraSS."
-        )
 
 
 class TrainingCurvature:
@@ -94,20 +53,10 @@ class TrainingCurvature:
 
     def __init__(self, model: SnapshotModel, curvature: str, weight_decay: float = 0.0) -> None:
         check_choice(self, "curvature", curvature, get_args(Curvature))
-        _check_derivatives(model)
-        if curvature == "ggn":
-            check_outputs(model)
         self.model = model
         self.curvature = curvature
         self.weight_decay = weight_decay
-        # Copies: the next snapshot's weights go into the same module, and graphs that are kept want these.
-        self.point = {name: p.to(model.dtype, copy=True) for name, p in model.parameters().items()}
-        tensors = {**dict(model.module.named_parameters()), **dict(model.module.named_buffers())}
-        self._beside = {
-            name: tensor.detach().to(model.dtype, copy=True)
-            for name, tensor in tensors.items()
-            if name not in self.point and tensor.dtype.is_floating_point
-        }
+        self.of_batch = BatchCurvature(model, curvature)
         self._written: Tensor | None = None
         self._kept: list[Product] | None = None
         self._bytes_a_row = 0
@@ -224,8 +173,8 @@ class TrainingCurvature:
             return
         kept: list[tuple[Product, list[int], Any]] = []
         count, size = 0, 0
-        for rows, batch in self._batches(wanted):
-            product = self._product(self.model.completed(rows, batch), len(rows))
+        for rows, batch in batches_of(self.model, wanted):
+            product = self.of_batch.product(self.model.completed(rows, batch), len(rows))
             yield product
             count, size = count + 1, size + 2 * self._bytes_a_row
             if size <= _AT_ONCE:
@@ -233,80 +182,12 @@ class TrainingCurvature:
         if wanted is None and len(kept) == count:
             self._keep(kept)
 
-    def _batches(self, wanted: set[int] | None) -> Iterator[tuple[list[int], Any]]:
-        """Go through this process's samples, or those wanted, of which as many go together as a batch has."""
-        parts: list[tuple[list[int], Any]] = []
-        largest, waiting = 0, 0
-        for rows, batch in self.model.train_batches():
-            chosen = [i for i, row in enumerate(rows) if wanted is None or row in wanted]
-            if waiting and waiting + len(chosen) > largest:
-                yield from _joined(parts)
-                parts, waiting = [], 0
-            largest = max(largest, len(rows))
-            if chosen:
-                part = batch if len(chosen) == len(rows) else select_rows(batch, len(rows), chosen)
-                parts.append(([rows[i] for i in chosen], part))
-                waiting += len(chosen)
-        yield from _joined(parts)
-
     def _keep(self, found: list[tuple[Product, list[int], Any]]) -> None:
         """Keep the products of all batches: as one, which takes the time of one call, if the batches can be joined."""
-        joined = _joined([(rows, batch) for _, rows, batch in found])
+        joined = joined_batches([(rows, batch) for _, rows, batch in found])
         if len(joined) == len(found):
             self._kept = [product for product, _, _ in found]
             return
         ((rows, batch),) = joined
         self._bytes_a_row = self._bytes_a_row * len(rows) // len(found[0][1])  # measured with the first
-        self._kept = [self._product(self.model.completed(rows, batch), len(rows))]
-
-    def _product(self, batch: Any, size: int) -> Product:
-        """Prepare the product with the sum of the curvatures of a batch."""
-        objective = self.model.plan.objective
-        batch = map_tensors(batch, lambda tensor: tensor.to(self.model.dtype) if tensor.is_floating_point() else tensor)
-
-        def losses(params: Mapping[str, Tensor]) -> Tensor:
-            return objective.losses({**self._beside, **params}, batch, size)
-
-        if self.curvature == "hessian":
-            return hessian_product(
-                lambda params: objective.total_loss({**self._beside, **params}, batch, size), self.point
-            )
-        if self.curvature == "empirical_fisher":  # the GGN of half the squares of the losses
-            return ggn_product(losses, lambda values: values.square().sum() / 2, self.point)
-        outputs, loss = self._outputs(batch)
-        return ggn_product(outputs, loss, self.point)
-
-    def _outputs(self, batch: Any) -> tuple[Callable[[Any], Tensor], Callable[[Tensor], Tensor]]:
-        """Split the loss into the module's outputs, as one tensor, and what follows them."""
-        module: Any = self.model.module
-
-        def step(params: Mapping[str, Tensor]) -> tuple[Any, Any]:
-            step = partial(attribution_outputs, module)
-            called: tuple[Any, Any] = call_with(module, {**self._beside, **params}, step, batch)
-            return called
-
-        with torch.no_grad():
-            structure, targets = step(self.point)
-        sizes = [tensor.numel() for tensor in float_tensors(structure)]
-
-        def outputs(params: Mapping[str, Tensor]) -> Tensor:
-            return torch.cat([tensor.flatten() for tensor in float_tensors(step(params)[0])])
-
-        def loss(values: Tensor) -> Tensor:
-            parts = iter(values.split(sizes))
-            placed = map_tensors(structure, lambda t: next(parts).view(t.shape) if t.is_floating_point() else t)
-            total: Tensor = module.model_output.loss(placed, targets).sum()
-            return total
-
-        return outputs, loss
-
-
-def _joined(parts: Sequence[tuple[list[int], Any]]) -> Sequence[tuple[list[int], Any]]:
-    """Make one batch of several, if they differ in nothing but their samples."""
-    if len(parts) < 2:
-        return parts
-    try:
-        batch = join_batches([batch for _, batch in parts], [len(rows) for rows, _ in parts])
-    except ValueError:
-        return parts
-    return [([row for rows, _ in parts for row in rows], batch)]
+        self._kept = [self.of_batch.product(self.model.completed(rows, batch), len(rows))]

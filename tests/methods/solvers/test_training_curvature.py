@@ -191,13 +191,13 @@ def test_an_unknown_curvature() -> None:
 def test_after_the_first_product_all_batches_go_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     module, train, targets = network()
     curvature = TrainingCurvature(snapshot(module, train, targets, 5).model, "ggn")
-    prepare, sizes = curvature._product, []
+    prepare, sizes = curvature.of_batch.product, []
 
     def counted(batch: Any, size: int) -> Any:
         sizes.append(size)
         return prepare(batch, size)
 
-    monkeypatch.setattr(curvature, "_product", counted)
+    monkeypatch.setattr(curvature.of_batch, "product", counted)
     rows = torch.randn(3, curvature.size).double()
     first, second = curvature.product(rows), curvature.product(rows)
     assert sizes == [5, 5, 5, 5, 4, N]
@@ -232,7 +232,7 @@ def test_a_curvature_that_is_written_out_multiplies_without_the_module(monkeypat
             TrainingCurvature(snapshot(module, train, targets).model, "hessian", weight_decay=0.5) for _ in range(2)
         )
         curvature.write(matrix(curvature))
-        monkeypatch.setattr(curvature, "_product", None)
+        monkeypatch.setattr(curvature.of_batch, "product", None)
         rows = torch.randn(2, 43).double()
         torch.testing.assert_close(curvature.product(rows), other.product(rows))
         assert curvature.mean_eigenvalue() == pytest.approx(other.mean_eigenvalue(), rel=1e-10)
