@@ -448,6 +448,7 @@ def _entered(**arguments: Any) -> None:
 
 def _of_attribute() -> Iterator[WrongCall]:
     data = {"datamodule": Data(), "model": BlobClassifier()}
+    yield from calls(attribute, {"candidates": COUNT}, trainer=quiet_trainer(), rerank=methods.GradDot(), **data)
     yield from calls(
         attribute,
         {
@@ -461,6 +462,7 @@ def _of_attribute() -> Iterator[WrongCall]:
             "topk": (*COUNT, N + 1),
             "memory_budget": ("1GB", 0, 1.5),
             "target_function": ("margin", 3),
+            "rerank": METHOD,
         },
         trainer=quiet_trainer(),
         **data,

@@ -58,6 +58,7 @@ class Assembly:
                 (work.rank, work.world_size),
                 self.trained_on,
                 slopes=snapshots[-1].targets["out_to_loss"].float().cpu(),
+                candidates=self.request.candidates,
             )
         loss, labels = self.rows.loss_and_labels(work.snapshots[-1].key)
         return AttributionResult(
@@ -103,6 +104,7 @@ class Assembly:
             n_drawn=0 if trained_on is None else int(trained_on.sum()),
             n_train=len(self.work.train),
             key=key,
+            wanted=None if self.request.candidates is None else self.request.candidates.wanted,
             optimizers=(self.work.store.manifest.training or {}).get("optimizers"),
             optimizer_state=partial(self.work.store.optimizer_state, key),
             **directions_of(self.work.store, key, self.request.module),

@@ -33,6 +33,7 @@ from lightning_attr.objectives.objective import check_module, describe_output
 from lightning_attr.objectives.target_function import TargetFunction
 from lightning_attr.parameters.trainable import parameter_count, parameter_shapes
 from lightning_attr.pilots import Pilots, check_pilots
+from lightning_attr.results.reranked_scores import CandidateScores
 from lightning_attr.results.top_scores import check_topk
 from lightning_attr.store.feature_store import FeatureStore
 from lightning_attr.store.manifest import Fingerprint, Stopped
@@ -76,6 +77,7 @@ class AttributionRequest:
         pilots: how many of the store's pilots score together with the recorded run, and how they are trained.
         checkpoints: of the module, to be the snapshots in place of its current weights.
         feature_dtype: how a new store keeps features.
+        candidates: whose scores alone are wanted; None for those of all training samples.
     """
 
     module: L.LightningModule
@@ -93,6 +95,7 @@ class AttributionRequest:
     pilots: Pilots | None
     checkpoints: CheckpointSnapshots | None
     feature_dtype: str
+    candidates: CandidateScores | None = None
 
     @property
     def target_source(self) -> DataSource:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_attr.attribution.ensemble import Ensemble
 from lightning_attr.methods import AttributionMethod, ScoreBlock, SnapshotFeatures, TracIn
+from lightning_attr.results.reranked_scores import CandidateScores
 from lightning_attr.results.score_matrix import ScoreMatrix, zeros
 from lightning_attr.results.top_scores import TopScores, TopScoresSum
 
@@ -33,14 +34,15 @@ def score(
     share: tuple[int, int] = (0, 1),
     trained_on: Tensor | None = None,
     slopes: Tensor | None = None,
+    candidates: CandidateScores | None = None,
 ) -> tuple[ScoreMatrix | TopScores, Tensor]:
     """Score every training row for every target.
 
     Memory beside the result: a tile of scores, its training features at every snapshot, the target features of
     the tile, and what the method keeps of a snapshot.
 
-    Shapes: trained_on (n_train,), slopes (m,). Returns the scores, and self-influence ``(n_train,)``, float32; the same
-    in all processes.
+    Shapes: trained_on (n_train,), slopes (m,). Returns the scores, of the candidates alone where there are any, and
+    self-influence ``(n_train,)``, float32; the same in all processes.
     """
     if n_train == 0:
         raise ValueError("Expected at least one training sample to score, but the store has no rows.")
@@ -51,7 +53,7 @@ def score(
     if topk is not None and trained_on is not None:
         topk = min(topk, int(trained_on.sum()))
     found = TopScoresSum(n_train, m, topk, slopes) if topk is not None else None
-    values = zeros(n_train, m if found is None else 0, folder)
+    values = zeros(n_train, m if found is None and candidates is None else 0, folder)
     self_influence = torch.zeros(n_train)
     ensemble = method if isinstance(method, Ensemble) else Ensemble(method)
     most = min(_MOST_TARGETS, ensemble.most_targets(n_train))
@@ -65,10 +67,14 @@ def score(
             left_out = None if trained_on is None else ~trained_on[rows]
             own = block if left_out is None else _without(block, left_out)
             self_influence[rows] = own.self_influence
-            if found is not None:
+            if candidates is not None:
+                candidates.add(own.rows, targets, own.scores.cpu())
+            elif found is not None:
                 found.add(own.rows, targets, own.scores.cpu(), left_out)  # where the extremes are kept
             else:
                 values[rows, targets] = own.scores
+    if candidates is not None:
+        return candidates.total(reduce), reduce(self_influence)
     if found is not None:
         return found.total(share, reduce), reduce(self_influence)
     scores = ScoreMatrix(reduce(values), trained_on=trained_on, target_slopes=slopes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_attr.attribution.arguments import by_position
 from lightning_attr.attribution.division import whole_module
 from lightning_attr.attribution.predict_step import AttributionStep
-from lightning_attr.attribution.request import AttributionRecord, resolve
+from lightning_attr.attribution.request import AttributionRecord, AttributionRequest, resolve
+from lightning_attr.attribution.reranking import check_reranking, joined, with_candidates, with_depth
 from lightning_attr.attribution.run import predicted, processes_of
 from lightning_attr.attribution.run_check import RunCheck
 from lightning_attr.methods import AttributionMethod
@@ -41,6 +42,8 @@ def attribute(
     target_function: TargetFunction | None = None,
     mode: str | None = None,
     pilots: int | Pilots | None = None,
+    rerank: AttributionMethod | None = None,
+    candidates: int | None = None,
 ) -> AttributionResult:
     """Score every training sample for every target, on the trainer's devices.
 
@@ -84,6 +87,12 @@ def attribute(
             :class:`lightning_attr.pilots.Pilots`. Those that the store misses are trained now, by the training loader
             at hand, and kept: each costs a sixth of the run or more, which is said before. By default the run alone
             scores.
+        rerank: a second, dearer method, which scores the ``candidates`` of the first again: ``scores`` are
+            :class:`lightning_attr.results.RerankedScores`, and their order is that of the second method. It is of the
+            run alone, without pilots. :class:`lightning_attr.methods.Influence` and
+            :class:`lightning_attr.methods.SOURCE` then solve for no other training samples.
+        candidates: how many of the strongest proponents of each target, and of its opponents, ``rerank`` scores; by
+            default 100.
 
     Returns:
         Scores, self-influence, data value and metrics.
@@ -110,30 +119,42 @@ def attribute(
         >>> attribute(trainer, model=Classifier(), train_dataloaders=loader, targets="train").self_influence.shape
         torch.Size([2])
     """
-    with processes_of(trainer).together():
+    with processes_of(trainer).together():  # what one of them finds here, the others would wait for ever
+        count = check_reranking(rerank, candidates)
         model, datamodule = by_position(model_or_datamodule, model, datamodule)
+    settled = partial(
+        resolve,
+        trainer,
+        datamodule,
+        model=model,
+        train_dataloaders=train_dataloaders,
+        target_dataloaders=target_dataloaders,
+        targets=targets,
+        store=store,
+        ckpt_path=ckpt_path,
+        noise_mask=noise_mask,
+        memory_budget=memory_budget,
+        target_function=target_function,
+        mode=mode,
+    )
     with whole_module(trainer, model):
-        with processes_of(trainer).together():  # what one of them finds here, the others would wait for ever
-            request = resolve(
-                trainer,
-                datamodule,
-                model=model,
-                train_dataloaders=train_dataloaders,
-                target_dataloaders=target_dataloaders,
-                targets=targets,
-                method=method,
-                store=store,
-                ckpt_path=ckpt_path,
-                noise_mask=noise_mask,
-                topk=topk,
-                memory_budget=memory_budget,
-                target_function=target_function,
-                mode=mode,
-                pilots=pilots,
-            )
-        with predicted(trainer, request, AttributionStep) as step:
-            # A spawning strategy computed the result in other processes.
-            return step.result if step.result is not None else AttributionResult.load(step.folder)
+        with processes_of(trainer).together():
+            request = settled(method=method, topk=topk, pilots=pilots)
+            if count is not None:
+                settled(method=rerank, topk=None, pilots=None)  # what it is refused for is told before the first runs
+                request = with_depth(request, count)
+        result = _result(trainer, request)
+        if count is None:
+            return result
+        with processes_of(trainer).together():
+            second = with_candidates(settled(method=rerank, topk=None, pilots=None), result, count)
+        return joined(result, _result(trainer, second))
+
+
+def _result(trainer: L.Trainer, request: AttributionRequest) -> AttributionResult:
+    with predicted(trainer, request, AttributionStep) as step:
+        # A spawning strategy computed the result in other processes.
+        return step.result if step.result is not None else AttributionResult.load(step.folder)
 
 
 class AttributionTrainer(L.Trainer):

@@ -20,6 +20,7 @@ from lightning_attr.metrics.leave_one_out import (
     leave_one_out_correlation,
     plot_leave_one_out_correlation,
 )
+from lightning_attr.results.reranked_scores import RerankedScores
 from lightning_attr.results.result import AttributionResult
 from lightning_attr.results.score_matrix import ScoreMatrix
 from lightning_attr.results.top_scores import TopScores
@@ -187,6 +188,11 @@ def evaluate(
 
 
 def _all_scores(result: AttributionResult) -> ScoreMatrix:
+    if isinstance(result.scores, RerankedScores):
+        raise AttributionError(
+            "Expected a result with one score for every training sample, but this one was reranked: its candidates "
+            "have scores of a second method, in units of its own. Evaluate the two apart: attribute without `rerank`."
+        )
     if isinstance(result.scores, TopScores):
         raise AttributionError(
             f"Expected a result with the scores of all training samples, but this one was computed with "

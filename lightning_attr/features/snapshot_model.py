@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,14 +148,16 @@ class SnapshotModel:
         alike = draws_of(self.module) == 1 and self.target_plan in (None, self.plan)
         return GradientFactors(self.layout, self.plan.outer if alike else (), weights)
 
-    def train(self, projection: Projection, wanted: range | None = None) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    def train(
+        self, projection: Projection, wanted: Container[int] | None = None
+    ) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """Featurize this process's training samples, or the batches of them that have rows wanted.
 
         Yields rows, and their columns as :class:`lightning_attr.features.featurizer.Featurizer` gives them.
         """
         featurizer = Featurizer(self.module, self.plan, projection, self.memory, self.key)
         for rows, batch in self.train_batches():
-            if wanted is not None and (rows[-1] < wanted.start or rows[0] >= wanted.stop):
+            if wanted is not None and not any(row in wanted for row in rows):
                 continue
             with self.precision():
                 columns = featurizer(batch, rows)

@@ -47,6 +47,8 @@ class SnapshotFeatures:
         directions: second directions a sample in the columns, ``second_features`` ``(b, directions, k)``; 0 without.
         curvature: how the Gauss-Newton matrix of the loss is known, see
             :attr:`lightning_attr.outputs.ModelOutput.curvature`.
+        wanted: the only training rows whose scores are wanted, of self-influence none; None for all. A method may score
+            more of them.
         optimizers: settings of the run's optimizers, as
             :func:`lightning_attr.parameters.optimizer_settings.optimizer_settings` gives them; None where they were not
             recorded.
@@ -72,6 +74,7 @@ class SnapshotFeatures:
     n_drawn: int = 0
     directions: int = 0
     curvature: str = "unknown"
+    wanted: frozenset[int] | None = None
     optimizers: Sequence[Mapping[str, Any]] | None = None
     optimizer_state: Callable[[], OptimizerState] | None = None
 

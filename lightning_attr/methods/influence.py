@@ -160,6 +160,9 @@ class Influence(DampedMethod, ModelMethod):
         """
         model = model_of(snapshot)
         inverse, count = self._inverse(snapshot), len(snapshot.target_rows)
+        if snapshot.wanted is not None and self.relative is None and self.snapshots == "last":
+            yield from self._candidates(snapshot)  # several snapshots are weighed by self-influence
+            return
         joint = None
         if self.self_influence == "exact" and count:
             joint = inverse.joint(self._target_gradients(snapshot), (1, 2) if self.relative == "theta" else (1,))
@@ -239,6 +242,16 @@ class Influence(DampedMethod, ModelMethod):
                 curvature.group_product(row[None], group) for row, group in zip(rows, groups, strict=True)
             ]),
         )
+
+    def _candidates(self, snapshot: SnapshotFeatures) -> Iterator[ScoreBlock]:
+        """Score batches with rows wanted, without self-influence, which some solvers solve each sample for."""
+        model = model_of(snapshot)
+        projection = MatrixProjection(model.layout, self._solved_targets(snapshot))
+        self._curvature(snapshot).release()
+        snapshot.evidence.update(self._inverse(snapshot).found)
+        for rows, columns in model.train(projection, snapshot.wanted):
+            push = columns["out_to_loss"] / (snapshot.n_drawn or model.n_train)
+            yield ScoreBlock(rows, push[:, None] * columns["features"], torch.zeros_like(push))
 
     def _solved_targets(self, snapshot: SnapshotFeatures) -> Tensor:
         """Solve for the gradients of the targets, ``(m, p)``."""

@@ -151,7 +151,7 @@ class SOURCE(AttributionMethod):
             for snapshot, part in zip(segment.snapshots, segment.parts, strict=True):
                 at = model_of(snapshot)
                 n = snapshot.n_drawn or at.n_train
-                for rows, columns in at.train(MatrixProjection(at.layout, responses)) if m else ():
+                for rows, columns in at.train(MatrixProjection(at.layout, responses), last.wanted) if m else ():
                     push = part / n * columns["out_to_loss"]
                     scores[rows].addcmul_(columns["features"], push[:, None])
         return [ScoreBlock(rows, scores[rows], values) for rows, values in own.items()]
@@ -182,10 +182,13 @@ class SOURCE(AttributionMethod):
     def _self_influence(self, segments: Sequence[Segment], last: SnapshotFeatures) -> dict[range, Tensor]:
         """Follow each training sample as its own target, as many at once as fit into memory."""
         model = model_of(last)
+        batches = [range(rows[0], rows[-1] + 1) for rows, _ in model.train_batches()]
+        if last.wanted is not None:
+            return {rows: torch.zeros(len(rows), dtype=model.dtype, device=model.device) for rows in batches}
         height = max(1, _TILE // (model.layout.numel * (len(segments) + 2)))
         identity = IdentityProjector().bind(model.layout, model.key)
         found: dict[range, Tensor] = {}
-        for wanted in _tiles([range(rows[0], rows[-1] + 1) for rows, _ in model.train_batches()], height):
+        for wanted in _tiles(batches, height):
             blocks = [(rows, columns["features"]) for rows, columns in model_of(last).train(identity, wanted)]
             own = torch.cat([features for _, features in blocks])
             total = own.new_zeros(len(own))

@@ -33,7 +33,8 @@ class TrackStar(KernelMethod):
     projected gradients. What all gradients have in common counts little so, and no sample counts for its size alone.
     All targets that are attributed together have a part in each other's scores.
 
-    Scores are rank-only, and self-influence is the sign of :math:`q` and tells nothing.
+    Scores are rank-only, and self-influence is the sign of :math:`q` and tells nothing. It finds candidates, which
+    ``trainer.attribute(..., method=TrackStar(), rerank=Influence())`` lets a dearer method score.
 
     Args:
         projector: the projection; by default :class:`lightning_attr.projectors.KroneckerProjector`, which projects each

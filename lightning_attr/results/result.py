@@ -21,6 +21,7 @@ from lightning_attr.report.page import write_report
 from lightning_attr.results import selection
 from lightning_attr.results.columns import check_columns
 from lightning_attr.results.frames import data_frame
+from lightning_attr.results.reranked_scores import RerankedScores
 from lightning_attr.results.result_figures import ResultFigures
 from lightning_attr.results.result_metrics import result_metrics
 from lightning_attr.results.saved_scores import REMEDY, check_tensors, saved_scores
@@ -36,6 +37,11 @@ _SAVED = {
 }
 """Dimensions of each saved column, and whether it holds floating-point numbers."""
 _OPTIONAL = frozenset({"labels", "noise_mask", "trained_on", "exposure"})
+_KINDS: Mapping[str, type[ScoreMatrix | TopScores]] = {
+    "matrix": ScoreMatrix,
+    "top": TopScores,
+    "reranked": RerankedScores,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class AttributionResult(ResultFigures):
     """Scores of every training sample for every target, and what follows from them.
 
     Args:
-        scores: ``(n_train, n_target)``, or with ``topk`` the extremes of each target only.
+        scores: ``(n_train, n_target)``, or with ``topk`` the extremes of each target only; with ``rerank`` a
+            :class:`lightning_attr.results.RerankedScores`.
         self_influence: ``(n_train,)``, float32: the score of each training sample for its own model output. High values
             are suspicious: the sample is explained by nothing but itself. NaN where the method leaves it out.
         loss: ``(n_train,)``, float32: training loss of each sample at the last snapshot.
@@ -136,6 +143,11 @@ class AttributionResult(ResultFigures):
         """
         return selection.effect_of(self.scores, keep)
 
+    @property
+    def reranked(self) -> Tensor | None:
+        """Which scores are those of a second method, ``(n_train, n_target)``, bool; None without ``rerank``."""
+        return self.scores.reranked if isinstance(self.scores, RerankedScores) else None
+
     def __repr__(self) -> str:
         return overview(self)
 
@@ -193,7 +205,7 @@ class AttributionResult(ResultFigures):
         """
         folder = check_path("AttributionResult.load", "path", path)
         record = saved_scores(folder)
-        scores = (TopScores if record["kind"] == "top" else ScoreMatrix).load(folder)
+        scores = _KINDS[record["kind"]].load(folder)
         file = inside(folder, "result.safetensors")
         columns = read_tensors(file, remedy=REMEDY, place=_place(record))
         check_tensors(file, columns, _SAVED, optional=_OPTIONAL)

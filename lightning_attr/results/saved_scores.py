@@ -18,12 +18,12 @@ FORMAT = 1
 REMEDY = "Save the result again, or restore it from a copy."
 """What to do about a damaged result."""
 _FIELDS: dict[str, Check] = {
-    "kind": one_of("matrix", "top"),
+    "kind": one_of("matrix", "top", "reranked"),
     "content": sha256,
     "provenance": pairs(text(), lambda value: value),
 }
 _RECORD = "scores.json"
-_FILES = {"matrix": "scores.safetensors", "top": "top_scores.safetensors"}
+_FILES = {"matrix": "scores.safetensors", "top": "top_scores.safetensors", "reranked": "reranked_scores.safetensors"}
 
 
 def save_scores(folder: Path, kind: str, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ def load_scores(
     record = saved_scores(folder)
     if record["kind"] != kind:
         raise CorruptedStoreError(
-            f"{folder} holds scores of the kind {record['kind']!r}, not {kind!r}. `AttributionResult.load` reads both."
+            f"{folder} holds scores of the kind {record['kind']!r}, not {kind!r}. `AttributionResult.load` reads all."
         )
     path = inside(folder, _FILES[kind])
     tensors = read_tensors(path, record["content"], REMEDY, place={"kind": f"scores ({kind})"})

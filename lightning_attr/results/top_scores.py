@@ -16,7 +16,7 @@ from lightning_attr.metrics.checks import check_finite
 from lightning_attr.metrics.functional import participation, positive_sums
 from lightning_attr.results.saved_scores import REMEDY, load_scores, save_scores
 
-_SAVED = {
+SAVED = {
     **dict.fromkeys(("proponents", "opponents"), (2, False)),
     **dict.fromkeys(("proponent_scores", "opponent_scores"), (2, True)),
     **dict.fromkeys(("train_indices", "target_indices"), (1, False)),
@@ -152,16 +152,27 @@ class TopScores:
         Raises:
             CorruptedStoreError: if a file is missing, damaged, or of other scores.
         """
-        tensors, provenance = load_scores(check_path("TopScores.load", "path", path), "top", _SAVED)
+        tensors, provenance = load_scores(check_path("TopScores.load", "path", path), "top", SAVED)
         effective = tensors.pop("effective_proponents").item()
         found = cls(**tensors, effective_proponents=effective, provenance=provenance)
-        (n, m), shape = found.shape, found.proponents.shape
-        fits = (found.train_indices.shape, found.target_indices.shape) == ((n,), (m,)) and all(
-            tensors[name].shape == shape for name in ("proponent_scores", "opponents", "opponent_scores")
-        )
-        if not fits or any(((rows < 0) | (rows >= n)).any() for rows in (found.proponents, found.opponents)):
-            raise CorruptedStoreError(f"{path} is damaged: shapes or rows of the scores do not fit together. {REMEDY}")
+        found.check_fit(path)
         return found
+
+    def check_fit(self, path: str | Path) -> None:
+        """Refuse what was read from a file where shapes and rows do not fit together.
+
+        Args:
+            path: where it was.
+
+        Raises:
+            CorruptedStoreError: if they do not.
+        """
+        (n, m), shape = self.shape, self.proponents.shape
+        beside = self.proponent_scores, self.opponents, self.opponent_scores
+        fits = (self.train_indices.shape, self.target_indices.shape) == ((n,), (m,))
+        fits = fits and all(tensor.shape == shape for tensor in beside)
+        if not fits or any(((rows < 0) | (rows >= n)).any() for rows in (self.proponents, self.opponents)):
+            raise CorruptedStoreError(f"{path} is damaged: shapes or rows of the scores do not fit together. {REMEDY}")
 
     def _first(self, k: int, rows: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         k = check_int(self, "k", k, 1, rows.shape[1], remedy="It is at most the `topk` of this result.")

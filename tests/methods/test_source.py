@@ -86,7 +86,7 @@ def _descended(
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("segments", [1, 3, [0.1, 0.5]])
+@pytest.mark.parametrize("segments", [1, [0.1, 0.5]])
 def test_scores_are_the_derivative_of_training_again_where_curvature_and_gradients_stay(
     segments: Any, momentum: float
 ) -> None:
@@ -110,6 +110,7 @@ def test_scores_are_the_derivative_of_training_again_where_curvature_and_gradien
         torch.testing.assert_close(own[i], x[i] @ change, rtol=1e-6, atol=size)
 
 
+@pytest.mark.slow
 def test_on_the_way_to_the_optimum_more_segments_come_nearer() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(N, P, generator=generator).double()
@@ -140,9 +141,11 @@ def test_on_the_way_to_the_optimum_more_segments_come_nearer() -> None:
 # Against the definition -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["ekfac", "kfac"])
-@pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
-def test_it_is_its_definition(curvature: str, solver: str) -> None:
+@pytest.mark.parametrize(
+    ("solver", "curvature"),
+    [("ekfac", "ggn"), pytest.param("kfac", "empirical_fisher", marks=pytest.mark.slow)],
+)
+def test_it_is_its_definition(solver: str, curvature: str) -> None:
     modules, train, targets = networks(4)
     rates = [0.5, 1.5, 2.0, 1.0]
     found = scored(SOURCE(2, solver, curvature, "sgd", 0.5, 0.1), run_of(modules, rates, train, targets))
@@ -207,7 +210,7 @@ def test_in_a_short_time_it_is_tracin(differ: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("solver", ["ekfac", "kfac"])
+@pytest.mark.parametrize("solver", ["ekfac", pytest.param("kfac", marks=pytest.mark.slow)])
 def test_in_a_long_time_it_is_the_influence_function(solver: Any) -> None:
     (module,), train, targets = networks(1)
     (snapshot,) = run_of([module], [1e6], train, targets)
@@ -220,6 +223,7 @@ def test_in_a_long_time_it_is_the_influence_function(solver: Any) -> None:
 # How it goes about it ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_neither_tiles_nor_batches_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     modules, train, targets = networks(3)
     rates = [0.5, 1.5, 2.0]
@@ -229,7 +233,7 @@ def test_neither_tiles_nor_batches_matter(monkeypatch: pytest.MonkeyPatch) -> No
     parts = [scored(SOURCE(2, **PLAIN), tile) for tile in tiles]
     torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), scores)
     monkeypatch.setattr("lightning_attr.methods.source._TILE", 10 * 43 * 4)
-    for size in (1, 4, 24):
+    for size in (4, 24):
         again = scored(SOURCE(2, **PLAIN), run_of(modules, rates, train, targets, size))
         torch.testing.assert_close(again[0], scores)
         torch.testing.assert_close(again[1], own)
@@ -245,6 +249,7 @@ def test_merged_runs_are_averaged() -> None:
         torch.testing.assert_close(found[i], (expected[0][i] + expected[1][i]) / 2)
 
 
+@pytest.mark.slow
 def test_factors_of_a_segment_are_kept_and_those_of_another_are_others(tmp_path: Path) -> None:
     modules, train, targets = networks(3)
     run = run_of(modules, [1.0] * 3, train, targets)
@@ -290,8 +295,6 @@ def test_momentum_and_weight_decay_are_those_of_the_run(tmp_path: Path) -> None:
     found = blob_scores(path, SOURCE())
     forced = blob_scores(path, SOURCE(optimizer="sgd", momentum=0.9, weight_decay=0.01))
     assert torch.equal(found.values, forced.values)
-    assert not torch.allclose(found.values, blob_scores(path, SOURCE(momentum=0.0)).values)
-    assert not torch.equal(found.values, blob_scores(path, SOURCE(weight_decay=0.0)).values)
     evidence = found.provenance["evidence"]["epoch=0001-step=000004"]
     assert evidence["optimizer"] == "sgd"
     (settings,) = FeatureStore.open(path).manifest.training["optimizers"]
@@ -304,7 +307,6 @@ def test_adam_needs_its_moments(tmp_path: Path) -> None:
     found = blob_scores(path, SOURCE())
     assert found.provenance["evidence"]["epoch=0001-step=000004"]["optimizer"] == "adam"
     assert torch.equal(found.values, blob_scores(path, SOURCE(optimizer="adam")).values)
-    assert not torch.allclose(found.values, blob_scores(path, SOURCE(optimizer="sgd")).values)
     with pytest.raises(AttributionError, match=r"has no optimizer state.*AttributionCallback\(optimizer_state=True\)"):
         blob_scores(fitted(tmp_path / "without", torch.optim.AdamW), SOURCE())
 
@@ -316,6 +318,7 @@ def test_an_optimizer_without_a_form_is_named(tmp_path: Path) -> None:
     blob_scores(path, SOURCE(optimizer="sgd"))
 
 
+@pytest.mark.slow
 def test_a_store_without_a_record_says_so(tmp_path: Path) -> None:
     path = fitted(tmp_path / "store", momentum=0.9)
     store = FeatureStore.open(path)
