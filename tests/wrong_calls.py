@@ -164,6 +164,11 @@ def _of_classes() -> Iterator[WrongCall]:
             "seed": SEED,
         },
     )
+    yield from calls(
+        m.ProjectedSOURCE,
+        {"projector": PROJECTOR, "curvature": NAME, "optimizer": NAME, "momentum": (1.0, NAN, "a"), "per_layer": FLAG},
+    )
+    yield from calls(m.ProjectedSOURCE, {"weight_decay": (-1.0, INF, "a")})
     yield from calls(m.EKFAC, {"labels": NAME})
     yield from calls(
         m.ConjugateGradient,

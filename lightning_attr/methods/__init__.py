@@ -9,6 +9,7 @@ from lightning_attr.methods.influence import Influence
 from lightning_attr.methods.knn_shapley import KNNShapley
 from lightning_attr.methods.less import LESS
 from lightning_attr.methods.projected_influence import FactGraSS, LoGra, ProjectedInfluence
+from lightning_attr.methods.projected_source import ProjectedSOURCE
 from lightning_attr.methods.representation import RepresentationSimilarity
 from lightning_attr.methods.representer import RPS
 from lightning_attr.methods.soft_threshold import SoftThreshold, soft_threshold
@@ -51,6 +52,7 @@ __all__ = [
     "LoGra",
     "ModelMethod",
     "ProjectedInfluence",
+    "ProjectedSOURCE",
     "RepresentationSimilarity",
     "ScoreBlock",
     "SnapshotCache",
