@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -154,7 +155,7 @@ class ProjectedSOURCE(KernelMethod):
         """
         runs = [list(own) for _, own in groupby(snapshots, key=lambda snapshot: snapshot.key.rpartition("/")[0])]
         weights = [weight for own in runs for weight in self._weights(own)]
-        eigen = [snapshot.cache.once(_EIGEN, lambda snapshot=snapshot: self._eigen(snapshot)) for snapshot in snapshots]
+        eigen = [snapshot.cache.once(_EIGEN, partial(self._eigen, snapshot)) for snapshot in snapshots]
         targets = [
             _through(compute_precision(snapshot.targets["features"]), own, scales)
             for snapshot, own, scales in zip(snapshots, eigen, weights, strict=True)
@@ -184,7 +185,7 @@ class ProjectedSOURCE(KernelMethod):
         after = [*accumulate(reversed(times[1:]), initial=0.0)][::-1]
         found = []
         for snapshot, time, later in zip(run, times, after, strict=True):
-            eigen = snapshot.cache.once(_EIGEN, lambda snapshot=snapshot: self._eigen(snapshot))
+            eigen = snapshot.cache.once(_EIGEN, partial(self._eigen, snapshot))
             damped = [values + decay for _, values, _ in eigen]
             found.append([(-later * values).exp() * response(values, time) for values in damped])
         run[-1].evidence["optimizer"] = form.form

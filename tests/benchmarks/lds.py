@@ -28,7 +28,7 @@ from torch import Tensor
 from digits import CACHE, SUBSET_SEEDS
 from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
-from lightning_attr.methods import TRAK, AttributionMethod, GradDot, Influence
+from lightning_attr.methods import SOURCE, TRAK, AttributionMethod, GradDot, Influence, ProjectedSOURCE, TracIn
 from lightning_attr.metrics import linear_datamodeling_score
 from lightning_attr.pilots import Pilots
 from lightning_attr.projectors import EigenProjector, KroneckerProjector, RademacherProjector
@@ -101,6 +101,10 @@ ROWS: dict[str, Row] = {
     "TRAK(damping=0.3), one run": partial(one_run, method=TRAK(damping=0.3)),
     "TRAK(), last snapshot of the run": partial(one_run, snapshots=[]),
     "GradDot(), last snapshot of the run": partial(one_run, method=GradDot()),
+    "TracIn(exact=True), one run": partial(one_run, method=TracIn(exact=True)),
+    **{f"SOURCE({n}), one run": partial(one_run, method=SOURCE(n)) for n in (1, 3)},
+    "ProjectedSOURCE(), one run": partial(one_run, method=ProjectedSOURCE()),
+    "Astra, last snapshot of the run": partial(one_run, method=Influence(solver="astra", self_influence="ekfac")),
     "EK-FAC, last snapshot of the run": partial(one_run, method=Influence("empirical_fisher", damping=0.01)),
 }
 PEERS: dict[str, Row] = {
