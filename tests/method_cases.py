@@ -208,7 +208,7 @@ def training_data() -> TensorDataset:
 def target_data() -> TensorDataset:
     """The first far from all training samples but its copies."""
     x = torch.randn(N_TARGET, 4, generator=torch.Generator().manual_seed(1))
-    x[0] = torch.tensor([0.5, 0.0, 3.0, -3.0])
+    x[0] = torch.tensor([0.5, 0.0, 4.0, -4.0])
     return TensorDataset(x, torch.tensor([1, 0, 1, 0, 1]))
 
 

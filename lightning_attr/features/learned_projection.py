@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning_attr.batches.nested import select_rows
-from lightning_attr.errors import IncompleteFeaturesError
+from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError
 from lightning_attr.features.featurizer import AttributionPlan, Featurizer
 from lightning_attr.projectors import LearnedProjection, Projection
 from lightning_attr.randomness.draws import Samples
 from lightning_attr.store.feature_store import FeatureStore
+from lightning_attr.store.snapshot_reader import BASIS
 
 _ENTRIES = 2**24
 """Numbers that what learns may hold of the samples that go through it at once: 64 MiB."""
@@ -86,4 +87,12 @@ def load_projection(projection: Projection, store: FeatureStore, key: str) -> No
                 f"Expected the snapshot {key!r} in {store.path} to have the basis of its projection, but none was "
                 "learned. `trainer.attribute` learns it."
             )
-        projection.load(basis)
+        try:
+            projection.load(basis)
+            if not all(tensor.isfinite().all() for tensor in basis.values()):
+                raise ValueError("it holds NaN or Inf.")
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+            raise CorruptedStoreError(
+                f"{store.path / store.snapshot(key).folder / BASIS} is no basis of this projection: {error} "
+                f"`FeatureStore.open({str(store.path)!r}).set_aside([{key!r}])` goes on without this snapshot."
+            ) from error

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.projectors.base import (
     IdentityProjector,
     MatrixProjection,
@@ -65,7 +66,10 @@ _KINDS: dict[str, type[Projector]] = {
 
 def records_projector(config: Mapping[str, Any]) -> bool:
     """Say whether :func:`projector_from_config` can make what a store records."""
-    return config["kind"] in _KINDS or (config["kind"] == LayerSubset.kind and records_projector(config["projector"]))
+    kind, inner = config.get("kind"), config.get("projector")
+    if kind == LayerSubset.kind:
+        return isinstance(inner, Mapping) and records_projector(inner)
+    return isinstance(kind, str) and kind in _KINDS
 
 
 def projector_from_config(config: Mapping[str, Any]) -> Projector:
@@ -79,17 +83,23 @@ def projector_from_config(config: Mapping[str, Any]) -> Projector:
 
     Raises:
         ValueError: if it is none of this package's.
+        CorruptedStoreError: if its settings make no sense.
 
     Example:
         >>> projector_from_config(KroneckerProjector(64, seed=3).config).seed
         3
     """
-    arguments = {name: value for name, value in config.items() if name != "kind"}
-    if config["kind"] == LayerSubset.kind:
-        return LayerSubset(projector_from_config(config["projector"]), config["layers"])
-    if config["kind"] not in _KINDS:
+    if not records_projector(config):
         raise ValueError(
-            f"Expected a projector among {sorted(_KINDS)}, but the store was written with {config['kind']!r}. Pass "
+            f"Expected a projector among {sorted(_KINDS)}, but the store was written with {config.get('kind')!r}. Pass "
             "`method` with that projector."
         )
-    return _KINDS[config["kind"]](**arguments)
+    arguments = {name: value for name, value in config.items() if name != "kind"}
+    try:
+        if config["kind"] == LayerSubset.kind:
+            return LayerSubset(projector_from_config(config["projector"]), config["layers"])
+        return _KINDS[config["kind"]](**arguments)
+    except (TypeError, ValueError, LookupError) as error:
+        raise CorruptedStoreError(
+            f"The store says that its features are those of {str(dict(config))[:200]}, which is no projector: {error}"
+        ) from error

@@ -185,7 +185,7 @@ class EigenProjection(LearnedProjection):
                 sides.append((block, Sides(left, right, block.weight)))
         wide = TwoSidedProjection(sides)
         chosen = basis.get("chosen", torch.zeros(0, dtype=torch.long))
-        if len(chosen) != self.dim or not sides or int(chosen.max()) >= wide.dim:
+        if len(chosen) != self.dim or not sides or int(chosen.max()) >= wide.dim or int(chosen.min()) < 0:
             raise ValueError(
                 f"Expected a basis of {self.dim} features, but got one of {len(chosen)}: it was learned for another "
                 "model or projector."

@@ -133,6 +133,34 @@ def by_row(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values for name, values in columns.items() if name not in {*_NOT_BY_ROW, SECOND}}
 
 
+def senseless(columns: Mapping[str, Tensor]) -> str | None:
+    """Say what in a file's columns nobody can have written, whatever their checksum says.
+
+    Example:
+        >>> senseless({"features": torch.ones(1, 2), "loss": torch.tensor([torch.nan])})
+        '`loss` holds NaN or Inf'
+    """
+    for name, values in sorted(columns.items()):
+        if name == SECOND_ROWS:
+            fits = values.dtype == torch.int64
+        elif name in _NOT_BY_ROW:
+            fits = values.dtype.is_floating_point and values.shape == (1,) and name.removesuffix("_scale") in columns
+        else:
+            fits = values.dtype.is_floating_point if name in _FEATURES else not values.dtype.is_complex
+        if not fits or values.ndim == 0:
+            return f"`{name[:80]}` has the shape {tuple(values.shape)} and the dtype {values.dtype}"
+        # NaN and Inf show in a sum, which is quicker; one that overflows does not tell.
+        if not values.sum(dtype=torch.float64).isfinite() and not values.isfinite().all():
+            return f"`{name[:80]}` holds NaN or Inf"
+    few, rows = columns.get(SECOND), columns.get(SECOND_ROWS)
+    if few is None and rows is None:
+        return None
+    fits = few is not None and rows is not None and few.ndim == 3 and rows.shape == few.shape[:1]
+    total = max((len(values) for values in by_row(columns).values()), default=0)
+    inside = fits and rows is not None and bool(((rows >= 0) & (rows < total)).all())
+    return None if inside else f"`{SECOND}` and `{SECOND_ROWS}` do not fit together"
+
+
 def row_bytes(columns: Mapping[str, Tensor], feature_dtype: str) -> int:
     """Tell how many bytes a row takes on disk."""
     dtype = _DTYPES[feature_dtype]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_attr.errors import CorruptedStoreError, IncompleteFeaturesError
 from lightning_attr.files.io import read_tensors
 from lightning_attr.files.paths import inside
-from lightning_attr.store.feature_dtype import by_row, decode, decode_features
+from lightning_attr.store.feature_dtype import by_row, decode, decode_features, senseless
 from lightning_attr.store.manifest import Manifest
 from lightning_attr.store.snapshot_reader import SnapshotReader
 
@@ -100,6 +100,11 @@ class FeatureReader(SnapshotReader):
         path, place, hashed = self._shard_path(key, shard), self._shard_place(key, shard), content not in self._verified
         columns = read_tensors(path, content, remedy, hashed, place)
         self._check_rows(key, shard, columns)
+        wrong = senseless(columns) if hashed else None
+        if wrong is None and "features" not in columns and self.fingerprint.projector is not None:
+            wrong = "`features` is missing"
+        if wrong is not None:
+            raise CorruptedStoreError(f"{path} is damaged: {wrong}. {remedy}")
         self._verified.add(content)
         return columns
 

@@ -34,13 +34,25 @@ class SnapshotReader(StoreNotes):
         snapshot = self.snapshot(key)
         place = {name: value for name, value in self.place(key, "weights").items() if name != "weights"}
         if snapshot.frozen is None:
-            return self._tensors(key, WEIGHTS, snapshot.weights, place)
+            return self._of_this_model(key, self._tensors(key, WEIGHTS, snapshot.weights, place))
         shared = {"kind": "frozen", "store": place["store"]}
         frozen = self._tensors(key, FROZEN, snapshot.frozen, shared)
         tensors = {**frozen, **self._tensors(key, WEIGHTS, None, place)}
         if digest(tensors) != snapshot.weights:
             raise CorruptedStoreError(f"{self.path / snapshot.folder} is damaged: {WEIGHTS} is not this snapshot's.")
-        return tensors
+        return self._of_this_model(key, tensors)
+
+    def _of_this_model(self, key: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See that all parameters are there; buffers are known to the model alone, and of sparse ones only parts."""
+        for name, shape in self.fingerprint.layout.items():
+            found = weights.get(name)
+            if f"{name}.values" not in weights and (found is None or found.shape != shape):
+                shown = "is missing" if found is None else f"has the shape {tuple(found.shape)}"
+                raise CorruptedStoreError(
+                    f"{self.path / self.snapshot(key).folder} does not hold the weights of this store's model: "
+                    f"`{name}` {shown}, where {tuple(shape)} is expected. {self._remedy(key)}"
+                )
+        return weights
 
     def optimizer_state(self, key: str) -> OptimizerState:
         """Read what the optimizer knew at a snapshot.

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import faults
+import faults_crafted
 import faults_damages
 import faults_hostile
 import faults_kills
@@ -60,7 +61,14 @@ def test_every_method_on_more_processes_than_shards(count: int) -> None:
 
 
 def test_every_table_is_found() -> None:
-    assert {"faults_arguments", "faults_damages", "faults_hostile", "faults_kills", "faults_processes"} <= set(
-        faults.parts()
-    )
+    tables = ("arguments", "crafted", "damages", "hostile", "kills", "processes")
+    assert {f"faults_{table}" for table in tables} <= set(faults.parts())
     assert "faults_subject" not in faults.parts()
+
+
+@pytest.mark.parametrize(("number", "kinds"), [(40, ("top", "truth")), pytest.param(300, None, marks=pytest.mark.slow)])
+def test_what_a_stranger_wrote_is_named_or_usable(number: int, kinds: tuple[str, ...] | None) -> None:
+    rows = faults_crafted.rows(argparse.Namespace(seed=0, damages=number, kinds=kinds))
+    assert total(rows, "tried") == number
+    assert total(rows, "raw") == 0
+    assert total(rows, "named") > 0

@@ -24,7 +24,11 @@ WHOLE = {"a/x": torch.ones(2, 3), "a/y": torch.ones(2, dtype=torch.float64), "n"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"a/x": torch.full((2, 3), float("nan"))}, "`a/x` holds NaN or Inf"),
+        ({"a/x": torch.full((2, 3), float("nan"))}, "`a/x` holds NaN, Inf, or numbers that overflow when squared"),
+        (
+            {"a/x": torch.full((2, 3), -1e300, dtype=torch.float64)},
+            "`a/x` holds NaN, Inf, or numbers that overflow when squared",
+        ),
         ({"a/x": torch.ones(3, 2)}, r"`a/x` has the shape \(3, 2\), where \(2, 3\) belongs"),
         ({"a/y": torch.ones(2, dtype=torch.bool)}, r"`a/y` has the dtype torch\.bool"),
         ({"a/y": torch.ones(2, dtype=torch.complex64)}, r"`a/y` has the dtype torch\.complex64"),

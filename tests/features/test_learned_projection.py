@@ -13,6 +13,7 @@ from cases import BlobClassifier, Tally, blobs, loader_of, quiet_trainer
 from lightning_attr import FeatureStore, attribute
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import CorruptedStoreError, StoreMismatchError
+from lightning_attr.features.learned_projection import load_projection
 from lightning_attr.methods import LESS, TRAK, DropoutEnsemble, GradCos, GradDot, SoftThreshold
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import (
@@ -113,6 +114,20 @@ def test_a_basis_that_is_gone_or_of_another_snapshot(tmp_path: Path) -> None:
         scores(trainer)
     first.write_bytes(kept)
     assert scores(trainer).isfinite().all()
+
+
+@pytest.mark.parametrize("change", [lambda t: t.flatten(), lambda t: t[:0], lambda t: t * torch.nan])
+def test_a_basis_that_makes_no_sense_is_told_with_its_place(tmp_path: Path, change: Any) -> None:
+    fitted(tmp_path, TRAK(projector=EigenProjector(12)))
+    store = FeatureStore.open(tmp_path)
+    key = store.snapshots[0].key
+    basis = store.basis(key)
+    assert basis is not None
+    name = next(name for name in basis if name != "chosen")
+    store.add_basis(key, {**basis, name: change(basis[name])})
+    projection = EigenProjector(12).bind(ParameterLayout.of(BlobClassifier()), key)
+    with pytest.raises(CorruptedStoreError, match=rf"{key}/basis\.safetensors is no basis .*set_aside\(\['{key}'\]\)"):
+        load_projection(projection, store, key)
 
 
 def test_the_default_learns_and_gives_way_where_it_cannot(tmp_path: Path) -> None:

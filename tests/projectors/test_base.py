@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_attr.errors import CorruptedStoreError
 from lightning_attr.gradients import ConvSum, GatherSum, OuterSum, ParameterGradient
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.projectors import (
@@ -17,6 +19,7 @@ from lightning_attr.projectors import (
     GraSSProjector,
     IdentityProjector,
     KroneckerProjector,
+    LayerSubset,
     Projection,
     Projector,
     RademacherProjector,
@@ -172,6 +175,30 @@ def test_config_of_an_unknown_projector() -> None:
         ValueError, match=r"Expected a projector among \['eigen', 'fact.*'gaussian', .*'sjlt'\], but .* 'fft'"
     ):
         projector_from_config({"kind": "fft", "proj_dim": 3})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "kronecker", "proj_dim": "../../x"},
+        {"kind": "kronecker", "proj_dim": 4, "seed": []},
+        {"kind": "kronecker", "proj_dim": 4, "__class__": "x"},
+        {"kind": LayerSubset.kind, "projector": {"kind": "kronecker", "proj_dim": 4}},
+    ],
+)
+def test_settings_of_a_store_that_make_no_projector(config: dict[str, Any]) -> None:
+    config = {
+        **config,
+        "kind": LayerSubset.kind if config["kind"] == "layers" else KroneckerProjector(4).config["kind"],
+    }
+    with pytest.raises(CorruptedStoreError, match=r"The store says .* those of .* which is no projector"):
+        projector_from_config(config)
+
+
+@pytest.mark.parametrize("config", [{}, {"kind": []}, {"kind": {"a": 1}}, {"kind": LayerSubset.kind, "projector": 3}])
+def test_what_is_recorded_of_no_projector(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Expected a projector among"):
+        projector_from_config(config)
 
 
 @pytest.mark.parametrize("kind", RANDOM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_attr.store.feature_dtype import (
     decode_features,
     encode,
     row_bytes,
+    senseless,
 )
 
 ROWS, DIM = 40, 33
@@ -138,3 +140,33 @@ def test_nan_and_inf_are_refused_by_row(column: str, bad: float) -> None:
     columns[column][1] = bad
     with pytest.raises(ValueError, match=f"Expected finite values in column '{column}', but row 17 holds NaN or Inf"):
         check_columns(columns, range(16, 19))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"features": torch.full((4, 3), torch.nan)}, "`features` holds NaN or Inf"),
+        ({"features": torch.ones(4, 3, dtype=torch.int64)}, "`features` has the shape .* and the dtype torch.int64"),
+        ({"loss": torch.ones(4, dtype=torch.complex64)}, "`loss` has the shape .* torch.complex64"),
+        ({"features_scale": torch.ones(2)}, r"`features_scale` has the shape \(2,\)"),
+        ({"other_scale": torch.tensor(1.0)}, r"`other_scale` has the shape \(\)"),
+        ({"second_rows": torch.tensor([4])}, "do not fit together"),
+        ({"second_rows": torch.tensor([-1])}, "do not fit together"),
+        ({"second_rows": torch.tensor([True])}, "`second_rows` has .* torch.bool"),
+        ({"second_features": torch.ones(3, 2, 3)}, "do not fit together"),
+        ({"second_features": torch.ones(1, 3)}, "do not fit together"),
+    ],
+)
+def test_columns_that_nobody_can_have_written(changes: dict[str, torch.Tensor], problem: str) -> None:
+    columns = {
+        "features": torch.ones(4, 3, dtype=torch.float16),
+        "features_scale": torch.ones(1),
+        "loss": torch.ones(4),
+        "second_features": torch.ones(1, 2, 3),
+        "second_rows": torch.tensor([3]),
+    }
+    assert senseless(columns) is None
+    assert senseless({"loss": torch.full((2,), 1.7e308, dtype=torch.float64)}) is None  # only its sum overflows
+    assert re.search(problem, senseless({**columns, **changes}) or "")
+    without = {name: values for name, values in columns.items() if name != "second_rows"}
+    assert senseless(without) == "`second_features` and `second_rows` do not fit together"

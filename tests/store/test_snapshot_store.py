@@ -70,3 +70,16 @@ def test_a_damaged_optimizers_state_is_told_and_dropped(tmp_path: Path) -> None:
     intact = with_state(tmp_path / "intact")
     assert intact.repair() == []
     assert intact.snapshot("epoch=0").optimizer is not None
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [({"v": torch.ones(2)}, "`w` is missing"), ({"w": torch.ones(3)}, r"`w` has the shape \(3,\)")],
+)
+def test_weights_of_another_model_are_told_with_their_place(
+    tmp_path: Path, weights: dict[str, torch.Tensor], problem: str
+) -> None:
+    store = FeatureStore.create(tmp_path, Fingerprint(3, None, {"w": (2,)}, None))
+    store.add_snapshot("epoch=0", weights, epoch=0, global_step=2, learning_rate=0.1)
+    with pytest.raises(CorruptedStoreError, match=rf"epoch=0 does not hold the weights .*{problem}, where \(2,\) is"):
+        store.weights("epoch=0")
