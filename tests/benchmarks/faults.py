@@ -9,8 +9,8 @@ Each table comes from a file ``faults_*.py`` beside this one, with a function ``
   package that names the file or its directory; "harmless" is a reading that is equal in every bit to that of the whole
   files (a cache that is computed again, a retraining that is repeated, figures that nothing reads); "raw" is any other
   error, "silent" any other reading.
-- crafted: records and tensors that a stranger changed, with right checksums. "named" is an error of this package, "usable"
-  a directory with which all went well; "raw" is any other error.
+- crafted: records and tensors that a stranger changed, with right checksums. "named" is an error of this package,
+  "usable" a directory with which all went well; "raw" is any other error.
 - hostile: directories that a stranger crafted to be read, written, deleted or copied outside of them. "contained" means
   that nothing outside changed or was read, and that no raw error came.
 - wrong calls: every public argument with values that cannot be right, of the tests. "named" is an error of this package
