@@ -7,7 +7,6 @@ import array
 import ctypes
 import io
 import random
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,14 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_attr.user_code.namespaces import (
     Attributes,
-    ClassVariables,
-    Enclosed,
-    GlobalVariables,
     Slots,
     builtin_kind,
-    functions_of,
-    names_in,
 )
+from lightning_attr.user_code.reachable_code import CLOSED, CLOSED_TO_STEPS, ReachableCode
 
 _MOST_OBJECTS = 10_000
 """How many objects are looked into."""
@@ -43,14 +38,6 @@ _MOST_RECORDS = 64
 _LONGEST = 1_000_000
 """Containers that are longer hold data."""
 
-# Objects of these packages are not looked into: they are no part of a step's state, and large.
-_CLOSED = frozenset(
-    {*sys.stdlib_module_names, "numpy", "pandas", "PIL", "matplotlib", "pyarrow", "h5py", "tokenizers", "omegaconf"}
-    | {"wandb", "tensorboard", "mlflow", "tqdm", "rich", "lightning", "lightning_fabric", "lightning_utilities"}
-    | {"pytorch_lightning", "lightning_attr"}
-)
-# Those of these are, where data are read with them.
-_CLOSED_TO_STEPS = frozenset({"scipy", "sklearn", "datasets", "transformers"})
 _OPEN_PARTS = ("torch.optim", "torch.amp", "torch.cuda.amp", "torch.distributions", "torch.nn", "collections", "queue")
 _OPEN_TO_READERS = ("torch.utils.data",)
 _BUFFERS = (bytearray, array.array, ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
@@ -94,16 +81,16 @@ class Reachable:
     def __post_init__(self) -> None:
         self._seen: dict[int, object] = {}  # held, so that no id comes to stand for another object
         self._most_items = _MOST_RECORDS if self.reading else _MOST_ITEMS
-        self._code: deque[Any] = deque()  # functions and classes, whose variables come last
-        self._globals: dict[int, GlobalVariables] = {}
-        self._packages = {_package(kind) for root in self.roots.values() for kind in _code_of(root)}
+        self._pending: deque[tuple[str, object]] = deque()
+        code = ReachableCode(self.roots, self._seen, self.containers, self._pending)
+        self._code = code.waiting  # functions and classes, whose variables come last
         with torch._C.DisableTorchFunction():  # these are no calls of the module's, for modes around
             for root in self.roots.items():  # one after the other: a parameter has the module's name for it
-                self._pending: deque[tuple[str, object]] = deque([root])
+                self._pending.append(root)
                 self._look_at_pending()
             looked_at = 0
             while self._code and looked_at < _MOST_FUNCTIONS:
-                self._look_into_code(self._code.popleft())
+                code.look_into(self._code.popleft())
                 self._look_at_pending()
                 looked_at += 1
         self._seen.clear()
@@ -193,53 +180,6 @@ class Reachable:
                 self.containers.append((name, Slots(item, slots)))
                 self._pending.extend((prefix + local, value) for local, value in Slots(item, slots).values().items())
 
-    # Code, which keeps variables of its own ----------------------------------------------------------------------
-
-    def _look_into_code(self, code: Any) -> None:
-        if isinstance(code, FunctionType):
-            self._look_into_function(code)
-            return
-        for kind in code.__mro__:
-            if id(kind) not in self._seen and not _is_closed_package(kind):
-                self._seen[id(kind)] = kind
-                variables = ClassVariables(kind)
-                self.containers.append((kind.__name__, variables))
-                self._pending.extend((f"{kind.__name__}.{name}", value) for name, value in variables.values().items())
-                if self._is_own(kind):
-                    self._code.extend(functions_of(kind))
-
-    def _look_into_function(self, function: FunctionType) -> None:
-        enclosed = Enclosed.by(function)
-        if enclosed.cells:
-            self.containers.append(("", enclosed))
-            self._pending.extend(enclosed.values().items())
-        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        self._pending.extend((f"default of `{function.__name__}`", value) for value in defaults)
-        if not self._is_own(function):
-            return
-        variables = self._globals.get(id(function.__globals__))
-        if variables is None:
-            variables = self._globals[id(function.__globals__)] = GlobalVariables(function.__globals__)
-            self.containers.append(("", variables))
-        names = names_in(function.__code__).intersection(function.__globals__) - variables.names
-        variables.names.update(names)
-        for name in sorted(names):
-            value = function.__globals__[name]
-            if isinstance(value, (type, FunctionType)):
-                if self._is_own(value) and id(value) not in self._seen:
-                    self._code.append(value)
-            else:
-                self._pending.append((name, value))
-
-    def _is_own(self, code: Any) -> bool:
-        """Whether code is the user's, or of the packages that the roots are of."""
-        if _package(code) in self._packages:
-            return True
-        if _is_closed_package(code):
-            return False
-        place = getattr(sys.modules.get(code.__module__ or ""), "__file__", None) or ""
-        return "site-packages" not in place and "dist-packages" not in place
-
     def _is_closed(self, item: Any) -> bool:
         """Whether an object is none of the user's, or one of those that hold data rather than state."""
         if isinstance(item, (SimpleNamespace, argparse.Namespace)):
@@ -252,7 +192,7 @@ class Reachable:
         if module.startswith(_OPEN_PARTS):
             return False
         package = module.split(".", 1)[0]
-        return package == "torch" or package in _CLOSED or (not self.reading and package in _CLOSED_TO_STEPS)
+        return package == "torch" or package in CLOSED or (not self.reading and package in CLOSED_TO_STEPS)
 
 
 # What torch.nn.Module itself keeps: parameters, submodules, hooks.
@@ -261,23 +201,6 @@ _OWN_TO_TORCH = frozenset(vars(nn.Module()))
 
 def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, complex, str, bytes, type))
-
-
-def _package(code: Any) -> str:
-    return (getattr(code, "__module__", None) or "").split(".", 1)[0]
-
-
-def _is_closed_package(code: Any) -> bool:
-    package = _package(code)
-    return package == "torch" or package in _CLOSED or package in _CLOSED_TO_STEPS
-
-
-def _code_of(root: Any) -> Iterator[Any]:
-    """The classes or the function that a root is of, without those that everybody uses."""
-    while isinstance(root, partial):
-        root = root.func
-    found = [root] if isinstance(root, FunctionType) else type(root).__mro__
-    return (code for code in found if not _is_closed_package(code))
 
 
 def _slots(kind: type) -> Iterator[str]:
