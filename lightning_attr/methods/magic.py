@@ -34,8 +34,9 @@ class MAGIC(RunMethod):
     much it would fall, to first order, if the sample had the weight zero wherever it was drawn, while the order, the
     number of steps and the denominators stay.
 
-    Every snapshot on the way is compared with the replay. It costs about three trainings, and two more for each target;
-    memory for :math:`2 \sqrt T` states of :math:`T` steps.
+    Every snapshot on the way is compared with the replay. Each step is taken twice and gone back through once, for all
+    targets together: of an MLP on digits, six trainings for one target and thirteen for twenty. In memory are
+    :math:`2 \sqrt T` states of :math:`T` steps, and two of each target.
 
     Args:
         tolerance: largest relative difference of a parameter from its snapshot, :math:`|x - x_0| / |x_0|`; on the

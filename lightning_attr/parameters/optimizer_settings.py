@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 def optimizer_settings(optimizers: Iterable[Optimizer], module: nn.Module) -> list[dict[str, Any]]:
     """List the optimizers of a run, with the settings of each parameter group.
 
-    Returns class, as ``kind``, and ``groups``: name -> plain value, and the names of its ``parameters``.
+    Returns class, as ``kind`` and ``module``, and ``groups``: name -> plain value, and the names of its ``parameters``.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -26,6 +26,7 @@ def optimizer_settings(optimizers: Iterable[Optimizer], module: nn.Module) -> li
     return [
         {
             "kind": type(optimizer).__name__,
+            "module": type(optimizer).__module__,
             "groups": [
                 {
                     **{name: _plain(value) for name, value in group.items() if _known(_plain(value))},

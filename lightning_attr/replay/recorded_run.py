@@ -171,9 +171,11 @@ class RecordedBatch:
         given = {name: tensor.detach().clone() for name, tensor in buffers.items()}  # steps write to them
         samples = run.read(batch)  # outside of the step's precision, as loaders do
         with torch.enable_grad(), run.around(batch.epoch, self.global_step):
-            with seeded(hashed_seed("replay", self.global_step, batch.batch_idx)):
-                run.put_back(batch.random_state or {})
-            with statistics, Reductions() if apart else nullcontext() as reductions:
+            if batch.random_state is not None:
+                run.put_back(batch.random_state)
+            unknown = hashed_seed("replay", self.global_step, batch.batch_idx)  # the same each time, at least
+            streams = seeded(unknown if batch.random_state is None else None)
+            with streams, statistics, Reductions() if apart else nullcontext() as reductions:
                 loss, after = call_with(module, {**parameters, **given}, self._followed, samples)
             shares = None
             if reductions is not None:

@@ -140,13 +140,17 @@ def _behind_gradients(
         after = _moving(updated(state, gradients, step.groups, step.clipping))
     inputs = [t for part in (*given, gradients) for t in part.values()]
     outputs = [t for part in after for t in part.values()]
+    parts = [_moving(adjoint) for adjoint in adjoints]
+    cotangents = [
+        torch.stack([moving[number][name] for moving in parts]) for number, own in enumerate(after) for name in own
+    ]
+    together = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, materialize_grads=True)
     behind, slopes = [], []
-    for adjoint in adjoints:
-        cotangents = [part[name] for part, own in zip(_moving(adjoint), after, strict=True) for name in own]
-        found = iter(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
-        parts = [{name: next(found) for name in part} for part in (*given, gradients)]
-        behind.append(adjoint._replace(parameters=parts[0], first=parts[1], second=parts[2]))
-        slopes.append(parts[3])
+    for place, adjoint in enumerate(adjoints):
+        found = iter(together)
+        own = [{name: next(found)[place] for name in part} for part in (*given, gradients)]
+        behind.append(adjoint._replace(parameters=own[0], first=own[1], second=own[2]))
+        slopes.append(own[3])
     return behind, slopes
 
 
@@ -189,8 +193,8 @@ def _through_batch(
         if hessian == "exact":
             products = back[1 + len(met) :]
         elif hessian == "gram":  # sum_z g_z (g_z . slope) b / divisor, with the shares g_z / b
-            coefficients = len(weights) * back[0] / step.divisor
-            sums = (coefficients * found.shares).sum()
+            with torch.enable_grad():
+                sums = (len(weights) / step.divisor * back[0] * found.shares).sum()
             products = torch.autograd.grad(
                 sums, list(parameters.values()), retain_graph=True, materialize_grads=True, allow_unused=True
             )

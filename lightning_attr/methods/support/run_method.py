@@ -24,6 +24,8 @@ from lightning_attr.replay.trajectory import Trajectory, Visit, memory_needed
 
 T = TypeVar("T")
 
+_OWN = 64
+"""Training samples that are scored for their own output in one walk."""
 _REPLAY: CacheKey[tuple[RecordedRun, Trajectory]] = CacheKey("replay")
 
 
@@ -78,12 +80,24 @@ class RunMethod(AttributionMethod):
         return trajectory.weight_derivatives(adjoints, run.n_rows, self.hessian)
 
     def _self_influence(self, model: SnapshotModel, run: RecordedRun, trajectory: Trajectory) -> Tensor:
-        """Score each training sample of this process for its own output, a batch of them at a time."""
+        """Score each training sample of this process for its own output, some of them in a walk."""
         found = torch.full((run.n_rows,), 0.0 if self.self_influence else math.nan)
+        own: list[int] = []
+        adjoints: list[RunState] = []
+
+        def walk() -> None:
+            found[own] = self._derivatives(run, trajectory, adjoints)[own].diagonal().to(found)
+            own.clear()
+            adjoints.clear()
+
         for rows, batch in model.train_batches() if self.self_influence else ():
             model.load()
-            adjoints = batch_adjoints(model, model.plan, trajectory.end, rows, batch)
-            found[rows[0] : rows[-1] + 1] = self._derivatives(run, trajectory, adjoints)[rows].diagonal().cpu()
+            own += rows
+            adjoints += batch_adjoints(model, model.plan, trajectory.end, rows, batch)
+            if len(own) >= _OWN:
+                walk()
+        if own:
+            walk()
         return found
 
     def _look(self, snapshot: SnapshotFeatures, run: RecordedRun) -> None:
