@@ -24,12 +24,13 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import leaderboard_peers
 import torch
-from leaderboard_rows import ROWS, record
+from leaderboard_rows import ROWS, Row, record
 from leaderboard_text import FEW, N_REPORT, N_TRAIN, N_TUNE, Bank, random_removals, trained, without
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -55,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.score:
-        score(arguments.folder, *arguments.score)
+        score(ROWS, arguments.folder, *arguments.score)
         return
     rows = measure(arguments.folder, arguments.rows, arguments.quick, arguments.bergson)
     print(table(rows))
@@ -67,12 +68,12 @@ def main() -> None:
 # Scores, each row in a process of its own -----------------------------------------------------------------------------
 
 
-def score(folder: Path, name: str, damping: str) -> None:
+def score(rows: Mapping[str, Row | dict[float, Row]], folder: Path, name: str, damping: str) -> None:
     """Score by one row, and write scores and costs."""
     for logger in ("lightning.pytorch", "lightning_attr"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    found = ROWS[name]
+    found = rows[name]
     row = found[float(damping)] if isinstance(found, dict) else found
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     scores = row(folder / "run")
@@ -89,17 +90,22 @@ def path_of(folder: Path, name: str, damping: object) -> Path:
 
 
 def scored(folder: Path, name: str, damping: object, bergson: str | None) -> tuple[Tensor, float, float] | None:
-    """Scores (N_TRAIN, N_TUNE + N_REPORT), processor seconds and MiB; None where the row fails, which is told."""
+    """Score by a row of ours or of a peer's; see `scored_by`."""
     path = path_of(folder, name, damping)
+    command = [sys.executable, __file__, "--folder", str(folder), "--score", name, str(damping)]
+    if name in leaderboard_peers.ROWS:
+        path.parent.mkdir(exist_ok=True)
+        script = str(Path(leaderboard_peers.__file__))
+        command = [str(bergson), script, str(folder), name, str(damping), str(path)]
+    return scored_by(command, path, f"{name} (damping {damping})")
+
+
+def scored_by(command: list[str], path: Path, what: str) -> tuple[Tensor, float, float] | None:
+    """Scores (N_TRAIN, N_TUNE + N_REPORT), processor seconds and MiB; None where the row fails, which is told."""
     if not path.exists():
-        command = [sys.executable, __file__, "--folder", str(folder), "--score", name, str(damping)]
-        if name in leaderboard_peers.ROWS:
-            path.parent.mkdir(exist_ok=True)
-            script = str(Path(leaderboard_peers.__file__))
-            command = [str(bergson), script, str(folder), name, str(damping), str(path)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            print(f"{name} (damping {damping}) is left out: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            print(f"{what} is left out: {done.stderr.strip().splitlines()[-1]}", flush=True)
             return None
     tensors = load_file(path)
     return (tensors["scores"], *tensors["costs"].tolist())

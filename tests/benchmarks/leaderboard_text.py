@@ -198,12 +198,23 @@ def random_removals(count: int, removed: int, seed: int) -> Tensor:
     return torch.from_numpy(ranks >= removed)
 
 
+def _train_one(job: tuple[str, list[bool], int]) -> None:
+    """Train one model of the bank, in a process of its own; a killed one leaves no half of a file."""
+    torch.set_num_threads(1)
+    path, kept, seed = job
+    unfinished = f"{path}.{os.getpid()}"
+    save_file({"outputs": likelihoods(trained(torch.tensor(kept).float(), seed))}, unfinished)
+    Path(unfinished).rename(path)
+
+
 class Bank:
     """Outputs of models trained on subsets; each is trained once, and kept in a folder.
 
     Args:
         folder: of the models' outputs.
     """
+
+    train_one = staticmethod(_train_one)
 
     def __init__(self, folder: Path) -> None:
         recipe = (N_TRAIN, LENGTH, WIDTH, HEADS, LAYERS, EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, BETAS)
@@ -219,21 +230,12 @@ class Bank:
         if missing:
             jobs = [(str(path), subset.tolist(), seed) for path, subset in missing.items()]
             with get_context("spawn").Pool(os.cpu_count()) as pool:
-                list(tqdm(pool.imap_unordered(_train_one, jobs), "retraining", len(jobs)))
+                list(tqdm(pool.imap_unordered(self.train_one, jobs), "retraining", len(jobs)))
         return torch.stack([load_file(path)["outputs"] for path in paths])
 
     def _path(self, kept: Tensor, seed: int) -> Path:
         name = hashlib.sha256(kept.numpy().tobytes()).hexdigest()[:16]
         return self.folder / f"{seed}-{name}.safetensors"
-
-
-def _train_one(job: tuple[str, list[bool], int]) -> None:
-    """Train one model of the bank, in a process of its own; a killed one leaves no half of a file."""
-    torch.set_num_threads(1)
-    path, kept, seed = job
-    unfinished = f"{path}.{os.getpid()}"
-    save_file({"outputs": likelihoods(trained(torch.tensor(kept).float(), seed))}, unfinished)
-    Path(unfinished).rename(path)
 
 
 def without(rows: Sequence[int]) -> Tensor:
