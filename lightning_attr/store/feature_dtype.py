@@ -37,6 +37,8 @@ _SMALLEST = 2.0**-24
 """Of the largest second direction: smaller ones count as zero."""
 _LARGEST = 15
 """Features of float16 are scaled to below two to this power."""
+_LARGEST_SCALE = 2.0 ** (128 - _LARGEST)
+"""That of the largest numbers of float32."""
 
 
 def check_feature_dtype(feature_dtype: str, owner: object = "FeatureStore") -> None:
@@ -145,6 +147,8 @@ def senseless(columns: Mapping[str, Tensor]) -> str | None:
             fits = values.dtype == torch.int64
         elif name in _NOT_BY_ROW:
             fits = values.dtype.is_floating_point and values.shape == (1,) and name.removesuffix("_scale") in columns
+            if fits and not 0 < values.item() <= _LARGEST_SCALE:
+                return f"`{name}` is {values.item()}"
         else:
             fits = values.dtype.is_floating_point if name in _FEATURES else not values.dtype.is_complex
         if not fits or values.ndim == 0:

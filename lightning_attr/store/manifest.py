@@ -177,7 +177,7 @@ _FINGERPRINT = {
     "length": integer(1),
     "data": optional(text()),
     "layout": pairs(text(), items(integer(0))),
-    "projector": optional(plain),
+    "projector": optional(pairs(text(), plain)),
     "output": optional(text()),
     "mode": optional(one_of("eval", "train", "auto")),
 }

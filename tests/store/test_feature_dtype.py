@@ -149,6 +149,8 @@ def test_nan_and_inf_are_refused_by_row(column: str, bad: float) -> None:
         ({"features": torch.ones(4, 3, dtype=torch.int64)}, "`features` has the shape .* and the dtype torch.int64"),
         ({"loss": torch.ones(4, dtype=torch.complex64)}, "`loss` has the shape .* torch.complex64"),
         ({"features_scale": torch.ones(2)}, r"`features_scale` has the shape \(2,\)"),
+        ({"features_scale": torch.tensor([-1.0])}, "`features_scale` is -1.0"),
+        ({"features_scale": torch.tensor([3e38])}, r"`features_scale` is 3\.0"),
         ({"other_scale": torch.tensor(1.0)}, r"`other_scale` has the shape \(\)"),
         ({"second_rows": torch.tensor([4])}, "do not fit together"),
         ({"second_rows": torch.tensor([-1])}, "do not fit together"),

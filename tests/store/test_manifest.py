@@ -281,8 +281,12 @@ FOREIGN = {
         "`w` is '2', where an integer from 0",
     ),
     "a deep projection": (
-        {"fingerprint": {"length": 1, "data": None, "layout": {}, "projector": json.loads("[" * 50 + "]" * 50)}},
-        "`projector` .*, where a plain value, .* is expected",
+        {"fingerprint": {"length": 1, "data": None, "layout": {}, "projector": {"a": json.loads("[" * 50 + "]" * 50)}}},
+        "`projector`: `a` .*, where a plain value, .* is expected",
+    ),
+    "no projection": (
+        {"fingerprint": {"length": 1, "data": None, "layout": {}, "projector": 0.5}},
+        "`projector` is 0.5, where a mapping",
     ),
     "an id of another kind": ({"id": ["a"]}, r"`id` is \['a'\], where a text"),
     "a field of no manifest": ({"run_on_load": "rm"}, "'run_on_load' is no field of a Manifest"),
