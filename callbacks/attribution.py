@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_attr.arguments.checks import check_flag, check_int, check_path
@@ -18,7 +17,7 @@ from lightning_attr.attribution.arguments import given_mask
 from lightning_attr.attribution.division import check_divided_run
 from lightning_attr.attribution.strategies import check_strategy
 from lightning_attr.attribution.trainer import attribute
-from lightning_attr.callbacks.checking import CheckedRun
+from lightning_attr.callbacks.journalled_run import JournalledRun
 from lightning_attr.callbacks.preparation import Preparation, RecordingRequest, prepare
 from lightning_attr.callbacks.recording import announce, snapshot_bytes
 from lightning_attr.callbacks.schedule import SnapshotSchedule, epoch_limit, steps_of_an_epoch
@@ -33,7 +32,7 @@ from lightning_attr.parameters.whole import whole_parameters
 from lightning_attr.store.feature_dtype import check_feature_dtype
 
 
-class AttributionCallback(CheckedRun):
+class AttributionCallback(JournalledRun):
     """Makes every prediction of a run traceable to its training samples, and leaves the run itself bit-identical.
 
     At the end of the epochs of its schedule it stores a snapshot of the weights and featurizes the whole training set
@@ -62,6 +61,8 @@ class AttributionCallback(CheckedRun):
         on_error: what happens if recording fails once training has begun. "warn" lets the training go on without
             recording: a warning names the cause, and ``trainer.attribute`` works with the snapshots that are complete.
             "raise" ends the training. What can be found before the first step is raised in any case.
+        journal: keep a journal of the run in the store: of each optimizer step the samples that it was taken on,
+            learning rates, clipping and random states; see :class:`lightning_attr.journal.Journal`. By default it is.
         mode: "eval", or "train" for modules whose loss needs ``self.training``; by default eval mode, unless the loss
             or its gradient depends on the mode; see :func:`lightning_attr.attribution.trainer.attribute`.
 
@@ -108,6 +109,7 @@ class AttributionCallback(CheckedRun):
         optimizer_state: bool = False,
         on_error: str = "warn",
         mode: str | None = None,
+        journal: bool | None = None,
     ) -> None:
         check_mode(mode)
         check_feature_dtype(feature_dtype, self)
@@ -116,7 +118,8 @@ class AttributionCallback(CheckedRun):
         if batch_size is not None:
             batch_size = check_int(self, "batch_size", batch_size, minimum=1, also="None")
         place = check_path(self, "dirpath", dirpath, also="None") if dirpath is not None else None
-        super().__init__(on_error, place, check_flag(self, "log", log))
+        journalled = journal is None or check_flag(self, "journal", journal)
+        super().__init__(on_error, place, check_flag(self, "log", log), journalled)
         self.method = TRAK() if method is None else method
         check_method(self, self.method)
         self.schedule = SnapshotSchedule(snapshots)
@@ -140,10 +143,12 @@ class AttributionCallback(CheckedRun):
         if stage == "fit":
             check_module(pl_module)
             check_strategy(trainer.strategy)
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the module on a few samples and open the store: fail now rather than after an hour."""
+        super().on_train_start(trainer, pl_module)
         run, self._recorder = self._run, None
         run.stopped = None
         run.guard.together(partial(check_divided_run, trainer, pl_module, self.optimizer_state))
@@ -158,6 +163,7 @@ class AttributionCallback(CheckedRun):
         epoch, resumed = trainer.current_epoch - 1, run.path is not None
         with whole_parameters(pl_module):
             self._open(trainer, pl_module, found)
+        self._open_journal(trainer, pl_module)
         if resumed and epoch > run.recorded.epoch and self.schedule.due(epoch):
             self._record(trainer, pl_module, epoch)  # the checkpoint was written just before this epoch's snapshot
         if trainer.global_step == 0 and self.schedule.due(-1):
@@ -192,21 +198,21 @@ class AttributionCallback(CheckedRun):
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         if self._recorder is not None:
+            self._flush_journal()
             self._recorder.record(trainer, pl_module, epoch)
 
     @override
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Integrate the learning rates."""
-        self._run.step(trainer, pl_module, optimizer)
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Remember which step this is: with several optimizers a batch takes several."""
         self._before = trainer.global_step
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         """Take a snapshot after some steps of the first epoch; the last step's is that of the epoch."""
+        super().on_train_batch_end(trainer, pl_module)
         run = self._run
         if run.stopped is not None or trainer.current_epoch > 0 or trainer.is_last_batch:
             return

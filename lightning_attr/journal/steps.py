@@ -31,8 +31,9 @@ class JournalBatch:
         rank: of the process that trained on it.
         epoch: index of the epoch.
         batch_idx: as ``training_step`` got it.
-        random_state: stream ("torch", "numpy", "python", "cuda") -> its state right before ``training_step``, uint8, as
-            :func:`lightning_attr.user_code.random_states.put_back` takes it; None where it was not kept.
+        random_state: stream ("torch", "numpy", "python", "cuda") -> its state at ``on_train_batch_start``, uint8, as
+            :func:`lightning_attr.user_code.random_states.put_back` takes it; those of numpy and Python only where they
+            were seen to move from batch to batch. None where it was not kept.
         reading_state: likewise, right before the samples were read; None with workers, or where it was not kept.
     """
 

@@ -14,6 +14,7 @@ from lightning_attr.errors import StoreMismatchError
 from lightning_attr.files.io import file_state
 from lightning_attr.files.paths import inside, is_there
 from lightning_attr.files.writer_lock import one_writer
+from lightning_attr.journal.journal import Journal
 from lightning_attr.store.manifest import Fingerprint, Manifest, Snapshot, Stopped
 
 MANIFEST = "manifest.json"
@@ -121,6 +122,17 @@ class StoreDirectory:
         if found is None:
             raise KeyError(f"{self.path} has no snapshot {key!r}; it has {[known.key for known in self.snapshots]}.")
         return found
+
+    def journal(self) -> Journal | None:
+        """Open the journal of the run.
+
+        Returns:
+            The journal; None where none was kept, as in a store that was merged.
+
+        Raises:
+            CorruptedStoreError: if it is damaged, or of another run.
+        """
+        return Journal.open(self.path, self.manifest.id)
 
     def _enter(self, key: str, **changes: Any) -> None:
         """Record which files a snapshot has."""

@@ -33,6 +33,7 @@ def described(store: FeatureStore) -> str:
         "features": f"{manifest.feature_dtype}, {manifest.shard_rows} rows per shard",
         "size": _size(sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())),
     }
+    facts["journal"] = _journal(store)
     if manifest.stopped is not None:
         facts["recording"] = str(manifest.stopped)
     rows: list[tuple[str, ...]] = [("snapshot", "epoch", "step", "learning rate", "rows with features", "size")]
@@ -55,7 +56,29 @@ def damages(store: FeatureStore) -> list[str]:
         if snapshot.optimizer is not None:
             reads.append(partial(store.optimizer_state, snapshot.key))
         reads += [partial(store.shard, snapshot.key, shard) for shard in snapshot.shards]
+    reads.append(partial(_read_journal, store))
     return [message for message in map(_damage, reads) if message is not None]
+
+
+def _journal(store: FeatureStore) -> str:
+    """Say what the journal of the run holds."""
+    try:
+        journal = store.journal()
+        if journal is None:
+            return "none"
+        if journal.unknown is not None:
+            return f"the order of the samples is not known: {journal.unknown}"
+        steps, gap = sum(1 for _ in journal.steps()), journal.gap()
+        return f"{steps:,} steps{'' if gap is None else f', of which {gap}'}"
+    except AttributionError:
+        return "damaged: `lightning-attr verify` says how"
+
+
+def _read_journal(store: FeatureStore) -> None:
+    """Read every file of the journal."""
+    journal = store.journal()
+    if journal is not None:
+        journal.exposure(store.fingerprint.length)
 
 
 def _damage(read: Callable[[], object]) -> str | None:

@@ -80,17 +80,30 @@ def kill_at(snapshot: int, batch: int) -> None:
     FeatureStore.write_shard = write  # type: ignore[method-assign]
 
 
+def files(root: Path) -> list[Path]:
+    """Files of snapshots that are in use."""
+    return [path for path in root.rglob("*.safetensors") if not {"abandoned", "journal"} & set(path.parts)]
+
+
+def journalled(store: FeatureStore) -> list[tuple[int, list[list[int]], Any]]:
+    """What a journal says of each step; random streams may go on differently in a resumed run."""
+    journal = store.journal()
+    assert journal is not None
+    return [(step.global_step, [rows.tolist() for rows in step.rows], step.groups) for step in journal.steps()]
+
+
 def assert_same_stores(a: Path, b: Path) -> None:
     """Equal manifests, equal files, equal arrays."""
     first, second = FeatureStore.open(a), FeatureStore.open(b)
     assert first.manifest == second.manifest
-    names = {path.relative_to(a) for path in a.rglob("*.safetensors") if "abandoned" not in path.parts}
-    assert names == {path.relative_to(b) for path in b.rglob("*.safetensors") if "abandoned" not in path.parts}
+    names, others = ({path.relative_to(root) for path in files(root)} for root in (a, b))
+    assert names == others
     assert names
     for name in names:
         left, right = read_tensors(a / name), read_tensors(b / name)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left)
+    assert journalled(first) == journalled(second)
     assert not list(b.rglob("*.tmp"))
 
 
@@ -158,9 +171,9 @@ def test_only_what_is_missing_is_computed_again(
 
 def test_run_again_after_the_end(tmp_path: Path, unbroken: Path) -> None:
     run(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
     run(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+    assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == before
     assert_same_stores(unbroken, tmp_path)
 
 
