@@ -6,7 +6,7 @@ Model, text and bank are those of `leaderboard_text.py`, the rows those of `lead
 with `--bergson`, of `leaderboard_peers.py`. One bank judges all:
 
 - LDS: rank correlation of summed scores with the queries' log-likelihoods over 100 removals of 1 %, same weights and
-  order; "seed": over as many of another seed, which the scores did not see; "half": over 50 half subsets.
+  order; "another seed": over 50 of them from other weights in another order; and over 30 half subsets.
 - QLD: rise of a query's loss, in nats per token, when it is trained again without the 1 % of chunks with the highest
   scores for it; mean over the first 16 queries.
 
@@ -148,8 +148,8 @@ def measure(folder: Path, wanted: list[str], quick: bool, bergson: str | None) -
     few = random_removals(count, FEW, 1)
     truths = {"lds": (few, bank.outputs(few, 0))}
     if not quick:
-        half = random_removals(50, N_TRAIN // 2, 2)
-        truths |= {"seed": (few, bank.outputs(few, 1)), "half": (half, bank.outputs(half, 0))}
+        half = random_removals(30, N_TRAIN // 2, 2)
+        truths |= {"seed": (few[:50], bank.outputs(few[:50], 1)), "half": (half, bank.outputs(half, 0))}
     whole = bank.outputs(without([])[None], 0)[0]
     begin = time.process_time()
     trained(torch.ones(N_TRAIN), 0)
