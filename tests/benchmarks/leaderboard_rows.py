@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_attr import AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import (
+    MAGIC,
     SOURCE,
     TRAK,
     Astra,
@@ -29,6 +30,7 @@ from lightning_attr.methods import (
     Influence,
     TracIn,
     TrackStar,
+    TrajectoryInfluence,
 )
 from lightning_attr.parameters.weights import load_weights
 
@@ -115,4 +117,7 @@ ROWS: dict[str, Row | dict[float, Row]] = {
     "Influence, EK-FAC": damped(lambda damping: Influence(damping=damping)),
     "Influence, EK-FAC, all snapshots": damped(lambda damping: Influence(damping=damping, snapshots="all")),
     "Influence, Astra": damped(lambda damping: Influence(solver=Astra(), damping=damping, self_influence="ekfac")),
+    "TrajectoryInfluence": partial(attributed, method=TrajectoryInfluence()),
+    'TrajectoryInfluence("gram")': partial(attributed, method=TrajectoryInfluence("gram")),
+    "MAGIC": partial(attributed, method=MAGIC()),
 }
