@@ -26,6 +26,7 @@ from lightning_attr.methods import (
     EKFAC,
     GAS,
     LESS,
+    MAGIC,
     RPS,
     SOURCE,
     TRAK,
@@ -48,6 +49,7 @@ from lightning_attr.methods import (
     SoftThreshold,
     TracIn,
     TrackStar,
+    TrajectoryInfluence,
 )
 from lightning_attr.projectors import IdentityProjector, LayerSubset
 from lightning_attr.store import feature_store as store
@@ -66,6 +68,15 @@ class Case:
     name: str
     make: Callable[[], AttributionMethod]
     except_for: Mapping[str, str] = field(default_factory=dict)
+
+
+OF_THE_RUN = {
+    "order": "the run drew samples by row number",
+    "twins": "the run drew them in different steps",
+    "sign": "the run decides which of like samples mattered",
+    "batches": "batches are those of the run",
+    "resuming": "nothing is kept that another attempt could take up",
+}
 
 
 def random_truth() -> GroundTruth:
@@ -143,6 +154,8 @@ CASES = [
         "projected SOURCE, SGD",
         lambda: ProjectedSOURCE(IdentityProjector(), "empirical_fisher", "sgd", 0.9, 0.01, per_layer=True),
     ),
+    Case("MAGIC", lambda: MAGIC(self_influence=True), OF_THE_RUN),
+    Case("trajectory influence", lambda: TrajectoryInfluence("gram", self_influence=True), OF_THE_RUN),
     Case("projected influence", lambda: ProjectedInfluence(IdentityProjector())),
     Case("projected influence, RelatIF", lambda: ProjectedInfluence(IdentityProjector(), relative="loss")),
     Case("TrackStar", lambda: TrackStar(IdentityProjector())),
@@ -215,7 +228,7 @@ def target_data() -> TensorDataset:
 def record(folder: Path, shard_rows: int = 8) -> Path:
     """Train once; the store has snapshots only, and takes any order of the training samples."""
     callback = AttributionCallback(
-        folder, method=TRAK(proj_dim=4), snapshots=[0, 3, 9], featurize=False, log=False, optimizer_state=True
+        folder, method=TRAK(proj_dim=4), snapshots=[-1, 0, 3, 9], featurize=False, log=False, optimizer_state=True
     )
     trainer = quiet_trainer(max_epochs=10, callbacks=[callback])
     torch.manual_seed(0)

@@ -139,6 +139,8 @@ def _of_classes() -> Iterator[WrongCall]:
     yield from calls(m.GradCos, {"projector": PROJECTOR})
     yield from calls(m.GAS, {"layerwise": FLAG})
     yield from calls(m.LESS, {"projector": PROJECTOR})
+    yield from calls(m.MAGIC, {"tolerance": (-1.0, NAN, "a"), "probe": FLAG, "self_influence": FLAG})
+    yield from calls(m.TrajectoryInfluence, {"hessian": NAME, "self_influence": FLAG})
     yield from calls(
         m.Influence,
         {

@@ -14,6 +14,7 @@ from lightning_attr.attribution.device_limits import named_float64
 from lightning_attr.attribution.ensemble import Ensemble
 from lightning_attr.attribution.featurized_rows import FeaturizedRows
 from lightning_attr.attribution.provenance import provenance_of
+from lightning_attr.attribution.recorded_run import recorded_run
 from lightning_attr.attribution.restorer import Restorer
 from lightning_attr.attribution.scoring import score
 from lightning_attr.data.exposure import from_bitmap, masked
@@ -137,4 +138,5 @@ class Assembly:
             train_digest=self.request.fingerprint.data,
             target_digest=self.request.target_digest,
             first_target=self.request.first_target,
+            run=partial(recorded_run, self.restorer, snapshot),
         )

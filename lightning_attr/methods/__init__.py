@@ -8,6 +8,7 @@ from lightning_attr.methods.grad import GradCos, GradDot
 from lightning_attr.methods.influence import Influence
 from lightning_attr.methods.knn_shapley import KNNShapley
 from lightning_attr.methods.less import LESS
+from lightning_attr.methods.magic import MAGIC
 from lightning_attr.methods.projected_influence import FactGraSS, LoGra, ProjectedInfluence
 from lightning_attr.methods.projected_source import ProjectedSOURCE
 from lightning_attr.methods.representation import RepresentationSimilarity
@@ -22,6 +23,7 @@ from lightning_attr.methods.support.damping import DampedMethod, choose_damping
 from lightning_attr.methods.support.module_method import ModelMethod, model_of
 from lightning_attr.methods.tracin import GAS, TracIn
 from lightning_attr.methods.trackstar import TrackStar
+from lightning_attr.methods.trajectory_influence import TrajectoryInfluence
 from lightning_attr.methods.trak import TRAK
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "GAS",
     "KFAC",
     "LESS",
+    "MAGIC",
     "RPS",
     "SOURCE",
     "TRAK",
@@ -61,6 +64,7 @@ __all__ = [
     "Solver",
     "TracIn",
     "TrackStar",
+    "TrajectoryInfluence",
     "choose_damping",
     "in_step",
     "model_of",

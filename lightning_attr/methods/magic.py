@@ -35,7 +35,7 @@ class MAGIC(RunMethod):
     number of steps and the denominators stay.
 
     Every snapshot on the way is compared with the replay. Each step is taken twice and gone back through once, for all
-    targets together: of an MLP on digits, six trainings for one target and thirteen for twenty. In memory are
+    targets together: of an MLP on digits, seven trainings for one target and eighteen for twenty. In memory are
     :math:`2 \sqrt T` states of :math:`T` steps, and two of each target.
 
     Args:
