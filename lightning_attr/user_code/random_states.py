@@ -79,7 +79,7 @@ class MovingStates:
 
     Example:
         >>> states = MovingStates()
-        >>> [sorted(states.now()) for _ in range(4)][-1]
+        >>> [sorted(states.now()) for _ in range(5)][-1]
         ['torch']
     """
 
