@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +26,25 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_attr import AttributionMixin, AttributionTrainer
 from lightning_attr.gradients import ParameterGradient, hooked_gradients, hooked_layers, materialise
+from lightning_attr.user_code.written_tensors import WrittenTensors
+
+
+def _converts_under_modes() -> bool:
+    class Subclass(Tensor):
+        pass
+
+    try:
+        with WrittenTensors([]):
+            torch.ones(1).as_subclass(Subclass)
+    except RuntimeError:  # "... but the raw Tensor object is already associated to a python object"
+        return False
+    return True
+
+
+needs_subclasses_under_modes = pytest.mark.skipif(
+    not _converts_under_modes(), reason="this torch converts to no subclass while a mode sees its operations"
+)
+"""Torch 2.5 is one."""
 
 QUIET: dict[str, Any] = {
     "logger": False,

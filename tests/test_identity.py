@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_a_whole_shard_of_another_making_is_not_adopted(tmp_path: Path, what: st
     """What a crash leaves is adopted only if it is what would be computed."""
     known = Fingerprint(ROWS, "abc", {"w": (2,)}, {"kind": "identity"}, "this")
     store = made(tmp_path / "store", known)
-    other = made(tmp_path / "other", Fingerprint(**{**vars(known), **CHANGES[what]}))
+    other = made(tmp_path / "other", replace(known, **CHANGES[what]))
     (store.path / "snapshots" / KEYS[0] / "features" / "00000.safetensors").unlink()
     store.repair()
     assert store.missing(KEYS[0]) == [0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cases import needs_subclasses_under_modes
 from lightning_attr import AttributionMixin
 from lightning_attr.data.memory import MemoryBudget, peak_bytes
 from lightning_attr.errors import BatchDependenceError, NonFiniteGradientError, UnsupportedLayerError
@@ -23,7 +24,6 @@ from lightning_attr.projectors import (
     Projector,
     RademacherProjector,
 )
-from lightning_attr.user_code.written_tensors import WrittenTensors
 
 N = 64
 
@@ -317,17 +317,7 @@ class LibraryTensor(Tensor):
         return Tensor.new_empty(self.as_subclass(Tensor), size)
 
 
-def works_under_modes(tensor: Tensor) -> bool:
-    """Whether this torch can convert to a subclass while a mode sees every operation; 2.5 can not."""
-    try:
-        with WrittenTensors([]):
-            tensor.as_subclass(LibraryTensor)
-    except RuntimeError:  # "... but the raw Tensor object is already associated to a python object"
-        return False
-    return True
-
-
-@pytest.mark.skipif(not works_under_modes(torch.ones(1)), reason="this torch has no subclasses under modes")
+@needs_subclasses_under_modes
 def test_a_librarys_tensors_end_at_the_columns() -> None:
     class Squares(L.LightningModule):
         def __init__(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from cases import quiet_trainer
+from cases import needs_subclasses_under_modes, quiet_trainer
 from lightning_attr.user_code.training_step import check_training_step, has_training_step, training_loss
 
 X = torch.tensor([1.0, 3.0])
@@ -238,6 +238,7 @@ class Labelled(Tensor):
     """What libraries make of tensors: a subclass that knows more of its batch."""
 
 
+@needs_subclasses_under_modes
 def test_the_loss_is_a_plain_tensor_whatever_the_batch_is_made_of() -> None:
     class Line(L.LightningModule):
         def __init__(self) -> None:
