@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_attr.attribution.device_limits import named_float64
 from lightning_attr.attribution.ensemble import Ensemble
+from lightning_attr.attribution.exposure import exposure_of
 from lightning_attr.attribution.featurized_rows import FeaturizedRows
 from lightning_attr.attribution.provenance import provenance_of
 from lightning_attr.attribution.recorded_run import recorded_run
@@ -69,11 +70,20 @@ class Assembly:
             labels=labels,
             noise_mask=self.request.noise_mask,
             trained_on=self.trained_on,
+            exposure=self.exposure,
         )
 
     @cached_property
+    def exposure(self) -> Tensor | None:
+        """How often the recorded run trained on each row."""
+        return exposure_of(self.work.store, self.work.snapshots, len(self.work.train))
+
+    @cached_property
     def trained_on(self) -> Tensor | None:
-        """Which rows the recorded run could draw."""
+        """Which rows the recorded run has drawn by its journal, or else could draw; None for all."""
+        if self.exposure is not None and self.exposure.any():
+            drawn = self.exposure > 0
+            return None if drawn.all() else drawn
         rows = self.work.store.manifest.trained_on
         return None if rows is None else from_bitmap(rows, len(self.work.train))
 
