@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from sharded_cases import CASES, Divided, sharding
 from torch import Tensor
 
@@ -20,6 +23,7 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.methods import TRAK, Influence, RepresentationSimilarity, TracIn
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.store import feature_store
+from lightning_attr.store.shard_writer import ShardWriter
 
 METHOD = TracIn(projector=IdentityProjector())
 FLOAT64 = "MLP, float64"
@@ -29,7 +33,14 @@ METHODS = {  # of the float64 module, beside those of stored features
     "CG": Influence(solver="cg"),
     "similarity": RepresentationSimilarity(),
 }
-SETTINGS = {"log": False, "featurize": True, "feature_dtype": "float32", "on_error": "raise", "mode": "eval"}
+SETTINGS = {
+    "log": False,
+    "batch_size": 4,
+    "featurize": True,
+    "feature_dtype": "float32",
+    "on_error": "raise",
+    "mode": "eval",
+}
 
 
 def trained(name: str, callbacks: list[Any]) -> tuple[Any, Divided]:
@@ -52,8 +63,6 @@ def go_on(trainer: Any, module: Divided) -> list[Tensor]:
 
 def main(folder: Path) -> None:
     """What two processes run: training, attribution, more of the training, attribution of all."""
-    torch.set_num_threads(1)
-    feature_store._SHARD_ROWS = 8  # so that each process featurizes some
     for name in CASES:
         ends = []
         for callbacks in ([], [AttributionCallback(folder / name, METHOD, **SETTINGS)]):
@@ -69,13 +78,61 @@ def main(folder: Path) -> None:
             trainer.attribute(target_dataloaders=targets, method=method).save(folder / f"{kind}-{trainer.global_rank}")
 
 
-def launch(folder: Path) -> subprocess.CompletedProcess[str]:
+def recorded(folder: Path, epochs: int, count: int = 2, **settings: Any) -> tuple[Any, list[Tensor]]:
+    """Train the MLP, recording; give the callback, and what this process has of the parameters in the end."""
+    callback = AttributionCallback(folder, METHOD, **{**SETTINGS, "on_error": "warn"})
+    kept = ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
+    trainer = quiet_trainer(
+        accelerator="cpu", devices=count, strategy=sharding(count), max_epochs=epochs, callbacks=[callback, kept],
+        enable_checkpointing=True,
+    )  # fmt: skip
+    module = CASES["MLP"]()
+    L.seed_everything(1)
+    trainer.fit(module, loader_of(module.data(40), batch_size=4), **settings)
+    return callback, [p.to_local().detach().clone() for p in module.parameters()]
+
+
+def interrupted(folder: Path) -> None:
+    """What two processes run: a run, the same in two parts, and one in which the second process has no disk."""
+    whole, expected = recorded(folder / "whole", 3)
+    recorded(folder / "parts", 2)
+    parts, found = recorded(folder / "parts", 3, ckpt_path=str(folder / "parts" / "checkpoints" / "epoch=1.ckpt"))
+    assert all(map(torch.equal, found, expected))
+    assert parts.stopped is None
+    assert [one.weights for one in parts.store.snapshots] == [one.weights for one in whole.store.snapshots]
+    with mock.patch.object(ShardWriter, "add", full_disk if os.environ["LOCAL_RANK"] == "1" else ShardWriter.add):
+        full, found = recorded(folder / "full", 3)
+    assert all(map(torch.equal, found, expected))  # the training goes on
+    assert "No space left" in full.stopped.cause
+    assert full.stopped.epoch == 0
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError("No space left on device")
+
+
+def killed(folder: Path) -> None:
+    """What two processes run, of which the second is killed while it featurizes."""
+    if os.environ.get("LOCAL_RANK") == "1":
+        ShardWriter.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    recorded(folder / "killed", 3)
+
+
+def resumed(folder: Path) -> None:
+    """The same run again."""
+    recorded(folder / "killed", 3)
+
+
+TASKS = {"main": main, "interrupted": interrupted, "killed": killed, "resumed": resumed}
+
+
+def launch(folder: Path, task: str = "main") -> subprocess.CompletedProcess[str]:
     """Run both processes; a hang is a failure."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
     paths = [str(Path(__file__).parent), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, task, str(folder)],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -127,6 +184,22 @@ def test_two_processes_with_divided_modules_are_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(two.self_influence, one.self_influence, msg=kind, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
+def test_runs_of_two_processes_that_end_early(tmp_path: Path) -> None:
+    process = launch(tmp_path, "interrupted")
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-6000:]
+    process = launch(tmp_path, "killed")  # and ends: the other one does not wait for ever
+    assert process.returncode != 0
+    again = launch(tmp_path, "resumed")
+    assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-6000:]
+    whole, killed_one = (FeatureStore.open(tmp_path / name) for name in ("whole", "killed"))
+    for snapshot in whole.snapshots:
+        assert not killed_one.missing(snapshot.key)
+        assert torch.equal(killed_one.column(snapshot.key, "features"), whole.column(snapshot.key, "features"))
+
+
 if __name__ == "__main__":
     leave_group_at_exit()
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    feature_store._SHARD_ROWS = 8  # so that each process featurizes some
+    TASKS[sys.argv[1]](Path(sys.argv[2]))

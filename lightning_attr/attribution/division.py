@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # re-exported
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_attr.attribution.borrow import attached, lent
 from lightning_attr.attribution.run import processes_of
 from lightning_attr.attribution.strategies import check_strategy, divides
 from lightning_attr.data.memory import free_bytes
 from lightning_attr.errors import AttributionError, MemoryBudgetError
+from lightning_attr.features.featurizer import PROBE_SIZE
 from lightning_attr.parameters.whole import check_division, divided_parameters, whole_parameters
 from lightning_attr.user_code.isolation import preserved_rng
 from lightning_attr.user_code.lightning_names import as_lightning_module, both, check_one_world, overrides
@@ -60,20 +61,27 @@ def check_whole_fits(trainer: L.Trainer, module: nn.Module) -> None:
             "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) and call `fully_shard` in "
             "`configure_model`; or pass a module fresh from its constructor."
         )
-    size, device = sum(p.nbytes for p in divided.values()), strategy.root_device
+    whole, trained = (sum(p.nbytes for p in found) for found in (divided.values(), _trained(divided)))
+    size, device = whole + PROBE_SIZE * trained, strategy.root_device
     sharing = strategy.num_processes if device.type == "cpu" else 1
     free = free_bytes(device)
     if free is not None and size * sharing > free:
         raise MemoryBudgetError(
             f"Expected room for the whole parameters of {type(module).__name__} on each device while samples are "
-            f"featurized, {size / 1e9:,.2f} GB for each of {sharing} process(es) on {device}, but {free / 1e9:,.2f} GB "
-            "are free. Free some, or spread the processes over more devices; of a model that no device holds whole, "
-            "attribute the part that is trained (LoRA adapters), or a smaller model of its kind."
+            f"featurized, {whole / 1e9:,.2f} GB, and for the gradients of {PROBE_SIZE} samples on which it is checked, "
+            f"{PROBE_SIZE * trained / 1e9:,.2f} GB, for each of {sharing} process(es) on {device}, but "
+            f"{free / 1e9:,.2f} GB are free. Free some, spread the processes over more machines, or train a part of "
+            "the parameters only (LoRA adapters): then the gradients are small."
         )
     rank_zero_info(
         f"{type(module).__name__} is divided among {trainer.world_size} processes; while samples are featurized, each "
-        f"holds its parameters whole, {size / 1e6:,.2f} MB."
+        f"holds its parameters whole, {whole / 1e6:,.2f} MB, and while it is checked on {PROBE_SIZE} of them their "
+        f"gradients, {PROBE_SIZE * trained / 1e6:,.2f} MB."
     )
+
+
+def _trained(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    return [p for p in parameters.values() if p.requires_grad]
 
 
 def check_divided_run(trainer: L.Trainer, module: nn.Module, optimizer_state: bool) -> None:
