@@ -35,6 +35,11 @@ class JournalledRun(CheckedRun):
         if stage == "fit" and self._journal is not None:
             self._journal.listen(trainer)
 
+    @property
+    def batch_rows(self) -> list[int] | None:
+        """Rows of the batch that is trained on now, from its ``on_train_batch_start`` on; None where nobody knows."""
+        return None if self._journal is None else self._journal.batch_rows
+
     def _open_journal(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._journal is not None:
             guard, run = self._run.guard, self._run

@@ -144,6 +144,11 @@ class RunJournal:
             return Draw([], None)
         return draw
 
+    @property
+    def batch_rows(self) -> list[int] | None:
+        """Rows of the batch at hand, until it is noted; None where they are not known."""
+        return None if self._batch is None or self._cause is not None else self._batch[0].rows
+
     def trained(self) -> None:
         """Note the batch at hand: a gradient comes of it."""
         if self._writer is None or self._batch is None:
