@@ -73,7 +73,7 @@ def _projected(featurizer: Featurizer, batch: Any, rows: Sequence[int], weights:
             drawn = Draw([row + featurizer.first_row for row in rows], featurizer.snapshot, number, weights.device)
             given = completed(module, batch, drawn)
             total = total + (weights * objective.sample_outputs(given, len(rows))).sum() / count
-        if not total.requires_grad:
+        if not total.requires_grad or not params:  # the projection may leave every parameter out
             return weights.new_zeros(featurizer.projection.dim), 0.0
         gradients = torch.autograd.grad(total, list(params.values()), allow_unused=True)
     room = torch.zeros(1, featurizer.projection.dim, dtype=featurizer.dtype, device=weights.device)

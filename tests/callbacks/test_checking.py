@@ -99,7 +99,10 @@ def test_it_says_what_the_run_then_writes(tmp_path: Path) -> None:
     trainer.fit(BlobClassifier(), datamodule=Blobs(600))
     snapshots = callback.store.snapshots
     assert check.snapshots == len(snapshots) == 4
-    sizes = {kind: sum(f.stat().st_size for f in tmp_path.rglob(kind)) / 4 for kind in ("weights*", "0*.safetensors")}
+    snapshot_files = tmp_path / "snapshots"
+    sizes = {
+        kind: sum(f.stat().st_size for f in snapshot_files.rglob(kind)) / 4 for kind in ("weights*", "0*.safetensors")
+    }
     header = 2000
     assert check.weight_bytes == pytest.approx(sizes["weights*"], abs=header)
     assert check.feature_bytes == pytest.approx(sizes["0*.safetensors"], abs=header)
