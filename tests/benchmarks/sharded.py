@@ -126,11 +126,12 @@ def main() -> None:
     if given.processes is not None:
         measure(given.processes, given.width, given.depth, given.into)
         return
-    rows = [row(count, given.width, given.depth) for count in PROCESSES]
+    rows = []
     print("| processes | training | the check at the start | recording a snapshot |\n|---|---|---|---|")
-    for one in rows:
+    for count in PROCESSES:
+        rows.append(one := row(count, given.width, given.depth))
         cells = (f"{one[f'{phase} MB']:,.0f} MB ({one[phase]:.1f})" for phase in ("trained", "checked", "recorded"))
-        print(f"| {one['processes']} | {' | '.join(cells)} |")
+        print(f"| {one['processes']} | {' | '.join(cells)} |", flush=True)
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1), "utf-8")
 
