@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
+import torch.distributed.fsdp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -22,7 +24,20 @@ try:
 except ImportError:  # before torch 2.6
     from torch.distributed._composable.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-__all__ = ["CASES", "CPUOffloadPolicy", "Divided", "FSDPModule", "MixedPrecisionPolicy", "fully_shard", "sharding"]
+__all__ = [
+    "CASES",
+    "ON_CPUS",
+    "CPUOffloadPolicy",
+    "Divided",
+    "FSDPModule",
+    "MixedPrecisionPolicy",
+    "fully_shard",
+    "sharding",
+]
+
+ON_CPUS = pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "fully_shard"), reason="before torch 2.6 `fully_shard` needs CUDA"
+)
 
 
 class Block(nn.Module):

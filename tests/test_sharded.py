@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sharded_cases import CASES, Divided, sharding
+from sharded_cases import CASES, ON_CPUS, Divided, sharding
 from torch import Tensor
 
 from cases import leave_group_at_exit, loader_of, quiet_trainer
@@ -24,6 +24,8 @@ from lightning_attr.methods import TRAK, Influence, RepresentationSimilarity, Tr
 from lightning_attr.projectors import IdentityProjector
 from lightning_attr.store import feature_store
 from lightning_attr.store.shard_writer import ShardWriter
+
+pytestmark = ON_CPUS
 
 METHOD = TracIn(projector=IdentityProjector())
 FLOAT64 = "MLP, float64"

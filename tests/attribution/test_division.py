@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from sharded_cases import CASES, Divided, FSDPModule, fully_shard, mlp, sharding
+from sharded_cases import CASES, ON_CPUS, Divided, FSDPModule, fully_shard, mlp, sharding
 from torch import nn
 
 from cases import BlobClassifier, blobs, loader_of, quiet_trainer
@@ -23,6 +23,8 @@ from lightning_attr.callbacks import AttributionCallback
 from lightning_attr.errors import AttributionError, MemoryBudgetError
 from lightning_attr.methods import GradDot, Influence, TracIn
 from lightning_attr.projectors import IdentityProjector
+
+pytestmark = ON_CPUS
 
 METHOD = TracIn(projector=IdentityProjector())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_cases import GPT, CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from sharded_cases import GPT, ON_CPUS, CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,6 +18,8 @@ from lightning_attr.gradients import hooked_gradients, materialise
 from lightning_attr.parameters.layout import ParameterLayout
 from lightning_attr.parameters.weights import load_weights, weights_of
 from lightning_attr.parameters.whole import check_division, divided_parameters, whole_parameters
+
+pytestmark = ON_CPUS
 
 
 @pytest.fixture(scope="module")
