@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_attr import AttributionMixin, AttributionResult, AttributionTrainer, FeatureStore
 from lightning_attr.callbacks import AttributionCallback
+from lightning_attr.errors import AttributionError
 from lightning_attr.evaluation.ground_truth import GroundTruth, Records
 from lightning_attr.evaluation.subsets import random_subsets
 from lightning_attr.features.snapshot_model import SnapshotModel
@@ -184,7 +185,19 @@ def read_store(path: Path) -> Reading:
         for name, shapes in _FACTORS.items() if own.folder.exists() else ():
             # Where it is gone it is computed again: no damage.
             found |= {f"{key} {name} {part}": value for part, value in own.kept(name, dict, shapes).items()}
-    return found
+    return found | read_journal(store)
+
+
+def read_journal(store: FeatureStore) -> Reading:
+    """The samples and settings of each step; steps that are missing say so, as those who read it ask for them."""
+    journal, taken = store.journal(), max(s.global_step for s in store.snapshots if s.pilot is None)
+    if journal is None:
+        return {}
+    gap = journal.gap(taken)
+    if gap is not None:
+        raise AttributionError(f"The journal in {store.path}: {gap}.")
+    steps = {f"step {s.global_step}": (*(rows.tolist() for rows in s.rows), s.groups) for s in journal.steps()}
+    return {"exposure": journal.exposure(_ROWS), "unknown": journal.unknown, "settings": journal.settings, **steps}
 
 
 _FACTORS: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -221,6 +234,7 @@ _OF_STORE = {
     "basis": "basis.safetensors",
     "features": "features/*.safetensors",
     "factors": "computed/*.safetensors",
+    "journal": "journal/*/*",
 }
 _OF_TRUTH = {"manifest": "manifest.json", "masks": "masks.safetensors", "retraining": "runs/*.safetensors"}
 _OF_RESULT = {"scores": "*scores.*", "columns": "result.safetensors", "metrics": "metrics.json"}
