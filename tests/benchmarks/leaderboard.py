@@ -24,7 +24,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,28 @@ def measure(folder: Path, wanted: list[str], quick: bool, bergson: str | None) -
     dampings |= {name: list(row[1]) for name, row in leaderboard_peers.ROWS.items()} if bergson else {}
     for name in [name for name in dampings if any(text in name for text in wanted)]:
         tried = {damping: scored(folder, name, damping, bergson) for damping in dampings[name]}
-        worked = {damping: found for damping, found in tried.items() if found is not None}
-        if not worked:
-            continue
-        best = max(worked, key=lambda damping: judge(worked[damping][0], {"lds": truths["lds"]}, TUNE)["lds"][0])
-        scores, seconds, grown = worked[best]
-        row = {"what": name, "damping": best, **judge(scores, truths, REPORT), "cost": seconds / training}
-        row |= {"memory": grown} if quick else {"memory": grown, "qld": interval(loss_rises(scores, bank, whole))}
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+        rises = None if quick else partial(loss_rises, bank=bank, whole=whole)
+        rows += judged(name, tried, truths, training, rises)
     return rows
+
+
+def judged(
+    name: str,
+    tried: Mapping[Any, tuple[Tensor, float, float] | None],
+    truths: dict[str, tuple[Tensor, Tensor]],
+    training: float,
+    rises: Callable[[Tensor], Tensor] | None,
+) -> list[dict[str, Any]]:
+    """The figures of a row, with the damping that the queries to tune on choose; nothing where no scores are there."""
+    worked = {damping: found for damping, found in tried.items() if found is not None}
+    if not worked:
+        return []
+    best = max(worked, key=lambda damping: judge(worked[damping][0], {"lds": truths["lds"]}, TUNE)["lds"][0])
+    scores, seconds, grown = worked[best]
+    row = {"what": name, "damping": best, **judge(scores, truths, REPORT), "cost": seconds / training, "memory": grown}
+    row |= {} if rises is None else {"qld": interval(rises(scores))}
+    print(json.dumps(row), flush=True)
+    return [row]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from leaderboard import REPORT, TUNE, interval, judge, loss_rises, path_of, plot, score, scored_by, table
+from leaderboard import judged, loss_rises, path_of, plot, score, scored_by, table
 from leaderboard_digits import EPOCHS, ImageBank, ImageData, Reader, load, margins, trained
 from leaderboard_rows import DAMPINGS, Row
 from leaderboard_text import FEW, N_TRAIN, random_removals, without
@@ -141,15 +141,8 @@ def measure(folder: Path, wanted: list[str], quick: bool) -> list[dict[str, Any]
     for name in [name for name in ROWS if any(text in name for text in wanted)]:
         found = ROWS[name]
         tried = {damping: scored(folder, name, damping) for damping in (found if isinstance(found, dict) else [None])}
-        worked = {damping: found for damping, found in tried.items() if found is not None}
-        if not worked:
-            continue
-        best = max(worked, key=lambda damping: judge(worked[damping][0], {"lds": truths["lds"]}, TUNE)["lds"][0])
-        scores, seconds, grown = worked[best]
-        row = {"what": name, "damping": best, **judge(scores, truths, REPORT), "cost": seconds / training}
-        row |= {"memory": grown} if quick else {"memory": grown, "qld": interval(loss_rises(scores, bank, whole))}
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+        rises = None if quick else partial(loss_rises, bank=bank, whole=whole)
+        rows += judged(name, tried, truths, training, rises)
     return rows
 
 

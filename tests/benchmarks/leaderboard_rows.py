@@ -57,12 +57,17 @@ def record(folder: Path, seed: int) -> None:
     quiet_trainer(callbacks=[callback]).fit(Writer(seed), datamodule=TextData(seed, queries()))
 
 
-def attributed(run: Path, method: AttributionMethod, **options: Any) -> Tensor:
-    """Score by a method on the recorded run."""
+def recorded(run: Path) -> Writer:
+    """The model at the end of the recorded run."""
     module, store = Writer(0), FeatureStore.open(run)
     load_weights(module, store.weights(store.snapshots[-1].key))
-    data = TextData(0, queries())
-    scores: Tensor = quiet_trainer().attribute(data, model=module, store=run, method=method, **options).scores.values
+    return module
+
+
+def attributed(run: Path, method: AttributionMethod) -> Tensor:
+    """Score by a method on the recorded run."""
+    options = {"model": recorded(run), "store": run, "method": method}
+    scores: Tensor = quiet_trainer().attribute(TextData(0, queries()), **options).scores.values
     return scores
 
 
@@ -88,11 +93,10 @@ def bm25(run: Path, saturation: float = 1.5) -> Tensor:
 
 def embeddings(run: Path) -> Tensor:
     """Cosines of the mean of the last layer's outputs."""
-    module, store = Writer(0), FeatureStore.open(run)
-    load_weights(module, store.weights(store.snapshots[-1].key))
+    network = recorded(run).network
     with torch.no_grad():
         train, asked = (
-            F.normalize(module.network.transformer(tokens).last_hidden_state.mean(1), dim=1)
+            F.normalize(network.transformer(tokens).last_hidden_state.mean(1), dim=1)
             for tokens in (load().train, queries())
         )
     return train @ asked.T
