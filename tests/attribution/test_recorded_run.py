@@ -169,7 +169,8 @@ def test_magic_is_what_training_again_finds(settings: dict[str, Any], tmp_path: 
 def test_scheduled_accumulation_is_replayed(tmp_path: Path) -> None:
     path = tmp_path / "store"
     trainer = trained(path, callbacks=(GradientAccumulationScheduler({1: 2, 2: 3}),))
-    scored(trainer, path, MAGIC(tolerance=0.0))
+    evidence = scored(trainer, path, MAGIC(tolerance=0.0)).scores.provenance["evidence"]
+    assert set(next(iter(evidence.values()))["drift"].values()) == {0.0}
 
 
 def test_random_numbers_that_nobody_knows_are_named_and_snapshots_help(
